@@ -1,0 +1,143 @@
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Fence(_message.Message):
+    __slots__ = ("term", "replica", "epoch")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    replica: int
+    epoch: int
+    def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class RankMessage(_message.Message):
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault")
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    STORE_OPENED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    fence: Fence
+    hello: RankHello
+    heartbeat: Heartbeat
+    store_opened: StoreOpened
+    progress: LoadProgress
+    ready: RankReady
+    fault: RankFault
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ...) -> None: ...
+
+class RankHello(_message.Message):
+    __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    rank: int
+    incarnation: str
+    pid: int
+    node_id: str
+    phase: str
+    device: str
+    memory_bytes: int
+    ready: RankReady
+    def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., phase: _Optional[str] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("phase", "step")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    step: int
+    def __init__(self, phase: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class StoreOpened(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class LoadProgress(_message.Message):
+    __slots__ = ("loaded_bytes", "total_bytes")
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    loaded_bytes: int
+    total_bytes: int
+    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class RankReady(_message.Message):
+    __slots__ = ("parameter_bytes", "kv_bytes")
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    parameter_bytes: int
+    kv_bytes: int
+    def __init__(self, parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+
+class RankFault(_message.Message):
+    __slots__ = ("phase", "error")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    error: str
+    def __init__(self, phase: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+
+class RankCommand(_message.Message):
+    __slots__ = ("fence", "accepted", "open_store", "form", "refused")
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    fence: Fence
+    accepted: Accepted
+    open_store: OpenStore
+    form: FormEpoch
+    refused: Refused
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., form: _Optional[_Union[FormEpoch, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenStore(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class FormEpoch(_message.Message):
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context")
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    store_address: str
+    model_path: str
+    dtype: str
+    tensor: int
+    kv_blocks: int
+    block_tokens: int
+    max_running: int
+    max_step_tokens: int
+    max_context: int
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ...) -> None: ...
