@@ -1,0 +1,95 @@
+"""The cluster's nouns of `types.py` as protobuf messages, both directions; `convert.py` has the rest.
+
+Used by the SDK and by the coordinator's server. Pure.
+"""
+
+from __future__ import annotations
+
+from google.protobuf import json_format
+
+from echelon.convert import timestamp_from_proto, timestamp_to_proto
+from echelon.types import Cluster, ClusterEvent, Model, Rank, Replica
+from echelon.v1 import cluster_pb2
+
+_RANK_FIELDS = tuple(field.name for field in cluster_pb2.Rank.DESCRIPTOR.fields)
+_REPLICA_FIELDS = tuple(field.name for field in cluster_pb2.Replica.DESCRIPTOR.fields)
+_CLUSTER_FIELDS = ("version", "term", "coordinator_pid", "queued", "running", "parked")
+_MODEL_FIELDS = ("name", "source", "dtype", "architecture", "max_context")
+
+
+def rank_to_proto(rank: Rank) -> cluster_pb2.Rank:
+    return cluster_pb2.Rank(**{name: getattr(rank, name) for name in _RANK_FIELDS})
+
+
+def rank_from_proto(message: cluster_pb2.Rank) -> Rank:
+    return Rank(**{name: getattr(message, name) for name in _RANK_FIELDS})
+
+
+def replica_to_proto(replica: Replica) -> cluster_pb2.Replica:
+    return cluster_pb2.Replica(**{name: getattr(replica, name) for name in _REPLICA_FIELDS})
+
+
+def replica_from_proto(message: cluster_pb2.Replica) -> Replica:
+    fields = {name: getattr(message, name) for name in _REPLICA_FIELDS}
+    return Replica(**fields | {"counters": dict(message.counters)})
+
+
+def model_to_proto(model: Model) -> cluster_pb2.Model:
+    """state is one of the proto's, in lower case: loading or active."""
+    return cluster_pb2.Model(
+        state=f"STATE_{model.state.upper()}", **{name: getattr(model, name) for name in _MODEL_FIELDS}
+    )
+
+
+def model_from_proto(message: cluster_pb2.Model) -> Model:
+    state = cluster_pb2.Model.State.Name(message.state).removeprefix("STATE_").lower()
+    return Model(state=state, **{name: getattr(message, name) for name in _MODEL_FIELDS})
+
+
+def cluster_to_proto(cluster: Cluster) -> cluster_pb2.Cluster:
+    nodes = {rank.node_id: cluster_pb2.Node(id=rank.node_id) for rank in cluster.ranks}
+    for rank in cluster.ranks:
+        nodes[rank.node_id].ranks.append(rank_to_proto(rank))
+    return cluster_pb2.Cluster(
+        **{name: getattr(cluster, name) for name in _CLUSTER_FIELDS},
+        nodes=nodes.values(),
+        models=[model_to_proto(model) for model in cluster.models],
+        replicas=[replica_to_proto(replica) for replica in cluster.replicas],
+    )
+
+
+def cluster_from_proto(message: cluster_pb2.Cluster) -> Cluster:
+    """Ranks in the order of the mesh, whichever node they are on."""
+    ranks = [rank_from_proto(rank) for node in message.nodes for rank in node.ranks]
+    return Cluster(
+        **{name: getattr(message, name) for name in _CLUSTER_FIELDS},
+        models=tuple(model_from_proto(model) for model in message.models),
+        replicas=tuple(replica_from_proto(replica) for replica in message.replicas),
+        ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.pipeline, rank.data, rank.tensor))),
+    )
+
+
+def event_to_proto(event: ClusterEvent) -> cluster_pb2.WatchClusterEventsResponse:
+    message = cluster_pb2.WatchClusterEventsResponse(
+        sequence=event.sequence, time=timestamp_to_proto(event.unix_s), kind=event.kind, subject=event.subject
+    )
+    json_format.ParseDict(dict(event.detail), message.detail)
+    return message
+
+
+def event_from_proto(message: cluster_pb2.WatchClusterEventsResponse) -> ClusterEvent:
+    detail = {name: _whole(value) for name, value in json_format.MessageToDict(message.detail).items()}
+    unix_s = timestamp_from_proto(message.time)
+    return ClusterEvent(message.sequence, unix_s, message.kind, message.subject, detail)
+
+
+def _whole(value: object) -> object:
+    """Numbers of a Struct travel as doubles; a pid or an epoch should come back as the integer it was."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {name: _whole(item) for name, item in value.items()}
+    return value

@@ -1,0 +1,143 @@
+"""The nouns between coordinator and leader: requests down, runs of tokens up, and the three fences.
+
+Used in both processes, by their sans-IO cores and by the simulator. Knows no protobuf type (`wire.py`
+translates), no clock and no socket.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fence:
+    """Term of the coordinator, replica, and epoch of that replica. A message with an older term or epoch is refused."""
+
+    term: int
+    replica: int
+    epoch: int
+
+
+class Finish(enum.IntEnum):
+    """How the leader ended a choice: an end token, or the token limit."""
+
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling with every default and the seed settled; stop_token_ids hold the model's end ids too, unless ignored."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of the sampled token, and the likeliest ids with theirs."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Run this request. generated ids are already journaled: prefill them, never sample them again."""
+
+    request: str
+    attempt: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Stop this attempt and release what it holds; answered by Released."""
+
+    request: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Coordinator -> leader. Reports up to acked_report are journaled and may be forgotten by the leader."""
+
+    fence: Fence
+    acked_report: int
+    assigns: tuple[Assign, ...] = ()
+    abandons: tuple[Abandon, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Consecutive new ids of one choice. first_token = ids of this choice before them, replayed ones included."""
+
+    request: str
+    choice: int
+    attempt: int
+    first_token: int
+    ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The leader holds nothing of this attempt any more. error says why the leader could not run it, else empty."""
+
+    request: str
+    attempt: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An attempt that the leader holds, with the count of its generated ids."""
+
+    request: str
+    attempt: int
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaHello:
+    """A leader's first report on a link: what it can hold, and what it holds already."""
+
+    slots: int
+    kv_blocks: int
+    block_tokens: int
+    max_context: int
+    running: tuple[Running, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """Counted by the leader since its epoch began."""
+
+    step: int = 0
+    blocks_referenced: int = 0
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Leader -> coordinator, numbered from 1 within an epoch. Kept by the leader until acknowledged."""
+
+    fence: Fence
+    report_seq: int
+    runs: tuple[TokenRun, ...] = ()
+    released: tuple[Released, ...] = ()
+    hello: ReplicaHello | None = None
+    stats: ReplicaStats | None = None
