@@ -1,0 +1,1 @@
+"""What is computed: configs, parameter tables, layers and families."""

@@ -1,0 +1,105 @@
+"""The files of a model directory: what the safetensors headers say, and whether everything is there and whole.
+
+The coordinator checks a directory before anything is started; the loader finds each tensor by the same index. Only
+headers are read, never weights. It knows no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from echelon.errors import ConfigError
+from models.config import read_json_object, read_model_config
+from models.tables import parameter_table
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: its file, its dtype as safetensors names it, its full shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_model_directory(directory: Path) -> None:
+    """Raises ConfigError, naming file and cause, unless the directory can be served."""
+    if not directory.is_dir():
+        raise ConfigError(f"model directory {directory} does not exist; give a directory in Hugging Face format")
+    config = read_model_config(directory)
+    read_json_object(directory / "tokenizer.json")
+    index = checkpoint_index(directory)
+    for parameter in parameter_table(config):
+        stored = index.get(parameter.name)
+        if stored is None:
+            raise ConfigError(f"{directory}: no file holds {parameter.name}, expected with shape {parameter.shape}")
+        if stored.shape != parameter.shape:
+            raise ConfigError(
+                f"{stored.file}: {parameter.name} has shape {stored.shape}, expected {parameter.shape} from config.json"
+            )
+        if stored.dtype not in ELEMENT_BYTES:
+            raise ConfigError(
+                f"{stored.file}: {parameter.name} is stored as {stored.dtype}; supported: {', '.join(ELEMENT_BYTES)}"
+            )
+
+
+def checkpoint_index(directory: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the directory's weights by name, from one file or from the shards that the index names."""
+    index_path, single_path = directory / INDEX_FILE, directory / SINGLE_FILE
+    if not index_path.exists():
+        if not single_path.exists():
+            raise ConfigError(f"{directory}: no weights, expected {SINGLE_FILE} or {INDEX_FILE}")
+        return _read_header(single_path)
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConfigError(f"{index_path}: weight_map must be an object of tensor name -> file name")
+    headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise ConfigError(f"{directory / file}: the tensor {name} is missing, which {INDEX_FILE} places there")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file: u64 header length, JSON header, then the data it describes."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file, though {INDEX_FILE} names it; download the checkpoint again")
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
+        if not 0 < header_bytes <= _MAX_HEADER_BYTES:
+            raise ConfigError(f"{path}: not a safetensors file, {file_bytes} bytes long")
+        header = file.read(header_bytes)
+    if len(header) < header_bytes:
+        raise _truncated(path, _LENGTH_BYTES + header_bytes, file_bytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        tensors = {name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{path}: the safetensors header is broken: {error!r}") from error
+    expected_bytes = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    if file_bytes < expected_bytes:
+        raise _truncated(path, expected_bytes, file_bytes)
+    if file_bytes > expected_bytes:
+        raise ConfigError(f"{path}: {file_bytes} bytes, but its header describes {expected_bytes}; download it again")
+    return tensors
+
+
+def _truncated(path: Path, expected_bytes: int, file_bytes: int) -> ConfigError:
+    return ConfigError(
+        f"{path}: truncated, expected {expected_bytes} bytes, found {file_bytes}; download the checkpoint again"
+    )

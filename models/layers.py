@@ -1,0 +1,138 @@
+"""The layers of a decoder: normalization, rotary positions, self-attention, the gated MLP, and their weights.
+
+In rank processes. Norms and rotations are computed in float32 inside, as transformers does, so that its results are
+met to the last bits. Layers know their own tensors and the attention they are handed, no batch and no cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.config import Rope
+from models.tables import Parameter
+from parallel.context import ParallelContext
+from parallel.tensor import ColumnLinear, RowLinear
+
+
+class Weights:
+    """This rank's share of a parameter table: every tensor is allocated, uninitialized, when a layer takes it.
+
+    shards maps each checkpoint name to the tensor, or the part of a stacked one, that the loader must fill.
+    """
+
+    def __init__(self, table: Sequence[Parameter], context: ParallelContext) -> None:
+        self._pending = {parameter.name: parameter for parameter in table}
+        self._context = context
+        self._shards: dict[str, Tensor] = {}
+
+    def take(self, *names: str) -> Tensor:
+        """One tensor that stacks the named ones along dim 0."""
+        shapes = [self._pending.pop(name).held_shape(self._context.tensor.size) for name in names]
+        rows = [shape[0] for shape in shapes]
+        context = self._context
+        stacked = torch.empty((sum(rows), *shapes[0][1:]), device=context.device, dtype=context.dtype)
+        self._shards.update(zip(names, torch.split(stacked, rows), strict=True))
+        return stacked
+
+    def shards(self) -> Mapping[str, Tensor]:
+        """All of them; every tensor of the table has a layer that took it."""
+        assert not self._pending, f"no layer took {sorted(self._pending)}"
+        return self._shards
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Divides by the root mean square over the last dim, then scales."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * normalized.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines of some positions, [T, 1, head_dim], to turn heads [T, heads, head_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        first, second = heads.chunk(2, dim=-1)
+        return heads * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryEmbedding:
+    """Makes the rotation of a batch's positions; frequencies [head_dim / 2] float32 on the device."""
+
+    frequencies: Tensor
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        angles = positions[:, None].float() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
+    """Radians per position of each pair of dimensions: [head_dim / 2] float32 on the CPU."""
+    frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    scaling = rope.scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    short = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    long = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    turns = scaling.original_max_position_embeddings / wavelengths
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
+    stretched = torch.where(wavelengths > long, frequencies / scaling.factor, blended)
+    return torch.where(wavelengths < short, frequencies, stretched)
+
+
+class Attend(Protocol):
+    """Attention of a batch: stores the new keys and values of a layer, and returns what the queries read."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SelfAttention:
+    """Projections around attention. qkv stacks this rank's query, key and value heads, in this order."""
+
+    layer: int
+    head_dim: int
+    head_counts: list[int]
+    qkv: ColumnLinear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    output: RowLinear
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        query, key, value = torch.split(heads, self.head_counts, dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return self.output(attend(self.layer, rotation(query), rotation(key), value).flatten(1))
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)); gate_up stacks this rank's gate rows and up rows."""
+
+    gate_up: ColumnLinear
+    down: RowLinear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -1,0 +1,22 @@
+"""The registry: which code computes which architecture.
+
+In rank processes. `models.config.SUPPORTED_ARCHITECTURES` lists the same names for processes without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from models.config import ModelConfig
+from models.decoder import DecoderModel, build_decoder
+from parallel.context import ParallelContext
+
+BUILDERS: Mapping[str, Callable[[ModelConfig, ParallelContext], DecoderModel]] = {
+    "LlamaForCausalLM": build_decoder,
+    "Qwen3ForCausalLM": build_decoder,
+}
+
+
+def build_model(config: ModelConfig, context: ParallelContext) -> DecoderModel:
+    """The model of the config's architecture, its tensors allocated and uninitialized."""
+    return BUILDERS[config.architecture](config, context)

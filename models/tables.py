@@ -1,0 +1,129 @@
+"""The parameter table: every tensor of a model, its full shape and its placement.
+
+The one list that the loader, the planner, the models' allocation and the tests read, so that they cannot disagree.
+Pure, in the coordinator and in ranks; it knows no torch and no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from echelon.errors import ConfigError
+from models.config import ModelConfig
+from parallel.sharding import (
+    Placement,
+    Region,
+    Replicated,
+    Shape,
+    Split,
+    SplitVocabulary,
+    can_split,
+    held_region,
+    held_shape,
+    units_held,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor by its name in the checkpoint; layer is None outside the decoder layers."""
+
+    name: str
+    shape: Shape
+    placement: Placement
+    layer: int | None = None
+
+    def held_shape(self, tensor_size: int) -> Shape:
+        """The shape each tensor rank keeps resident."""
+        return held_shape(self.shape, self.placement, tensor_size)
+
+    def held_region(self, tensor_rank: int, tensor_size: int) -> Region:
+        """The part of the full tensor that a tensor rank reads."""
+        return held_region(self.shape, self.placement, tensor_rank, tensor_size)
+
+
+def layer_prefix(layer: int) -> str:
+    """The start of the checkpoint names of one decoder layer."""
+    return f"model.layers.{layer}"
+
+
+def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Every tensor of the model. A tied head is the embedding, and is not listed."""
+    vocabulary = (config.vocab_size, config.hidden_size)
+    parameters = [Parameter(EMBEDDING, vocabulary, SplitVocabulary())]
+    for layer in range(config.num_hidden_layers):
+        parameters.extend(_layer(config, layer))
+    parameters.append(Parameter(FINAL_NORM, (config.hidden_size,), Replicated()))
+    if not config.tie_word_embeddings:
+        parameters.append(Parameter(HEAD, vocabulary, SplitVocabulary()))
+    return tuple(parameters)
+
+
+def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
+    prefix = layer_prefix(layer)
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+
+    def parameter(name: str, shape: Shape, placement: Placement) -> Parameter:
+        return Parameter(f"{prefix}.{name}.weight", shape, placement, layer)
+
+    yield parameter("input_layernorm", (hidden,), Replicated())
+    for name, count in heads.items():
+        yield parameter(f"self_attn.{name}_proj", (count * head_dim, hidden), Split(0, count))
+        if config.attention_bias:
+            yield Parameter(f"{prefix}.self_attn.{name}_proj.bias", (count * head_dim,), Split(0, count), layer)
+    if config.normalizes_heads:
+        yield parameter("self_attn.q_norm", (head_dim,), Replicated())
+        yield parameter("self_attn.k_norm", (head_dim,), Replicated())
+    yield parameter("self_attn.o_proj", (hidden, heads["q"] * head_dim), Split(1, heads["q"]))
+    if config.attention_bias:
+        yield Parameter(f"{prefix}.self_attn.o_proj.bias", (hidden,), Replicated(), layer)
+    yield parameter("post_attention_layernorm", (hidden,), Replicated())
+    yield parameter("mlp.gate_proj", (intermediate, hidden), Split(0, intermediate))
+    yield parameter("mlp.up_proj", (intermediate, hidden), Split(0, intermediate))
+    yield parameter("mlp.down_proj", (hidden, intermediate), Split(1, intermediate))
+
+
+def parameter_bytes(config: ModelConfig, tensor_rank: int, tensor_size: int, dtype_bytes: int) -> int:
+    """Exactly the resident bytes of a tensor rank's parameters; padding makes them the same on every rank."""
+    assert 0 <= tensor_rank < tensor_size, f"tensor rank {tensor_rank} of {tensor_size}"
+    return dtype_bytes * sum(math.prod(p.held_shape(tensor_size)) for p in parameter_table(config))
+
+
+def kv_heads_held(config: ModelConfig, tensor_size: int) -> int:
+    """Key/value heads on each tensor rank; with fewer heads than ranks, neighbours hold the same one."""
+    return units_held(config.num_key_value_heads, tensor_size)
+
+
+def kv_bytes_per_block(config: ModelConfig, tensor_size: int, block_tokens: int, dtype_bytes: int) -> int:
+    """Bytes that one block of keys and values takes on each rank, over all layers."""
+    per_token = 2 * config.num_hidden_layers * kv_heads_held(config, tensor_size) * config.head_dim * dtype_bytes
+    return block_tokens * per_token
+
+
+def check_degrees(config: ModelConfig, tensor: int) -> None:
+    """Raises ConfigError with the arithmetic and the remedy if the model cannot be cut over so many ranks."""
+    problem = _degree_problem(config, tensor)
+    if problem is None:
+        return
+    allowed = (t for t in range(1, config.num_attention_heads + 1) if _degree_problem(config, t) is None)
+    raise ConfigError(f"{problem}; tensor may be {', '.join(map(str, allowed))}", field="tensor")
+
+
+def _degree_problem(config: ModelConfig, tensor: int) -> str | None:
+    if tensor < 1:
+        return f"tensor={tensor} is not a number of ranks"
+    for name in ("num_attention_heads", "intermediate_size"):
+        units = getattr(config, name)
+        if units % tensor != 0:
+            return f"tensor={tensor} does not divide {name}={units}"
+    if not can_split(config.num_key_value_heads, tensor):
+        heads = config.num_key_value_heads
+        return f"tensor={tensor} neither divides num_key_value_heads={heads} nor is a multiple of it"
+    return None
