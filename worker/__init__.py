@@ -1,0 +1,1 @@
+"""One process per device: the leader schedules, every rank runs the plans. See ARCHITECTURE.md."""

@@ -1,0 +1,223 @@
+"""The engine core: commands in, plans and reports out.
+
+Lives in the leader as a sans-IO machine: `step(now, event) -> effects`, to be executed in order. Keeps the device one
+step ahead of its results; numbers reports and keeps them until the coordinator has journaled them, over any number
+of links and coordinators; refuses what does not carry its fence. What to compute is the scheduler's decision.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from echelon.internal.link import (
+    Abandon,
+    Assign,
+    Command,
+    Fence,
+    Released,
+    ReplicaHello,
+    ReplicaStats,
+    Report,
+    Running,
+    TokenRun,
+)
+from worker.plan import StepPlan, StepResult
+from worker.scheduler import EngineLimits, Scheduler, refusal
+
+__all__ = [
+    "Commanded",
+    "Completed",
+    "Effect",
+    "EngineCore",
+    "EngineLimits",
+    "Event",
+    "LinkClosed",
+    "LinkOpened",
+    "RunPlan",
+    "SendReport",
+]
+
+PLANS_IN_FLIGHT = 2  # one runs, one waits behind it: the device is never idle while a result travels
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOpened:
+    """A coordinator of this term listens."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkClosed:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commanded:
+    """A command arrived on the open link."""
+
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The oldest plan in flight has run on every rank."""
+
+    result: StepResult
+
+
+Event = LinkOpened | LinkClosed | Commanded | Completed
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Send this plan to every rank."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport:
+    """Send this report on the open link."""
+
+    report: Report
+
+
+Effect = RunPlan | SendReport
+
+
+class EngineCore:
+    """One replica's engine, for one epoch."""
+
+    def __init__(self, fence: Fence, limits: EngineLimits) -> None:
+        self._fence = fence
+        self._limits = limits
+        self._scheduler = Scheduler(limits)
+        self._link_open = False
+        self._report_seq = 0
+        self._unacked: deque[Report] = deque()
+        self._counters = {"released": 0, "refused_commands": 0}
+        self._runs: list[TokenRun] = []  # what this step reports
+        self._released: list[Released] = []
+
+    @property
+    def fence(self) -> Fence:
+        """Its replica and epoch, and the highest term that has opened a link."""
+        return self._fence
+
+    def step(self, now: float, event: Event) -> list[Effect]:
+        """Take in one event: first the plans that keep the device busy, then what there is to report."""
+        hello: list[Effect] = []
+        match event:
+            case LinkOpened(term):
+                hello = self._open_link(term)
+            case LinkClosed():
+                self._link_open = False
+            case Commanded(command):
+                self._obey(command)
+            case Completed(result):
+                self._commit(result)
+        reports = self._report()
+        return [*self._plan_ahead(), *hello, *reports]
+
+    def stats(self) -> ReplicaStats:
+        """Where the epoch stands."""
+        counters = {**self._scheduler.counters, **self._counters}
+        return ReplicaStats(counters["steps"], self._scheduler.blocks_referenced, counters)
+
+    def check_integrity(self) -> None:
+        """Every slot and block is free or held by exactly one request."""
+        self._scheduler.check_integrity()
+
+    def _open_link(self, term: int) -> list[Effect]:
+        """A hello, then again every report that no coordinator has acknowledged."""
+        if term < self._fence.term:
+            self._counters["refused_commands"] += 1
+            return []
+        self._fence = replace(self._fence, term=term)
+        self._link_open = True
+        hello = Report(self._fence, 0, hello=self._hello(), stats=self.stats())
+        self._unacked = deque(replace(report, fence=self._fence) for report in self._unacked)
+        return [SendReport(report) for report in (hello, *self._unacked)]
+
+    def _hello(self) -> ReplicaHello:
+        """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming."""
+        last_runs = [run for report in self._unacked for run in report.runs if run.finish]
+        running = {run.request: Running(run.request, run.attempt, run.first_token + len(run.ids)) for run in last_runs}
+        for sequence in self._scheduler:
+            assign = sequence.assign
+            running[assign.request] = Running(assign.request, assign.attempt, sequence.generated)
+        return ReplicaHello(
+            slots=self._limits.max_running,
+            kv_blocks=self._limits.kv_blocks,
+            block_tokens=self._limits.block_tokens,
+            max_context=self._limits.max_context,
+            running=tuple(running.values()),
+        )
+
+    def _obey(self, command: Command) -> None:
+        if command.fence != self._fence:
+            self._counters["refused_commands"] += 1
+            return
+        while self._unacked and self._unacked[0].report_seq <= command.acked_report:
+            self._unacked.popleft()
+        for abandon in command.abandons:
+            self._abandon(abandon)
+        for assign in command.assigns:
+            self._assign(assign)
+
+    def _abandon(self, abandon: Abandon) -> None:
+        """Answered even if that attempt is not held: its end may not have reached the coordinator."""
+        if self._scheduler.held_attempt(abandon.request) == abandon.attempt:
+            self._scheduler.release(abandon.request)
+        self._tell_released(abandon.request, abandon.attempt)
+
+    def _assign(self, assign: Assign) -> None:
+        """Hold the request, instead of an older attempt at it; one that can never fit is released with the reason."""
+        held = self._scheduler.held_attempt(assign.request)
+        if held is not None:
+            if assign.attempt <= held:
+                return
+            self._scheduler.release(assign.request)
+            self._tell_released(assign.request, held)
+        if reason := refusal(assign, self._limits):
+            self._tell_released(assign.request, assign.attempt, reason)
+        elif ended := self._scheduler.add(assign):
+            self._tell_run(ended)
+
+    def _commit(self, result: StepResult) -> None:
+        for run in self._scheduler.commit(result):
+            self._tell_run(run)
+
+    def _tell_run(self, run: TokenRun) -> None:
+        self._runs.append(run)
+        if run.finish:
+            self._tell_released(run.request, run.attempt)
+
+    def _tell_released(self, request: str, attempt: int, error: str = "") -> None:
+        self._counters["released"] += 1
+        self._released.append(Released(request, attempt, error))
+
+    def _plan_ahead(self) -> list[Effect]:
+        """Plans until one runs and one waits; none that could bring more reports than may stay unacknowledged."""
+        plans: list[Effect] = []
+        while (in_flight := self._scheduler.plans_in_flight) < PLANS_IN_FLIGHT:
+            room = self._limits.max_unacked_reports - len(self._unacked) - in_flight
+            plan = self._scheduler.schedule(self._fence) if room > 0 else None
+            if plan is None:
+                break
+            plans.append(RunPlan(plan))
+        return plans
+
+    def _report(self) -> list[Effect]:
+        """What this step has to tell, numbered and kept; sent if somebody listens."""
+        if not self._runs and not self._released:
+            return []
+        if self._released and self._scheduler.idle:
+            self._scheduler.check_integrity()
+        self._report_seq += 1
+        report = Report(self._fence, self._report_seq, tuple(self._runs), tuple(self._released), stats=self.stats())
+        self._runs, self._released = [], []
+        self._unacked.append(report)
+        return [SendReport(report)] if self._link_open else []

@@ -1,0 +1,78 @@
+"""The leader's shell around EngineCore: plans to every rank, results back, one ReplicaLink to the coordinator.
+
+Runs on the asyncio loop of rank 0 of a replica. It executes the engine's effects in order and decides nothing.
+When the link breaks it dials again; meanwhile the engine goes on within its bound. It knows no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import grpc.aio
+import structlog
+
+from echelon.internal import wire
+from echelon.internal.channel import CLIENT_OPTIONS
+from echelon.internal.link import Report
+from echelon.internal.v1 import link_pb2, link_pb2_grpc
+from worker.control import REDIAL_S
+from worker.engine import Commanded, Completed, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
+from worker.plan import StepResult, encode
+
+log = structlog.get_logger("leader")
+
+
+class Leader:
+    """Drives one EngineCore. send_plan gives a plan's wire form to every rank; term tells the current term."""
+
+    def __init__(
+        self, core: EngineCore, address: str, send_plan: Callable[[bytes], None], term: Callable[[], int]
+    ) -> None:
+        self._core = core
+        self._address = address
+        self._send_plan = send_plan
+        self._term = term
+        self._reports: asyncio.Queue[Report] = asyncio.Queue()
+
+    def completed(self, result: StepResult) -> None:
+        """The runner has finished a step; called on the loop."""
+        self._post(Completed(result))
+
+    async def run(self) -> None:
+        """Serve the replica's link for as long as the process lives."""
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(self._address, options=CLIENT_OPTIONS) as channel:
+                    await self._serve(channel)
+            except grpc.aio.AioRpcError as error:
+                log.debug("link lost", code=error.code().name)
+            await asyncio.sleep(REDIAL_S)
+
+    async def _serve(self, channel: grpc.aio.Channel) -> None:
+        await channel.channel_ready()
+        self._reports = asyncio.Queue()
+        call = link_pb2_grpc.ReplicaLinkStub(channel).Serve()
+        self._post(LinkOpened(self._term()))
+        writer = asyncio.create_task(self._write(call))
+        try:
+            async for command in call:
+                self._post(Commanded(wire.command_from_proto(command)))
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            call.cancel()
+            self._post(LinkClosed())
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[link_pb2.ReplicaReport, link_pb2.ReplicaCommand]) -> None:
+        while True:
+            await call.write(wire.report_to_proto(await self._reports.get()))
+
+    def _post(self, event: Event) -> None:
+        for effect in self._core.step(time.time(), event):
+            match effect:
+                case RunPlan(plan):
+                    self._send_plan(encode(plan))
+                case SendReport(report):
+                    self._reports.put_nowait(report)

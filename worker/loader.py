@@ -1,0 +1,55 @@
+"""Loads a rank's share of a checkpoint, and reads nothing else of it.
+
+In every rank. The parameter table says which region of each tensor this rank holds; the model says which resident
+tensor takes it. The directory was checked by the coordinator before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+
+from models.config import ModelConfig
+from models.decoder import DecoderModel
+from models.files import ELEMENT_BYTES, checkpoint_index
+from models.tables import Parameter, parameter_table
+from parallel.context import ParallelContext
+from parallel.sharding import region_shape
+
+Progress = Callable[[int, int], None]
+
+
+def load_weights(
+    model: DecoderModel, config: ModelConfig, directory: Path, context: ParallelContext, progress: Progress
+) -> int:
+    """Fills every tensor of the model, converted to its dtype; returns the bytes read from the files.
+
+    progress(loaded_bytes, total_bytes) is called after each tensor, counting bytes as the files store them.
+    """
+    index = checkpoint_index(directory)
+    group = context.tensor
+    by_file: dict[Path, list[Parameter]] = defaultdict(list)
+    total_bytes = 0
+    for parameter in parameter_table(config):
+        stored = index[parameter.name]
+        by_file[stored.file].append(parameter)
+        region = parameter.held_region(group.rank, group.size)
+        total_bytes += math.prod(region_shape(region)) * ELEMENT_BYTES[stored.dtype]
+    loaded_bytes = 0
+    for file, parameters in by_file.items():
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for parameter in parameters:
+                region = parameter.held_region(group.rank, group.size)
+                held, rows = model.shards[parameter.name], region_shape(region)[0]
+                held[rows:].zero_()  # the vocabulary's padding
+                if rows:
+                    part = tensors.get_slice(parameter.name)[region]
+                    held[:rows].copy_(part)
+                    loaded_bytes += part.nbytes
+                progress(loaded_bytes, total_bytes)
+    assert loaded_bytes == total_bytes, f"read {loaded_bytes} of {total_bytes} bytes"
+    return loaded_bytes

@@ -1,0 +1,56 @@
+"""RankSpec: everything a rank process is told when it is started. The rest comes over its control line.
+
+Written by the coordinator, read in the rank process. Knows neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """coordinator_address is the internal one, host:port. node_id and pid are filled in where the process runs."""
+
+    coordinator_address: str
+    cluster: str
+    replica: int
+    rank: int
+    incarnation: str
+    device: str
+    heartbeat_s: float
+    term: int
+    node_id: str = ""
+    pid: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique among all ranks that this cluster ever started."""
+        return rank_name(self.cluster, self.replica, self.rank, self.incarnation)
+
+    def to_json(self) -> str:
+        """One line; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> RankSpec:
+        """Raises TypeError for unknown or missing fields."""
+        return cls(**json.loads(line))
+
+
+def rank_name(cluster: str, replica: int, rank: int, incarnation: str) -> str:
+    """The name a rank goes by in Ray and at its node agent. No part holds a slash."""
+    return f"rank/{cluster}/{replica}/{rank}/{incarnation}"
+
+
+def parse_rank_name(name: str) -> tuple[str, int, int, str]:
+    """(cluster, replica, rank, incarnation) of `rank_name`."""
+    _, cluster, replica, rank, incarnation = name.split("/")
+    return cluster, int(replica), int(rank), incarnation
+
+
+def replica_prefix(cluster: str, replica: int) -> str:
+    """Begins the name of every rank of a replica, whatever its incarnation."""
+    return f"rank/{cluster}/{replica}/"
