@@ -1,0 +1,179 @@
+"""The coordinator's core: from events of streams and replicas to effects.
+
+Sans-IO, in the coordinator: `step(now, event) -> effects`, to be executed in order. Three fences guard the journal:
+reports are heard only on the open link of their term and epoch, tokens only of the current attempt and only where the
+journal ends. Requests live in `lives`, credits in `router`. Knows no bytes, sockets, threads or clock, and nothing of
+how replicas come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal import Assigned, JournalState
+from coordinator.life import Life, Phase
+from coordinator.lives import CoreConfig as CoreConfig
+from coordinator.lives import Lives
+from coordinator.requests import (
+    Cancel,
+    Drain,
+    Effect,
+    Event,
+    LinkClosed,
+    LinkOpened,
+    ReplicaEnded,
+    Reported,
+    Send,
+    StreamClosed,
+    Submit,
+    Tick,
+)
+from coordinator.router import Link, Router, choose, too_large
+from echelon.errors import InternalError, InvalidRequestError
+from echelon.internal.link import Assign, Fence, Released, ReplicaHello, Report, TokenRun
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Requests by where they stand."""
+
+    queued: int
+    running: int
+    parked: int
+
+
+class CoordinatorCore:
+    """Takes up where the journal's state ends, and keeps that state."""
+
+    def __init__(self, config: CoreConfig, detokenizer: Callable[[], Detokenizer], state: JournalState) -> None:
+        self._term = config.term
+        self._router = Router()
+        self._lives = Lives(config, detokenizer, state, self._router)
+        self._restored = False
+
+    def step(self, now: float, event: Event) -> list[Effect]:
+        """The effects of one event: appends, then deliveries, then commands, then what there is to tell."""
+        if not self._restored:
+            self._lives.restore(now)
+            self._restored = True
+        self._lives.look_at_due(now)  # first, so that nothing is shown to a stream in the step that forgets it
+        match event:
+            case Reported(report):
+                self._take_report(now, report)
+            case Submit():
+                self._lives.submit(now, event)
+            case StreamClosed(stream):
+                self._lives.close_stream(now, stream)
+            case Cancel(request_ids):
+                self._lives.cancel(now, request_ids)
+            case LinkOpened(fence, hello):
+                self._open_link(now, fence, hello)
+            case LinkClosed(fence):
+                self._router.close(fence)
+            case ReplicaEnded(fence, reason):
+                self._end_epoch(now, fence.replica, fence.epoch, reason)
+            case Drain():
+                self._lives.draining = True
+            case Tick():
+                pass
+        self._assign(now)
+        return self._lives.take_effects([Send(command) for command in self._router.take_commands()])
+
+    @property
+    def counts(self) -> Counts:
+        """Requests by where they stand, ended ones left out."""
+        phases = self._lives.phases
+        return Counts(phases[Phase.QUEUED], phases[Phase.RUNNING], phases[Phase.PARKED])
+
+    def is_open(self, request_id: str) -> bool:
+        """Whether a request is known and has not ended: what a cancel would cancel."""
+        life = self._lives.get(request_id)
+        return life is not None and life.phase is not Phase.ENDED
+
+    def _open_link(self, now: float, fence: Fence, hello: ReplicaHello) -> None:
+        """Reconcile what the leader holds with what it should hold."""
+        link = Link(fence, hello)
+        if fence.term != self._term or not self._router.open(link):
+            self._lives.emit("link.refused", str(fence.replica), term=fence.term, epoch=fence.epoch)
+            return
+        self._end_epoch(now, fence.replica, fence.epoch - 1, "a later epoch serves")
+        wanted = {(life.request_id, life.entry.attempt): life for life in self._lives.running_on(fence.replica)}
+        for running in hello.running:
+            life = self._lives.get(running.request)
+            link.hold(running.request, running.attempt, life.context_tokens if life else 0)
+            if wanted.pop((running.request, running.attempt), None) is None:
+                link.abandon(running.request, running.attempt)
+        for life in reversed(wanted.values()):
+            self._lives.interrupt(now, life, "its leader does not hold it")
+
+    def _end_epoch(self, now: float, replica: int, epoch: int, reason: str) -> None:
+        """Up to this epoch nothing of the replica is heard again; its requests go first, in their order."""
+        self._router.end(replica, epoch)
+        for life in reversed(self._lives.running_on(replica)):
+            assigned = life.entry.assigned
+            if assigned and assigned.epoch <= epoch:
+                self._lives.interrupt(now, life, reason)
+
+    def _take_report(self, now: float, report: Report) -> None:
+        """Journal and deliver what it brings, then acknowledge it."""
+        link = self._router.heard(report.fence)
+        if link is None:
+            self._lives.emit("report.refused", str(report.fence.replica), report_seq=report.report_seq)
+            return
+        for run in report.runs:
+            self._take_run(now, run)
+        for released in report.released:
+            link.release(released.request, released.attempt)
+            self._take_released(now, released)
+        link.acknowledge(report.report_seq)
+
+    def _current(self, request_id: str, attempt: int) -> Life | None:
+        """The request, if this attempt is its current one. Whatever older attempts made is made again."""
+        life = self._lives.get(request_id)
+        return life if life and life.phase is Phase.RUNNING and life.entry.attempt == attempt else None
+
+    def _take_run(self, now: float, run: TokenRun) -> None:
+        life = self._current(run.request, run.attempt)
+        if life is None:
+            return
+        held = len(life.entry.ids)
+        if run.first_token > held:
+            gap = f"a run starts at token {run.first_token}, the journal ends at {held}"
+            self._lives.interrupt(now, life, gap)
+        else:
+            self._lives.accept(now, life, run)
+
+    def _take_released(self, now: float, released: Released) -> None:
+        """After a finish the request has ended already; what is released before is refused or lost."""
+        life = self._current(released.request, released.attempt)
+        if life and released.error:
+            message = f"the replica cannot run {released.request}: {released.error}"
+            self._lives.fail(now, life, InternalError(message, request_id=released.request))
+        elif life:
+            self._lives.interrupt(now, life, "its leader let go of it")
+
+    def _assign(self, now: float) -> None:
+        """First come, first served, while a replica has credits for the first."""
+        while life := self._lives.first_queued():
+            if reason := too_large(self._router.links.values(), life.context_tokens):
+                error = InvalidRequestError(reason, reason="CONTEXT_TOO_LONG", request_id=life.request_id)
+                self._lives.fail(now, life, error)
+                continue
+            link, _ = choose(self._router.links.values(), life.context_tokens)
+            if link is None:
+                return
+            self._assign_to(now, life, link)
+
+    def _assign_to(self, now: float, life: Life, link: Link) -> None:
+        entry, request = life.entry, life.entry.request
+        recomputed = entry.recomputed_tokens
+        if entry.attempt:
+            recomputed += len(request.prompt) + len(entry.ids)
+        attempt = entry.attempt + 1
+        self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
+        self._lives.move(life, Phase.RUNNING)
+        if life.assigned_unix_s is None:
+            life.assigned_unix_s = now
+        link.assign(Assign(request.request_id, attempt, request.prompt, tuple(entry.ids), request.sampling))

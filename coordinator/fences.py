@@ -1,0 +1,125 @@
+"""The fences on disk: the state directory's lock, the coordinator's term and each replica's epoch.
+
+Runs in the coordinator. A number is on disk, fsynced, before anybody can see it, so none is ever used twice. The
+lock lets one coordinator alone write here; it goes with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from echelon.errors import ConfigError
+
+LOCK_FILE = "lock"
+TERM_FILE = "term"
+LOCK_PATIENCE_S = 5.0  # a predecessor that was killed may still be ending
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Content of the term file. cluster tells this cluster's processes from another's; epochs by replica."""
+
+    cluster: str
+    term: int = 0
+    epochs: Mapping[str, int] = field(default_factory=dict)
+
+
+class Fences:
+    """Opened once by a coordinator; a second one of the same directory is refused."""
+
+    def __init__(self, directory: Path, lock: int, numbers: Numbers) -> None:
+        self._directory = directory
+        self._lock = lock
+        self._numbers = numbers
+
+    @classmethod
+    def open(cls, directory: Path, patience_s: float = LOCK_PATIENCE_S) -> Fences:
+        """Lock the directory and raise the term. Raises ConfigError when it cannot be used."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"state-dir {directory} cannot be used: {error}", field="state_dir") from None
+        try:
+            _acquire(lock, directory, patience_s)
+            numbers = _read(directory)
+            fences = cls(directory, lock, numbers)
+            fences._write(replace(numbers, term=numbers.term + 1))
+        except BaseException:
+            os.close(lock)
+            raise
+        return fences
+
+    @property
+    def cluster(self) -> str:
+        """Eight hexadecimal digits, drawn when the directory was first used."""
+        return self._numbers.cluster
+
+    @property
+    def term(self) -> int:
+        return self._numbers.term
+
+    def epoch(self, replica: int) -> int:
+        """The last persisted epoch of a replica; 0 before its first."""
+        return self._numbers.epochs.get(str(replica), 0)
+
+    def persist_epoch(self, replica: int, epoch: int) -> None:
+        """On disk when this returns."""
+        assert epoch > self.epoch(replica), f"epoch {epoch} of replica {replica} after {self.epoch(replica)}"
+        self._write(replace(self._numbers, epochs={**self._numbers.epochs, str(replica): epoch}))
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    def _write(self, numbers: Numbers) -> None:
+        """Replace the file as a whole: a crash leaves the old or the new one."""
+        fresh = self._directory / f"{TERM_FILE}.new"
+        with fresh.open("w") as file:
+            json.dump(asdict(numbers), file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._directory / TERM_FILE)
+        folder = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._numbers = numbers
+
+
+def _acquire(lock: int, directory: Path, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise ConfigError(
+                    f"state-dir {directory} is in use by another coordinator (pid {holder}); "
+                    "stop it or choose another directory",
+                    field="state_dir",
+                ) from None
+            time.sleep(0.05)
+            continue
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        return
+
+
+def _read(directory: Path) -> Numbers:
+    path = directory / TERM_FILE
+    try:
+        return Numbers(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return Numbers(cluster=secrets.token_hex(4))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, or remove the state directory") from None

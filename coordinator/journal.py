@@ -1,0 +1,147 @@
+"""The token journal's nouns: what is recorded of every request, and the state that the records add up to.
+
+Lives in the coordinator. `JournalState.apply` is the one fold: the core uses it as it decides, the journal file as it
+replays, so that a successor knows exactly what was written. Knows no bytes (`journal_codec`) and no file
+(`journal_file`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from coordinator.requests import Request
+from echelon.internal.link import Finish, Logprob
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The request is known from here on. received: ids its client held of an answer this journal did not know."""
+
+    request: Request
+    received: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """Attempt number `attempt` was given to an epoch of a replica. recomputed_tokens: prefilled again so far."""
+
+    request_id: str
+    attempt: int
+    replica: int
+    epoch: int
+    recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New ids of the answer, from place first_token on. attempt 0: its client held them, the journal did not."""
+
+    request_id: str
+    attempt: int
+    first_token: int
+    ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request's end: finish, or the error that ended it."""
+
+    request_id: str
+    finished_unix_s: float
+    finish: Finish | None = None
+    error_reason: str = ""
+    error_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Nothing of the request is remembered any more."""
+
+    request_id: str
+
+
+Record = Opened | Assigned | Tokens | Finished | Forgotten
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the journal knows of one request. logprobs stand beside ids, None where no record carried one."""
+
+    request: Request
+    ids: list[int]
+    logprobs: list[Logprob | None]
+    assigned: Assigned | None = None
+    finished: Finished | None = None
+
+    @property
+    def attempt(self) -> int:
+        return self.assigned.attempt if self.assigned else 0
+
+    @property
+    def recomputed_tokens(self) -> int:
+        return self.assigned.recomputed_tokens if self.assigned else 0
+
+    def records(self) -> Iterator[Record]:
+        """The fewest records that lead to this entry."""
+        yield Opened(self.request)
+        first = 0
+        for unknown, group in groupby(self.logprobs, key=lambda logprob: logprob is None):
+            logprobs = tuple(group)
+            ids = tuple(self.ids[first : first + len(logprobs)])
+            known = () if unknown else tuple(logprob for logprob in logprobs if logprob is not None)
+            yield Tokens(self.request.request_id, self.attempt, first, ids, known)
+            first += len(ids)
+        if self.assigned:
+            yield self.assigned
+        if self.finished:
+            yield self.finished
+
+
+@dataclass(slots=True)
+class JournalState:
+    """All remembered requests by id.
+
+    Applying some last records a second time, in order, changes nothing: compaction relies on it.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def apply(self, record: Record) -> None:
+        """Fold one record in. Records of requests that are not remembered change nothing."""
+        match record:
+            case Tokens():
+                self._add_tokens(record)
+            case Opened(request, received):
+                self.entries[request.request_id] = Entry(request, list(received), [None] * len(received))
+            case Assigned(request_id):
+                if entry := self.entries.get(request_id):
+                    entry.assigned = record
+            case Finished(request_id):
+                if entry := self.entries.get(request_id):
+                    entry.finished = record
+            case Forgotten(request_id):
+                self.entries.pop(request_id, None)
+
+    def apply_all(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self.apply(record)
+
+    def records(self) -> Iterator[Record]:
+        """The fewest records that lead to this state."""
+        for entry in self.entries.values():
+            yield from entry.records()
+
+    def _add_tokens(self, record: Tokens) -> None:
+        entry = self.entries.get(record.request_id)
+        if entry is None:
+            return
+        held = len(entry.ids) - record.first_token
+        if held < 0:  # records before these were lost to a damaged file; the client's own ids carry it on
+            del self.entries[record.request_id]
+            return
+        entry.ids.extend(record.ids[held:])
+        entry.logprobs.extend(record.logprobs[held:] if record.logprobs else [None] * len(record.ids[held:]))

@@ -1,0 +1,272 @@
+"""All remembered requests: their streams, their queue, their ends; the core's memory.
+
+Part of the coordinator's core, sans-IO. It admits, attaches, parks, ends and forgets requests, and collects the
+effects of a step. Every record it makes is folded into the journal's state at once, so what it knows is what a
+successor will know. It asks the router to withdraw an attempt, and leaves assignment to the core.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.admission import refuse_attach, refuse_open
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal import Finished, Forgotten, JournalState, Opened, Record, Tokens
+from coordinator.life import Due, Life, Phase
+from coordinator.requests import Append, Deliver, Effect, Emit, Failed, Request, StreamEvent, Submit
+from coordinator.router import Router
+from echelon.errors import (
+    CancelledError,
+    DeadlineError,
+    EchelonError,
+    StreamTakenOverError,
+)
+from echelon.internal.link import Finish, TokenRun
+
+# A new coordinator lets replicas go on this long with requests whose clients have not come back yet.
+REATTACH_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """This coordinator's term; how long a lost or answered request is remembered; prompt tokens that may wait."""
+
+    term: int
+    resume_window_s: float
+    max_queue_tokens: int
+
+
+class Lives:
+    """Requests by id. A step's effects pile up until taken: appends, then deliveries; what there is to tell at last."""
+
+    def __init__(
+        self, config: CoreConfig, detokenizer: Callable[[], Detokenizer], state: JournalState, router: Router
+    ) -> None:
+        self.draining = False
+        self.phases: Counter[Phase] = Counter()
+        self._config = config
+        self._new_detokenizer = detokenizer
+        self._state = state
+        self._router = router
+        self._lives: dict[str, Life] = {}
+        self._streams: dict[int, Life] = {}
+        self._queue: OrderedDict[str, Life] = OrderedDict()
+        self._queued_tokens = 0
+        self._timers: list[tuple[float, str]] = []  # when to look at a request; looking too often does no harm
+        self._appends: list[Effect] = []
+        self._deliveries: list[Effect] = []
+        self._told: list[Effect] = []
+
+    def get(self, request_id: str) -> Life | None:
+        return self._lives.get(request_id)
+
+    def running_on(self, replica: int) -> list[Life]:
+        """Those whose current attempt is this replica's, oldest first."""
+        running = [life for life in self._lives.values() if life.phase is Phase.RUNNING]
+        return [life for life in running if life.entry.assigned and life.entry.assigned.replica == replica]
+
+    def first_queued(self) -> Life | None:
+        return next(iter(self._queue.values()), None)
+
+    def take_effects(self, sends: list[Effect]) -> list[Effect]:
+        """Everything since the last call, in the order of execution."""
+        effects = [*self._appends, *self._deliveries, *sends, *self._told]
+        self._appends, self._deliveries, self._told = [], [], []
+        return effects
+
+    def record(self, record: Record) -> None:
+        """To be written before anything of this step is told; true for us from now on."""
+        self._state.apply(record)
+        self._appends.append(Append(record))
+
+    def emit(self, kind: str, subject: str, **detail: object) -> None:
+        self._told.append(Emit(kind, subject, detail))
+
+    def restore(self, now: float) -> None:
+        """Take up where the journal ends. What a replica held may still be held: its next hello will say."""
+        for entry in self._state.entries.values():
+            phase = Phase.ENDED if entry.finished else Phase.RUNNING if entry.assigned else Phase.PARKED
+            life = Life(entry, phase, detached_unix_s=now)
+            self._lives[life.request_id] = life
+            self.phases[phase] += 1
+            self._look_at(life, now)
+
+    # Streams
+
+    def close_stream(self, now: float, stream: int) -> None:
+        """Its client is gone; a stream that has had its terminal event is not known here."""
+        if life := self._streams.pop(stream, None):
+            life.detach(now)
+            self._park(now, life)
+
+    def submit(self, now: float, submit: Submit) -> None:
+        assert submit.stream not in self._streams, f"stream {submit.stream} has submitted already"
+        request, received = submit.request, submit.received or ()
+        life = self._lives.get(request.request_id)
+        if life:
+            refusal = refuse_attach(life.entry, request, received)
+        else:
+            refusal = refuse_open(request, received, self._queued_tokens, self._config.max_queue_tokens, self.draining)
+        if refusal:
+            self._deliveries.append(Deliver(submit.stream, Failed(refusal)))
+            return
+        if life is None:
+            life = self._open(now, request, received)
+        elif len(received) > len(life.entry.ids):
+            # A power cut took the journal's end, but the client has it: go on from there, not from what a leader holds.
+            held = len(life.entry.ids)
+            self.record(Tokens(life.request_id, 0, held, received[held:]))
+            self._withdraw(life)
+            self.move(life, Phase.PARKED)
+        self._attach(now, life, submit.stream, len(received))
+
+    def _open(self, now: float, request: Request, received: tuple[int, ...]) -> Life:
+        self.record(Opened(request, received))
+        life = Life(self._state.entries[request.request_id], Phase.PARKED, detached_unix_s=now)
+        self._lives[life.request_id] = life
+        self.phases[life.phase] += 1
+        self._look_at(life, request.deadline_unix_s)
+        self.emit("request.opened", request.request_id)
+        return life
+
+    def _attach(self, now: float, life: Life, stream: int, received: int) -> None:
+        """Show the stream what it lacks, and see that the request goes on."""
+        if life.stream is not None:
+            taken_over = StreamTakenOverError("another stream attached to this request", request_id=life.request_id)
+            self._end_stream(life, Failed(taken_over))
+        self._streams[stream] = life
+        for shown in life.attach(stream, self._new_detokenizer(), received):
+            self._deliver(life, shown)
+        if life.phase is Phase.ENDED:
+            self._end_stream(life, life.terminal())
+        elif life.phase is Phase.PARKED:
+            self._enqueue(now, life)
+
+    def _deliver(self, life: Life, event: StreamEvent) -> None:
+        assert life.stream is not None
+        self._deliveries.append(Deliver(life.stream, event))
+
+    def _end_stream(self, life: Life, event: StreamEvent) -> None:
+        """The terminal event: the stream is known no more."""
+        assert life.stream is not None
+        self._deliver(life, event)
+        del self._streams[life.stream]
+        life.stream = None
+
+    def cancel(self, now: float, request_ids: tuple[str, ...]) -> None:
+        for request_id in request_ids:
+            if (life := self._lives.get(request_id)) and life.phase is not Phase.ENDED:
+                self.fail(now, life, CancelledError("the request was cancelled", request_id=request_id))
+
+    # Lives
+
+    def _enqueue(self, now: float, life: Life, *, front: bool = False) -> None:
+        """Wait for a replica, unless the ids that are known end the answer already."""
+        if finish := life.ending():
+            self._finish(now, life, finish)
+            return
+        self.move(life, Phase.QUEUED)
+        self._queue[life.request_id] = life
+        self._queued_tokens += len(life.entry.request.prompt)
+        if front:
+            self._queue.move_to_end(life.request_id, last=False)
+
+    def interrupt(self, now: float, life: Life, reason: str) -> None:
+        """A replica lost it, or never had it: replay it from the journal, ahead of those that wait."""
+        self._withdraw(life)
+        recomputed = len(life.entry.request.prompt) + len(life.entry.ids)
+        detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": recomputed}
+        self.emit("request.replayed", life.request_id, **detail)
+        if life.stream is None:
+            self._park(now, life)
+        else:
+            self._enqueue(now, life, front=True)
+
+    def _park(self, now: float, life: Life) -> None:
+        """No client: nothing is computed until one comes back, or until the resume window has passed."""
+        self._withdraw(life)
+        if finish := life.ending():
+            self._finish(now, life, finish)
+            return
+        self.move(life, Phase.PARKED)
+        self._age(now, life)
+        self.emit("request.parked", life.request_id)
+
+    def _finish(self, now: float, life: Life, finish: Finish) -> None:
+        self._end(life, Finished(life.request_id, now, finish))
+        self.emit("request.finished", life.request_id, finish=finish.name.lower(), tokens=len(life.entry.ids))
+
+    def fail(self, now: float, life: Life, error: EchelonError) -> None:
+        self._withdraw(life)
+        self._end(life, Finished(life.request_id, now, None, error.reason, error.message))
+        self.emit("request.failed", life.request_id, reason=error.reason, message=error.message)
+
+    def _end(self, life: Life, finished: Finished) -> None:
+        self.record(finished)
+        self._look_at(life, finished.finished_unix_s + self._config.resume_window_s)
+        self.move(life, Phase.ENDED)
+        if life.stream is not None:
+            self._end_stream(life, life.terminal())
+
+    def _forget(self, life: Life) -> None:
+        self.record(Forgotten(life.request_id))
+        self.phases[life.phase] -= 1
+        del self._lives[life.request_id]
+
+    def _withdraw(self, life: Life) -> None:
+        """Have its leader let go of it, if one has it."""
+        if life.phase is Phase.RUNNING and (assigned := life.entry.assigned):
+            self._router.abandon(assigned.replica, life.request_id, assigned.attempt)
+
+    def move(self, life: Life, phase: Phase) -> None:
+        if self._queue.pop(life.request_id, None):
+            self._queued_tokens -= len(life.entry.request.prompt)
+        self.phases[life.phase] -= 1
+        self.phases[phase] += 1
+        life.phase = phase
+
+    def accept(self, now: float, life: Life, run: TokenRun) -> None:
+        """Journal and deliver what a run of the current attempt adds; it has to start where the journal ends."""
+        entry = life.entry
+        first = len(entry.ids)
+        new = run.ids[first - run.first_token :]
+        ids = life.cut(new)
+        if ids:
+            self.record(Tokens(run.request, run.attempt, first, ids, run.logprobs[-len(new) :][: len(ids)], run.choice))
+            if life.first_token_unix_s is None:
+                life.first_token_unix_s = now
+            if life.stream is not None:
+                self._deliver(life, life.delta(first))
+        if finish := life.ending() or run.finish:
+            if not run.finish:
+                self._withdraw(life)
+            self._finish(now, life, finish)
+
+    # Time
+
+    def look_at_due(self, now: float) -> None:
+        """What time alone does: deadlines, the resume window, clients that did not come back to a new coordinator."""
+        while self._timers and self._timers[0][0] <= now:
+            _, request_id = heapq.heappop(self._timers)
+            if life := self._lives.get(request_id):
+                self._age(now, life)
+
+    def _age(self, now: float, life: Life) -> None:
+        """Do what is due, or look again when it will be."""
+        due_unix_s, due = life.next_due(self._config.resume_window_s, REATTACH_S)
+        if now < due_unix_s:
+            self._look_at(life, due_unix_s)
+        elif due is Due.FORGET:
+            self._forget(life)
+        elif due is Due.PARK:
+            self._park(now, life)
+        else:
+            limit = life.entry.request.sampling.max_tokens
+            late = f"the deadline passed after {len(life.entry.ids)} of at most {limit} tokens"
+            self.fail(now, life, DeadlineError(late, request_id=life.request_id))
+
+    def _look_at(self, life: Life, unix_s: float) -> None:
+        heapq.heappush(self._timers, (unix_s, life.request_id))

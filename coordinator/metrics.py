@@ -1,0 +1,74 @@
+"""The coordinator's Prometheus figures, in a registry of their own.
+
+Names follow vLLM's where the meaning is the same, under the prefix `echelon_`. Counted by the service as it
+executes effects; served by prometheus-client's own small HTTP server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from echelon.errors import ConfigError
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Every figure; `create` registers them."""
+
+    registry: CollectorRegistry
+    requests: Counter
+    requests_ended: Counter
+    generated_tokens: Counter
+    replayed_requests: Counter
+    queued: Gauge
+    running: Gauge
+    parked: Gauge
+    time_to_first_token: Histogram
+    inter_token: Histogram
+    kv_cache_usage: Gauge
+    epoch: Gauge
+    term: Gauge
+    journal_durable: Gauge
+
+    @classmethod
+    def create(cls) -> Metrics:
+        """All figures in a fresh registry."""
+        registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"echelon_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"echelon_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"echelon_{name}", text, registry=registry, buckets=SECONDS)
+
+        return cls(
+            registry=registry,
+            requests=counter("requests", "Requests submitted; re-attachments do not count."),
+            requests_ended=counter("requests_ended", "Requests ended, by finish reason or error reason.", "reason"),
+            generated_tokens=counter("generated_tokens", "Tokens journaled."),
+            replayed_requests=counter("replayed_requests", "Requests taken up again after a fault."),
+            queued=gauge("num_requests_waiting", "Requests queued for a replica."),
+            running=gauge("num_requests_running", "Requests assigned to a replica."),
+            parked=gauge("num_requests_parked", "Requests whose client vanished, waiting to be resumed."),
+            time_to_first_token=seconds("time_to_first_token_seconds", "From arrival to the first token."),
+            inter_token=seconds("inter_token_latency_seconds", "Between deltas of one request, per token."),
+            kv_cache_usage=gauge("kv_cache_usage_ratio", "Referenced share of a replica's KV blocks.", "replica"),
+            epoch=gauge("replica_epoch", "The replica's epoch.", "replica"),
+            term=gauge("coordinator_term", "The coordinator's term."),
+            journal_durable=gauge("journal_durable", "1 while tokens are journaled before delivery."),
+        )
+
+    def serve(self, address: str) -> None:
+        """Serve /metrics on host:port. Raises ConfigError when the address cannot be bound."""
+        host, _, port = address.rpartition(":")
+        try:
+            start_http_server(int(port), addr=host, registry=self.registry)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"metrics-address {address}: {error}", field="metrics-address") from error

@@ -1,0 +1,106 @@
+"""Placement: model facts and degrees -> bytes per rank, and how many KV blocks the ranks' memory allows.
+
+Pure, in the coordinator and in the supervisor's checks before anything is started. It reads the model's parameter
+table, which the loader reads too, so planned bytes are resident bytes. It knows no Ray and no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echelon.config import CoordinatorConfig
+from echelon.errors import ConfigError
+from models.config import DTYPE_BYTES, ModelConfig
+from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What a rank's device had free before anything was loaded."""
+
+    node_id: str
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """What one replica needs of its ranks, before any of them was started.
+
+    parameter_bytes by tensor rank; block_bytes of one KV block on each rank. shared_memory: ranks of one node draw
+    on the same memory (cpu). memory_fraction is the share of the free memory that weights and blocks may take.
+    """
+
+    tensor: int
+    parameter_bytes: tuple[int, ...]
+    block_bytes: int
+    block_tokens: int
+    max_context: int
+    max_running: int
+    memory_fraction: float
+    shared_memory: bool
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks of one request of max_context tokens."""
+        return -(-self.max_context // self.block_tokens)
+
+    def kv_blocks(self, memory: Sequence[RankMemory]) -> int:
+        """Blocks on every rank: what a full batch can use, or less where memory is short.
+
+        Raises ConfigError when not even one request of max_context tokens fits.
+        """
+        assert len(memory) == self.tensor, f"memory of {len(memory)} ranks, the plan has {self.tensor}"
+        sharers = Counter(rank.node_id for rank in memory)
+        allowed = [
+            self._room_bytes(rank, sharers[rank.node_id] if self.shared_memory else 1, index) // self.block_bytes
+            for index, rank in enumerate(memory)
+        ]
+        tightest = min(range(self.tensor), key=allowed.__getitem__)
+        if allowed[tightest] < self.blocks_per_request:
+            raise self._no_room(memory[tightest], sharers[memory[tightest].node_id], tightest, allowed[tightest])
+        return min(self.max_running * self.blocks_per_request, allowed[tightest])
+
+    def _room_bytes(self, rank: RankMemory, sharers: int, index: int) -> int:
+        """For KV blocks; negative where the weights alone do not fit."""
+        return int(rank.free_bytes * self.memory_fraction) // sharers - self.parameter_bytes[index]
+
+    def _no_room(self, rank: RankMemory, sharers: int, index: int, allowed: int) -> ConfigError:
+        shared = f" / {sharers} ranks" if self.shared_memory and sharers > 1 else ""
+        need = self.blocks_per_request
+        fitting = max(allowed, 0) * self.block_tokens
+        remedy = (
+            f"lower max-context to {fitting} or less, raise tensor or free memory"
+            if fitting
+            else "the weights alone leave no room: raise tensor or free memory"
+        )
+        return ConfigError(
+            f"no memory for the KV cache on rank {index}: {_mib(rank.free_bytes)} free * gpu-memory-fraction "
+            f"{self.memory_fraction:g}{shared} - {_mib(self.parameter_bytes[index])} of weights leaves room for "
+            f"{max(allowed, 0)} blocks, and one request of max-context {self.max_context} needs {need} blocks of "
+            f"{self.block_tokens} tokens ({_mib(need * self.block_bytes)}); {remedy}",
+            field="max_context",
+        )
+
+
+def plan_replica(config: CoordinatorConfig, model: ModelConfig) -> ReplicaPlan:
+    """The plan of each replica. Raises ConfigError when the degrees do not divide the model."""
+    check_degrees(model, config.tensor)
+    dtype_bytes = DTYPE_BYTES[config.dtype]
+    return ReplicaPlan(
+        tensor=config.tensor,
+        parameter_bytes=tuple(parameter_bytes(model, r, config.tensor, dtype_bytes) for r in range(config.tensor)),
+        block_bytes=kv_bytes_per_block(model, config.tensor, BLOCK_TOKENS, dtype_bytes),
+        block_tokens=BLOCK_TOKENS,
+        max_context=config.max_context,
+        max_running=config.max_running,
+        memory_fraction=config.gpu_memory_fraction,
+        shared_memory=config.device == "cpu",
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

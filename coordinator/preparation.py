@@ -1,0 +1,145 @@
+"""Everything that can be checked before anything is started, and everything that is settled once for a cluster's life.
+
+In the supervisor, before Ray: the model's files, the degrees, devices, ports and folders. Reads headers of weights
+at most. What is wrong is told here in one sentence, in a second, rather than by a rank minutes later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import rmtree
+from typing import cast
+
+from coordinator.placement import plan_replica
+from coordinator.ray_head import RayHead, RayHeadConfig
+from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
+from echelon.errors import ConfigError, UnavailableError
+from models.config import ModelConfig, read_model_config
+from models.files import check_model_directory
+
+LOCAL_HOST = "127.0.0.1"
+MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
+CONNECT_TIMEOUT_S = 5.0
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """For the sockets, logs and temporary state of one cluster; gone afterwards."""
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="echelon-", dir=base if len(base) < MAX_FOLDER_LENGTH else "/tmp"))
+    try:
+        yield folder
+    finally:
+        rmtree(folder, ignore_errors=True)
+
+
+def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHead | None]:
+    """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
+    check_model_directory(config.model)
+    model = read_model_config(config.model)
+    device = _device(config)
+    host, port = split_address(config.address)
+    public = join_address(host, _claim(host, port, "--address"))
+    if config.metrics_address:
+        _claim(*split_address(config.metrics_address), "--metrics-address")
+    internal_host = LOCAL_HOST if not config.ray_address else _reach_ray(config.ray_address)
+    settled = CoordinatorConfig.model_validate(
+        config.model_dump()
+        | {
+            "model": config.model.resolve(),
+            "served_model_name": config.served_model_name or config.model.resolve().name,
+            "device": device,
+            "dtype": _dtype(config, model, device),
+            "max_context": _max_context(config, model),
+            "address": public,
+            "internal_address": join_address(internal_host, _claim(internal_host, 0, "internal address")),
+            "ray_address": config.ray_address or join_address(LOCAL_HOST, _claim(LOCAL_HOST, 0, "Ray")),
+            "state_dir": _state_folder(config.state_dir, folder),
+        }
+    )
+    plan_replica(settled, model)
+    return settled, None if config.ray_address else _own_ray(settled, folder)
+
+
+def _device(config: ServeConfig) -> Device:
+    gpus = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
+    if config.device == "cpu" or (config.device == "auto" and (gpus == 0 or config.dtype == "float64")):
+        return "cpu"
+    if gpus < config.tensor and config.ray_address is None:
+        raise ConfigError(
+            f"tensor={config.tensor} needs as many GPUs, this machine has {gpus}; lower tensor, join a larger Ray "
+            "with ray-address, or use device=cpu",
+            field="tensor",
+        )
+    return "cuda"
+
+
+def _dtype(config: ServeConfig, model: ModelConfig, device: Device) -> Dtype:
+    if config.dtype != "auto":
+        return config.dtype
+    if model.dtype == "float64" and device == "cuda":
+        raise ConfigError("the checkpoint is float64, which is for device=cpu; pass --dtype bfloat16", field="dtype")
+    return cast(Dtype, model.dtype)
+
+
+def _max_context(config: ServeConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_context is not None and config.max_context > limit:
+        raise ConfigError(
+            f"max-context={config.max_context} is more than the model's max_position_embeddings={limit}; "
+            f"pass --max-context {limit} or less",
+            field="max_context",
+        )
+    return config.max_context or limit
+
+
+def _state_folder(given: Path | None, folder: Path) -> Path:
+    state = (given or folder / "state").resolve()
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        writable = os.access(state, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(f"state-dir {state} cannot be made: {error}", field="state_dir") from None
+    if not writable:
+        raise ConfigError(f"state-dir {state} is not writable", field="state_dir")
+    return state
+
+
+def _claim(host: str, port: int, what: str) -> int:
+    """The port if it is free, a free one for 0. Held no longer than the check: its user binds it later."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            remedy = "choose another port, or 0 for a free one"
+            raise UnavailableError(f"{what}: port {port} of {host} is in use; {remedy}") from None
+        raise UnavailableError(f"{what}: cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def _reach_ray(address: str) -> str:
+    """The address of this host that reaches that Ray: ranks on its nodes will dial it."""
+    try:
+        with socket.create_connection(split_address(address), timeout=CONNECT_TIMEOUT_S) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise UnavailableError(
+            f"no Ray answers at --ray-address {address}: {error.strerror or error}; start one with "
+            "`ray start --head`, or leave ray-address out"
+        ) from None
+
+
+def _own_ray(config: CoordinatorConfig, folder: Path) -> RayHead:
+    host, port = split_address(config.ray_address)
+    client_port = _claim(LOCAL_HOST, 0, "Ray's client port")
+    return RayHead(RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, config.tensor), folder))

@@ -1,0 +1,301 @@
+"""Everything a coordinator process holds, built in order and taken down in order.
+
+Opens the state directory, builds core, jobs and replica, serves both gRPC ports, joins Ray, and then keeps the
+background tasks running. A task that ends by itself is a defect and ends the coordinator; the supervisor replaces it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from coordinator.cluster import Cluster
+from coordinator.core import CoordinatorCore, CoreConfig
+from coordinator.detokenizer import Detokenizer
+from coordinator.events import EventLog
+from coordinator.fences import Fences
+from coordinator.frontend import ModelFacts
+from coordinator.health import HealthLimits
+from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
+from coordinator.job_service import JobService
+from coordinator.jobs import JobConfig
+from coordinator.journal_file import JournalFile
+from coordinator.metrics import Metrics
+from coordinator.placement import plan_replica
+from coordinator.replica import ReplicaConfig, ReplicaCore
+from coordinator.replica_events import Died
+from coordinator.replica_service import Callbacks, ReplicaService
+from coordinator.requests import Drain
+from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
+from coordinator.service import Parts, Service
+from coordinator.tokenizer import Tokenizer
+from echelon import types
+from echelon.config import CoordinatorConfig
+from echelon.errors import ConfigError, EchelonError
+from echelon.internal.channel import SERVER_OPTIONS
+from echelon.internal.v1 import control_pb2, control_pb2_grpc, link_pb2_grpc
+from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from models.config import ModelConfig, read_model_config
+from worker.spec import RankSpec
+
+REPLICA = 0  # one replica for now
+STOP_GRACE_S = 1.0
+DRAIN_POLL_S = 0.05
+
+log = structlog.get_logger("coordinator")
+
+
+class RankLauncher:
+    """RankProcesses over Ray: what every rank of this coordinator is told, filled in."""
+
+    def __init__(self, cluster: Cluster, config: CoordinatorConfig, fences: Fences) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._fences = fences
+
+    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+        spec = RankSpec(
+            coordinator_address=self._config.internal_address,
+            cluster=self._fences.cluster,
+            replica=replica,
+            rank=rank,
+            incarnation=incarnation,
+            device=self._config.device,
+            heartbeat_s=self._config.heartbeat_s,
+            term=self._fences.term,
+        )
+        await self._cluster.launch(spec)
+
+    async def kill(self, replica: int, suspect: int | None) -> None:
+        await self._cluster.kill(replica, suspect)
+
+
+class Coordinator:
+    """One coordinator. `run` serves until it is cancelled or fails; `close` ends what it owns."""
+
+    def __init__(self, config: CoordinatorConfig, tell: Callable[..., None]) -> None:
+        self._config = config
+        self._tell = tell
+        self._fences = Fences.open(config.state_dir)
+        self._model = read_model_config(config.model)
+        self._service = build_service(config, self._model, self._fences)
+        self._cluster = Cluster(self._fences.cluster, config.lease_s)
+        self._replica = self._build_replica()
+        self._health = health.aio.HealthServicer()
+        self._servers: list[grpc.aio.Server] = []
+        self._jobs: JobService | None = None
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Bring everything up, then watch over it. Raises EchelonError when it cannot be brought up."""
+        config = self._config
+        self._service.events.emit("coordinator.started", "coordinator", {"term": self._fences.term, "pid": os.getpid()})
+        self._service.metrics.term.set(self._fences.term)
+        self._jobs = await JobService.open(config.state_dir / "jobs.db", self._service, JobConfig())
+        self._service.on_interrupted(self._jobs.interrupted)
+        if config.metrics_address:
+            self._service.metrics.serve(config.metrics_address)
+        await self._set_serving(False)
+        await self._serve_public(self._jobs)
+        await self._serve_internal()
+        await self._cluster.connect(config.ray_address)
+        # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        survivors = await self._cluster.survivors(REPLICA)
+        await self._watch(
+            self._replica.run(survivors), self._service.tick(), self._jobs.run(), self._deaths(), self._renew()
+        )
+
+    async def close(self, drain: bool) -> None:
+        """Drain if asked, then end servers, ranks and slots; the state directory stays for a successor."""
+        await self._set_serving(False)
+        self._service.events.emit("coordinator.stopping", "coordinator", {"drain": drain})
+        if drain:
+            await self._drain()
+        self._replica.close()
+        for server in self._servers:
+            await server.stop(STOP_GRACE_S)
+        if self._jobs is not None:
+            await self._jobs.close()
+        await self._cluster.remove()
+        self._service.close()
+        self._fences.close()
+
+    def describe(self) -> types.Cluster:
+        """Everything that serves, at this moment."""
+        config, core = self._config, self._replica.core
+        counts, engine = self._service.core.counts, self._service.engine(REPLICA)
+        serving = self._replica.serving is not None
+        model = types.Model(
+            name=config.served_model_name,
+            source=str(config.model),
+            state="active" if serving else "loading",
+            dtype=config.dtype,
+            architecture=self._model.architecture,
+            max_context=config.max_context,
+        )
+        replica = types.Replica(
+            index=REPLICA,
+            epoch=core.fence.epoch,
+            state=core.state.value,
+            kv_blocks_total=engine.kv_blocks,
+            kv_blocks_referenced=engine.stats.blocks_referenced,
+            step=engine.stats.step,
+            counters=engine.stats.counters,
+        )
+        return types.Cluster(
+            version=importlib.metadata.version("echelon"),
+            term=self._fences.term,
+            coordinator_pid=os.getpid(),
+            queued=counts.queued,
+            running=counts.running,
+            parked=counts.parked,
+            models=(model,),
+            replicas=(replica,),
+            ranks=core.ranks(),
+        )
+
+    # Bringing up.
+
+    def _build_replica(self) -> ReplicaService:
+        config, fences = self._config, self._fences
+        core = ReplicaCore(
+            ReplicaConfig(
+                replica=REPLICA,
+                term=fences.term,
+                epoch=fences.epoch(REPLICA),
+                plan=plan_replica(config, self._model),
+                limits=HealthLimits(),
+            )
+        )
+        callbacks = Callbacks(
+            persist_epoch=lambda epoch: fences.persist_epoch(REPLICA, epoch),
+            loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
+            serving=self._on_serving,
+            give_up=self._give_up,
+        )
+        launcher = RankLauncher(self._cluster, config, fences)
+        return ReplicaService(REPLICA, core, launcher, self._service, callbacks)
+
+    async def _serve_public(self, jobs: JobService) -> None:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        cluster = ClusterServicer(self.describe, self._service)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
+        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs), server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
+        cluster_pb2_grpc.add_ModelServiceServicer_to_server(cluster, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*service_names(), reflection.SERVICE_NAME, health.SERVICE_NAME), server)
+        await self._start(server, self._config.address)
+
+    async def _serve_internal(self) -> None:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        replicas = {REPLICA: self._replica}
+        settings = epoch_settings(self._config)
+        control_pb2_grpc.add_RankControlServicer_to_server(RankControlServicer(replicas, settings), server)
+        link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(replicas, self._service), server)
+        await self._start(server, self._config.internal_address)
+
+    async def _start(self, server: grpc.aio.Server, address: str) -> None:
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigError(f"{address} cannot be bound; is the port in use?", field="address") from None
+        await server.start()
+        self._servers.append(server)
+
+    # Keeping going.
+
+    async def _watch(self, *works: Coroutine[Any, Any, None]) -> None:
+        """Until one of them, or the replica, fails."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        try:
+            done, _ = await asyncio.wait([*tasks, self._failed], return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _deaths(self) -> None:
+        async for replica, rank, incarnation in self._cluster.deaths():
+            if replica == REPLICA:
+                self._replica.post(Died(rank, incarnation))
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.lease_s / 6)
+            await self._cluster.renew()
+
+    async def _drain(self) -> None:
+        """Let what runs finish, refuse what is new."""
+        self._service.post(Drain())
+        deadline_s = time.monotonic() + self._config.drain_timeout_s
+        while time.monotonic() < deadline_s:
+            counts = self._service.core.counts
+            if counts.queued + counts.running == 0:
+                return
+            await asyncio.sleep(DRAIN_POLL_S)
+        log.warning("the drain timeout has passed; what runs is interrupted and can be resumed")
+
+    def _on_serving(self, serving: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_serving(serving))
+        task.add_done_callback(lambda done: done.result())
+        if serving:
+            self._tell(ready=self._config.address)
+
+    async def _set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *service_names()):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    def _give_up(self, error: EchelonError) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+
+def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences) -> Service:
+    """The service over the state directory's journal."""
+    tokenizer = Tokenizer.from_directory(config.model)
+    journal = JournalFile(config.state_dir / "journal", fences.term, fsync=config.journal == "fsync")
+    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
+    parts = Parts(
+        core=CoordinatorCore(core_config, lambda: Detokenizer(tokenizer.decode), journal.state),
+        journal=journal,
+        events=EventLog(fences.term),
+        metrics=Metrics.create(),
+        tokenizer=tokenizer,
+        facts=ModelFacts.of(config.served_model_name, config.max_context, model),
+    )
+    return Service(parts)
+
+
+def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
+    """What every rank is told of an epoch besides its store and its blocks."""
+    plan = plan_replica(config, read_model_config(config.model))
+    return control_pb2.FormEpoch(
+        model_path=str(config.model),
+        dtype=config.dtype,
+        tensor=config.tensor,
+        block_tokens=plan.block_tokens,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        max_context=config.max_context,
+    )
+
+
+def service_names() -> tuple[str, ...]:
+    """The public services, as health and reflection name them."""
+    files = (generation_pb2.DESCRIPTOR, jobs_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR)
+    return tuple(service.full_name for file in files for service in file.services_by_name.values())

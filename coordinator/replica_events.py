@@ -1,0 +1,234 @@
+"""What a replica's core hears and answers: the events and effects of `coordinator/replica.py`.
+
+Frozen values between the core and its shell in the coordinator process. Events named after a rank carry the
+incarnation of the process they speak of, so that a late word of a dead one is recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from echelon.errors import EchelonError
+from echelon.internal.link import Fence
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The coordinator is up. survivors: (rank, incarnation) of this replica's processes that still live."""
+
+    survivors: frozenset[tuple[int, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes a ready rank holds."""
+
+    parameter_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    """A rank's hello on a new stream. epoch is the one it serves or forms, resident is set once it serves."""
+
+    rank: int
+    incarnation: str
+    pid: int
+    node_id: str
+    phase: str
+    device: str
+    memory_bytes: int
+    epoch: int = 0
+    resident: Resident | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """The rank's current stream ended (not one that a newer stream has replaced)."""
+
+    rank: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The node agent saw the process end."""
+
+    rank: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A heartbeat."""
+
+    rank: int
+    incarnation: str
+    phase: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOpened:
+    """Rank 0 has opened the rendezvous of the epoch."""
+
+    rank: int
+    incarnation: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Weights loaded so far."""
+
+    rank: int
+    incarnation: str
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The rank serves the epoch."""
+
+    rank: int
+    incarnation: str
+    resident: Resident
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The rank tells an error that it cannot go on from."""
+
+    rank: int
+    incarnation: str
+    phase: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """Ray could not start the process."""
+
+    rank: int
+    incarnation: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """Every process asked for by Kill(epoch) is confirmed gone."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Now and then. lag_s: how late this tick is; what was not heard meanwhile was the coordinator's own doing."""
+
+    lag_s: float = 0.0
+
+
+RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | LaunchFailed
+Event = RankEvent | Started | Killed | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start a rank's process in its slot."""
+
+    rank: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Kill every process of the replica that was ever started, suspect first, and answer Killed(epoch)."""
+
+    epoch: int
+    suspect: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PersistEpoch:
+    """On disk before any later effect is executed."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The rank belongs to this coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStore:
+    """To rank 0: open the rendezvous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Form the epoch of the fence."""
+
+    store_address: str
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """End yourself."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send a command on the stream of that incarnation, if it has one."""
+
+    fence: Fence
+    rank: int
+    incarnation: str
+    command: Accept | OpenStore | Form | Refuse
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaUp:
+    """All ranks serve the epoch; its leader may link."""
+
+    fence: Fence
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDown:
+    """The epoch that served has ended; its requests go back to the queue."""
+
+    fence: Fence
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Weights loaded by all ranks together."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """One entry of the event log."""
+
+    kind: str
+    subject: str
+    detail: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The replica cannot be started; the coordinator ends with this error."""
+
+    error: EchelonError
+
+
+Effect = Launch | Kill | PersistEpoch | Tell | ReplicaUp | ReplicaDown | Loading | Emit | GiveUp

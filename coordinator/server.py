@@ -1,0 +1,266 @@
+"""The public gRPC services: translate, set the deadline, hand over; errors leave as google.rpc.Status.
+
+Runs on the coordinator's loop. Protobuf types end here. A handler never decides, and re-raises cancellation, which
+parks a request through the closing of its event iterator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import NoReturn, TypeVar
+
+import grpc.aio
+import structlog
+
+from coordinator.frontend import ChatPrompt, GenerateFields, Prompt, check_client_request_id
+from coordinator.job_service import JobService
+from coordinator.requests import Admitted, Delta, Failed, Final
+from coordinator.service import Service
+from echelon import convert, convert_cluster
+from echelon.errors import EchelonError, InternalError, InvalidRequestError
+from echelon.status import abort_status
+from echelon.types import Cluster
+from echelon.types import StreamEvent as PublicEvent
+from echelon.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+log = structlog.get_logger("server")
+
+
+async def refuse(context: grpc.aio.ServicerContext[Request, Response], error: Exception) -> NoReturn:
+    """End the call with the error's status; what is no EchelonError is a defect: logged whole, told as INTERNAL."""
+    if not isinstance(error, EchelonError):
+        log.error("a handler broke", exc_info=error)
+        error = InternalError(f"{type(error).__name__} in the coordinator; its log has the rest")
+    await context.abort_with_status(abort_status(error))
+    raise AssertionError("abort_with_status always raises")
+
+
+async def answered(
+    context: grpc.aio.ServicerContext[Request, Response], call: Callable[[], Awaitable[Response]]
+) -> Response:
+    """The call's answer, or the status of its error."""
+    try:
+        return await call()
+    except Exception as error:  # noqa: BLE001 - every error leaves as a status
+        await refuse(context, error)
+
+
+def fields_of(message: generation_pb2.GenerateRequest, remaining_s: float | None) -> GenerateFields:
+    """What a client sent. remaining_s: until its deadline, None without one."""
+    prompt: Prompt | None = None
+    match message.WhichOneof("input"):
+        case "text":
+            prompt = message.text
+        case "token_ids":
+            prompt = tuple(message.token_ids.ids)
+        case "chat":
+            messages = tuple(convert.message_from_proto(chat) for chat in message.chat.messages)
+            prompt = ChatPrompt(messages, dict(message.chat.template_args))
+    check_client_request_id(message.request_id)
+    return GenerateFields(
+        prompt=prompt,
+        sampling=convert.sampling_from_proto(message.sampling),
+        model=message.model,
+        request_id=message.request_id,
+        deadline_unix_s=None if remaining_s is None else time.time() + remaining_s,
+    )
+
+
+def received_of(message: generation_pb2.GenerateRequest) -> tuple[int, ...] | None:
+    """The ids a re-attaching client holds."""
+    if not message.HasField("resume"):
+        return None
+    if len(message.resume.received) > 1:
+        raise InvalidRequestError("resume.received has more than one choice", field="resume.received")
+    return tuple(message.resume.received[0].ids) if message.resume.received else ()
+
+
+def public(request_id: str, event: Admitted | Delta | Final) -> generation_pb2.StreamGenerateResponse:
+    """What a client sees of a stream event."""
+    match event:
+        case Admitted():
+            return convert.stream_to_proto(request_id, event)
+        case Delta(index, sequence, text, ids, logprobs):
+            return convert.stream_to_proto(request_id, PublicEvent(request_id, index, sequence, text, ids, logprobs))
+        case Final(completion):
+            return convert.stream_to_proto(request_id, completion)
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """GenerationService over the coordinator's service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def StreamGenerate(
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.StreamGenerateResponse],
+    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        request_id = request.request_id
+        try:
+            async with aclosing(self._events(request, context.time_remaining())) as events:
+                async for event in events:
+                    if isinstance(event, Admitted):
+                        request_id = event.request_id
+                    yield public(request_id, event)
+        except Exception as error:  # noqa: BLE001 - every error leaves as a status
+            await refuse(context, error)
+
+    async def Generate(
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse],
+    ) -> generation_pb2.GenerateResponse:
+        async def call() -> generation_pb2.GenerateResponse:
+            async with aclosing(self._events(request, context.time_remaining())) as events:
+                async for event in events:
+                    if isinstance(event, Final):
+                        return convert.completion_to_proto(event.completion)
+            raise AssertionError("a stream ends with Final or Failed")
+
+        return await answered(context, call)
+
+    async def CancelGeneration(
+        self,
+        request: generation_pb2.CancelGenerationRequest,
+        context: grpc.aio.ServicerContext[
+            generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse
+        ],
+    ) -> generation_pb2.CancelGenerationResponse:
+        cancelled = self._service.cancel(request.request_ids)
+        return generation_pb2.CancelGenerationResponse(cancelled_request_ids=cancelled)
+
+    async def _events(
+        self, request: generation_pb2.GenerateRequest, remaining_s: float | None
+    ) -> AsyncGenerator[Admitted | Delta | Final]:
+        """The request's events but for a failure, which is raised."""
+        async with aclosing(self._service.submit(fields_of(request, remaining_s), received_of(request))) as events:
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+
+
+class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
+    """BatchJobService over the job service."""
+
+    def __init__(self, jobs: JobService) -> None:
+        self._jobs = jobs
+
+    async def CreateBatchJob(
+        self,
+        request: jobs_pb2.CreateBatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.CreateBatchJobRequest, jobs_pb2.BatchJob],
+    ) -> jobs_pb2.BatchJob:
+        async def call() -> jobs_pb2.BatchJob:
+            job = await self._jobs.create(request.batch_job_id, request.model, request.source.jsonl)
+            return convert.job_to_proto(job)
+
+        return await answered(context, call)
+
+    async def GetBatchJob(
+        self,
+        request: jobs_pb2.GetBatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.GetBatchJobRequest, jobs_pb2.BatchJob],
+    ) -> jobs_pb2.BatchJob:
+        async def call() -> jobs_pb2.BatchJob:
+            return convert.job_to_proto(self._jobs.get(convert.job_id_of(request.name)))
+
+        return await answered(context, call)
+
+    async def ListBatchJobs(
+        self,
+        request: jobs_pb2.ListBatchJobsRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.ListBatchJobsRequest, jobs_pb2.ListBatchJobsResponse],
+    ) -> jobs_pb2.ListBatchJobsResponse:
+        async def call() -> jobs_pb2.ListBatchJobsResponse:
+            jobs, next_page_token = self._jobs.list_jobs(request.page_size, request.page_token)
+            return jobs_pb2.ListBatchJobsResponse(
+                batch_jobs=[convert.job_to_proto(job) for job in jobs], next_page_token=next_page_token
+            )
+
+        return await answered(context, call)
+
+    async def CancelBatchJob(
+        self,
+        request: jobs_pb2.CancelBatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.CancelBatchJobRequest, jobs_pb2.BatchJob],
+    ) -> jobs_pb2.BatchJob:
+        async def call() -> jobs_pb2.BatchJob:
+            return convert.job_to_proto(await self._jobs.cancel(convert.job_id_of(request.name)))
+
+        return await answered(context, call)
+
+    async def WatchBatchJob(
+        self,
+        request: jobs_pb2.WatchBatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.WatchBatchJobRequest, jobs_pb2.WatchBatchJobResponse],
+    ) -> AsyncIterator[jobs_pb2.WatchBatchJobResponse]:
+        try:
+            async with aclosing(self._jobs.watch(convert.job_id_of(request.name))) as changes:
+                async for job in changes:
+                    yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(job))
+        except Exception as error:  # noqa: BLE001 - every error leaves as a status
+            await refuse(context, error)
+
+    async def StreamBatchJobResults(
+        self,
+        request: jobs_pb2.StreamBatchJobResultsRequest,
+        context: grpc.aio.ServicerContext[
+            jobs_pb2.StreamBatchJobResultsRequest, jobs_pb2.StreamBatchJobResultsResponse
+        ],
+    ) -> AsyncIterator[jobs_pb2.StreamBatchJobResultsResponse]:
+        try:
+            job_id = convert.job_id_of(request.name)
+            async with aclosing(self._jobs.results(job_id, request.after_cursor, request.follow)) as results:
+                async for result in results:
+                    yield jobs_pb2.StreamBatchJobResultsResponse(result=convert.item_to_proto(result))
+        except Exception as error:  # noqa: BLE001 - every error leaves as a status
+            await refuse(context, error)
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer, cluster_pb2_grpc.ModelServiceServicer):
+    """ClusterService and ModelService: what serves, and what has happened."""
+
+    def __init__(self, describe: Callable[[], Cluster], service: Service) -> None:
+        self._describe = describe
+        self._service = service
+
+    async def GetCluster(
+        self,
+        request: cluster_pb2.GetClusterRequest,
+        context: grpc.aio.ServicerContext[cluster_pb2.GetClusterRequest, cluster_pb2.Cluster],
+    ) -> cluster_pb2.Cluster:
+        return convert_cluster.cluster_to_proto(self._describe())
+
+    async def ListModels(
+        self,
+        request: cluster_pb2.ListModelsRequest,
+        context: grpc.aio.ServicerContext[cluster_pb2.ListModelsRequest, cluster_pb2.ListModelsResponse],
+    ) -> cluster_pb2.ListModelsResponse:
+        models = [convert_cluster.model_to_proto(model) for model in self._describe().models]
+        return cluster_pb2.ListModelsResponse(models=models)
+
+    async def WatchClusterEvents(
+        self,
+        request: cluster_pb2.WatchClusterEventsRequest,
+        context: grpc.aio.ServicerContext[
+            cluster_pb2.WatchClusterEventsRequest, cluster_pb2.WatchClusterEventsResponse
+        ],
+    ) -> AsyncIterator[cluster_pb2.WatchClusterEventsResponse]:
+        async with aclosing(self._service.events.watch(request.after_sequence, request.follow)) as events:
+            async for event in events:
+                yield convert_cluster.event_to_proto(event)

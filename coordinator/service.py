@@ -1,0 +1,237 @@
+"""The coordinator's heart: one core, its journal, its streams and its links, on one asyncio loop.
+
+`post` gives the core an event and executes the effects in order, so a step is journaled before anyone hears of it.
+Streams are queues; gRPC handlers and batch jobs read them alike. It decides nothing and translates nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from coordinator.core import CoordinatorCore
+from coordinator.events import EventLog
+from coordinator.frontend import GenerateFields, ModelFacts, resolve
+from coordinator.journal import Record
+from coordinator.journal_file import JournalFile
+from coordinator.metrics import Metrics
+from coordinator.requests import (
+    Append,
+    Cancel,
+    Deliver,
+    Delta,
+    Emit,
+    Event,
+    Failed,
+    Final,
+    LinkClosed,
+    LinkOpened,
+    Reported,
+    Send,
+    StreamClosed,
+    StreamEvent,
+    Submit,
+    Tick,
+)
+from coordinator.tokenizer import Tokenizer
+from echelon.errors import OverloadedError
+from echelon.internal.link import Command, Fence, ReplicaStats, Report
+
+TICK_S = 0.25
+
+log = structlog.get_logger("service")
+
+
+@dataclass(slots=True)
+class Stream:
+    """One reader of one request, and what its latency is measured from."""
+
+    queue: asyncio.Queue[StreamEvent]
+    opened_s: float
+    last_delta_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A replica's engine as its leader last told of it."""
+
+    kv_blocks: int
+    stats: ReplicaStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a service is made of."""
+
+    core: CoordinatorCore
+    journal: JournalFile
+    events: EventLog
+    metrics: Metrics
+    tokenizer: Tokenizer
+    facts: ModelFacts
+
+
+class Service:
+    """Everything a request passes through between its gRPC handler and the leader of a replica."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.core = parts.core
+        self.events = parts.events
+        self.metrics = parts.metrics
+        self.facts = parts.facts
+        self._journal = parts.journal
+        self._tokenizer = parts.tokenizer
+        self._streams: dict[int, Stream] = {}
+        self._stream_ids = itertools.count(1)
+        self._links: dict[int, Callable[[Command], None]] = {}
+        self._interrupted: Callable[[str], None] = lambda request_id: None
+        self._journal_failed = False
+        self._engines: dict[int, Engine] = {}
+
+    async def submit(
+        self, fields: GenerateFields, received: tuple[int, ...] | None = None
+    ) -> AsyncGenerator[StreamEvent]:
+        """A request's events, ending with its one terminal event. Leaving early parks the request.
+
+        Raises EchelonError when the request is refused before the core knows it.
+        """
+        seed, drawn_id = secrets.randbits(63), secrets.token_hex(16)
+        request = await asyncio.to_thread(resolve, fields, self.facts, self._tokenizer, time.time(), seed, drawn_id)
+        if self._journal_failed and not self.core.is_open(request.request_id):
+            raise OverloadedError(
+                "the journal cannot be written, so no new request is taken; free space in the state directory",
+                reason="JOURNAL_UNAVAILABLE",
+                request_id=request.request_id,
+                retry_after_s=5.0,
+            )
+        number = next(self._stream_ids)
+        stream = Stream(asyncio.Queue(), time.monotonic())
+        self._streams[number] = stream
+        self.post(Submit(number, request, received))
+        try:
+            while True:
+                event = await stream.queue.get()
+                yield event
+                if isinstance(event, Final | Failed):
+                    return
+        finally:
+            if self._streams.pop(number, None) is not None:
+                self.post(StreamClosed(number))
+
+    def cancel(self, request_ids: Sequence[str]) -> list[str]:
+        """End these requests; answers the ids that were still running."""
+        running = [request_id for request_id in request_ids if self.core.is_open(request_id)]
+        self.post(Cancel(tuple(running)))
+        return running
+
+    def on_interrupted(self, callback: Callable[[str], None]) -> None:
+        """Call back with the id of every request that a fault interrupted and that is taken up again."""
+        self._interrupted = callback
+
+    def open_link(self, report: Report, send: Callable[[Command], None]) -> None:
+        """A leader's hello: its commands go to `send` from now on."""
+        assert report.hello is not None
+        self._links[report.fence.replica] = send
+        self._engines[report.fence.replica] = Engine(report.hello.kv_blocks, report.stats or ReplicaStats())
+        self.post(LinkOpened(report.fence, report.hello))
+
+    def close_link(self, fence: Fence, send: Callable[[Command], None]) -> None:
+        """The link is gone, unless a newer one has taken its place."""
+        if self._links.get(fence.replica) is send:
+            del self._links[fence.replica]
+            self.post(LinkClosed(fence))
+
+    def reported(self, report: Report) -> None:
+        """A leader's report: the core first, then the figures."""
+        self.post(Reported(report))
+        if report.stats is not None:
+            engine = replace(self._engines[report.fence.replica], stats=report.stats)
+            self._engines[report.fence.replica] = engine
+            usage = engine.stats.blocks_referenced / engine.kv_blocks
+            self.metrics.kv_cache_usage.labels(str(report.fence.replica)).set(usage)
+
+    def engine(self, replica: int) -> Engine:
+        """What a replica's leader last told; zeros before its first word."""
+        return self._engines.get(replica, Engine(0, ReplicaStats()))
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        self._journal.close()
+
+    async def tick(self) -> None:
+        """Tell the core the time, for as long as the coordinator lives."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.post(Tick())
+            counts = self.core.counts
+            self.metrics.queued.set(counts.queued)
+            self.metrics.running.set(counts.running)
+            self.metrics.parked.set(counts.parked)
+
+    def post(self, event: Event) -> None:
+        """One event through the core: its records in one write(), then its other effects in order."""
+        effects = self.core.step(time.time(), event)
+        self._append([effect.record for effect in effects if isinstance(effect, Append)])
+        for effect in effects:
+            match effect:
+                case Deliver(stream, stream_event):
+                    self._deliver(stream, stream_event)
+                case Send(command):
+                    if send := self._links.get(command.fence.replica):
+                        send(command)
+                case Emit(kind, subject, detail):
+                    self._emit(kind, subject, detail)
+
+    def _append(self, records: list[Record]) -> None:
+        """On a write error running streams go on, told not durable; the records stay ahead of the next write."""
+        if not records and not self._journal_failed:
+            return
+        try:
+            self._journal.append(records)
+        except OSError as error:
+            if not self._journal_failed:
+                self.events.emit("journal.failed", "journal", {"error": str(error)})
+            self._journal_failed = True
+        else:
+            if self._journal_failed:
+                self.events.emit("journal.recovered", "journal")
+            self._journal_failed = False
+        self.metrics.journal_durable.set(0 if self._journal_failed else 1)
+
+    def _deliver(self, number: int, event: StreamEvent) -> None:
+        stream = self._streams.get(number)
+        match event:
+            case Final(completion):
+                self.metrics.requests_ended.labels(completion.finish_reason.value).inc()
+                self._streams.pop(number, None)
+            case Failed(error):
+                self.metrics.requests_ended.labels(error.reason).inc()
+                self._streams.pop(number, None)
+            case Delta() if stream is not None:
+                self._measure(stream, event)
+        if stream is None:
+            return
+        stream.queue.put_nowait(event)
+
+    def _measure(self, stream: Stream, delta: Delta) -> None:
+        now = time.monotonic()
+        self.metrics.generated_tokens.inc(len(delta.ids))
+        if stream.last_delta_s is not None:
+            self.metrics.inter_token.observe((now - stream.last_delta_s) / max(len(delta.ids), 1))
+        elif delta.sequence == 0:
+            self.metrics.time_to_first_token.observe(now - stream.opened_s)
+        stream.last_delta_s = now
+
+    def _emit(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
+        if kind == "request.opened":
+            self.metrics.requests.inc()
+        if kind == "request.replayed":
+            self.metrics.replayed_requests.inc()
+            self._interrupted(subject)
+        self.events.emit(kind, subject, detail)

@@ -1,0 +1,243 @@
+"""SupervisorCore: when Ray and the coordinator are started, replaced and ended, as `step(now, event) -> effects`.
+
+Sans-IO, in the supervisor's process (`coordinator/supervisor.py` is its shell). A coordinator that dies or falls
+silent is replaced while its ranks stay; one that keeps dying, or says that it failed, ends everything.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BEAT_TIMEOUT_S = 15.0
+FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing
+MAX_DEATHS = 5
+DEATHS_WINDOW_S = 60.0
+CLEAN_UP_S = 30.0  # beyond the drain: to kill ranks and give the slots back
+HURRY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The first event."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayUp:
+    """Our Ray serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayFailed:
+    """Our Ray did not start."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RayEnded:
+    """Our Ray was up and has ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One message of the coordinator: beat, loading, ready or failed."""
+
+    message: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorEnded:
+    """Its exit code; negative for a signal."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """The supervisor got a signal."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Now and then. lag_s: how late it is; meanwhile the supervisor itself could hear nothing."""
+
+    lag_s: float = 0.0
+
+
+Event = Begin | RayUp | RayFailed | RayEnded | Told | CoordinatorEnded | Signalled | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class StartRay:
+    """Answered by RayUp or RayFailed. What is left of an earlier one is ended first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartCoordinator:
+    """Its end is answered by CoordinatorEnded."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignalCoordinator:
+    """Send it a signal."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShowLoading:
+    """Progress of the weights."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShowReady:
+    """The cluster serves at this address. Once."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warn:
+    """One line for the user."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """End our Ray and leave with this code; message says what went wrong, empty for nothing."""
+
+    code: int
+    message: str = ""
+
+
+Effect = StartRay | StartCoordinator | SignalCoordinator | ShowLoading | ShowReady | Warn | Exit
+
+
+class State(enum.Enum):
+    """replacing: the coordinator was killed or told to leave, and another follows. stopping: none follows."""
+
+    IDLE = enum.auto()
+    RAY_STARTING = enum.auto()
+    RUNNING = enum.auto()
+    REPLACING = enum.auto()
+    STOPPING = enum.auto()
+    ENDED = enum.auto()
+
+
+class SupervisorCore:
+    """owns_ray: Ray is ours to start; else it is joined."""
+
+    def __init__(self, owns_ray: bool, drain_timeout_s: float) -> None:
+        self._owns_ray = owns_ray
+        self._drain_timeout_s = drain_timeout_s
+        self._state = State.IDLE
+        self._silent_at_s = 0.0
+        self._kill_at_s = 0.0
+        self._deaths: list[float] = []
+        self._death_reason = ""
+        self._ray_lost = False
+        self._shown_ready = False
+        self._exit = Exit(0)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def step(self, now: float, event: Event) -> list[Effect]:
+        """Take one event in; the effects are to be executed in order."""
+        match event:
+            case Begin():
+                return self._start_ray() if self._owns_ray else self._start_coordinator(now)
+            case RayUp() if self._state is State.RAY_STARTING:
+                return self._start_coordinator(now)
+            case RayFailed(message) if self._state is State.RAY_STARTING:
+                return self._leave(Exit(1, message))
+            case RayEnded() if self._state in (State.RUNNING, State.REPLACING):
+                self._ray_lost = True
+                return self._replace("Ray has ended")
+            case Told(message) if self._state in (State.RUNNING, State.STOPPING):
+                return self._told(now, message)
+            case CoordinatorEnded(code):
+                return self._coordinator_ended(now, code)
+            case Signalled(number):
+                return self._signalled(now, number)
+            case Tick(lag_s):
+                return self._tick(now, lag_s)
+        return []
+
+    def _start_ray(self) -> list[Effect]:
+        self._state, self._ray_lost = State.RAY_STARTING, False
+        return [StartRay()]
+
+    def _start_coordinator(self, now: float) -> list[Effect]:
+        self._state, self._death_reason = State.RUNNING, ""
+        self._silent_at_s = now + FIRST_BEAT_TIMEOUT_S
+        return [StartCoordinator()]
+
+    def _replace(self, reason: str) -> list[Effect]:
+        self._state, self._death_reason = State.REPLACING, reason
+        return [SignalCoordinator(signal.SIGKILL)]
+
+    def _leave(self, exit: Exit) -> list[Effect]:
+        self._state = State.ENDED
+        return [exit]
+
+    def _told(self, now: float, message: Mapping[str, object]) -> list[Effect]:
+        self._silent_at_s = now + BEAT_TIMEOUT_S
+        match message:
+            case {"failed": str(reason)} if self._state is State.RUNNING:
+                self._state, self._exit = State.STOPPING, Exit(1, reason)
+                self._kill_at_s = now + CLEAN_UP_S
+            case {"ready": str(address)} if not self._shown_ready:
+                self._shown_ready = True
+                return [ShowReady(address)]
+            case {"loading": {"loaded_bytes": int(loaded), "total_bytes": int(total)}}:
+                return [ShowLoading(loaded, total)]
+        return []
+
+    def _coordinator_ended(self, now: float, code: int) -> list[Effect]:
+        if self._state is State.STOPPING:
+            return self._leave(self._exit)
+        if self._state is State.REPLACING and not self._death_reason:
+            return self._start_coordinator(now)
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        reason = self._death_reason or f"it ended with {how}"
+        self._deaths = [death for death in self._deaths if now - death < DEATHS_WINDOW_S] + [now]
+        if len(self._deaths) >= MAX_DEATHS:
+            times = f"{MAX_DEATHS} times within {DEATHS_WINDOW_S:g} s"
+            return self._leave(Exit(1, f"the coordinator had to be replaced {times}, at last because {reason}"))
+        again = self._start_ray() if self._ray_lost else self._start_coordinator(now)
+        return [Warn(f"the coordinator is replaced: {reason}"), *again]
+
+    def _signalled(self, now: float, number: int) -> list[Effect]:
+        if number == signal.SIGHUP:
+            if self._state is not State.RUNNING:
+                return []
+            self._state, self._kill_at_s = State.REPLACING, now + BEAT_TIMEOUT_S
+            return [SignalCoordinator(signal.SIGHUP)]
+        self._exit = Exit(130) if number == signal.SIGINT else Exit(0)
+        if self._state in (State.IDLE, State.RAY_STARTING):
+            return self._leave(self._exit)
+        if self._state is State.STOPPING:
+            self._kill_at_s = min(self._kill_at_s, now + HURRY_S)
+        else:
+            self._kill_at_s = now + self._drain_timeout_s + CLEAN_UP_S
+        self._state = State.STOPPING
+        return [SignalCoordinator(signal.SIGTERM)]
+
+    def _tick(self, now: float, lag_s: float) -> list[Effect]:
+        self._silent_at_s += lag_s
+        if self._state is State.RUNNING and now >= self._silent_at_s:
+            return self._replace("it gave no sign of life")
+        if self._state in (State.STOPPING, State.REPLACING) and now >= self._kill_at_s:
+            return [SignalCoordinator(signal.SIGKILL)]
+        return []

@@ -1,0 +1,233 @@
+"""Supervisor: the process behind `echelon serve`. Starts Ray and the coordinator, replaces it, ends what it started.
+
+Small on purpose: one thread, no gRPC, no Ray, nothing that could hang or grow. The coordinator gets its configuration
+on stdin, whose end tells it that the supervisor is gone, and answers JSON lines on stdout. Decisions are
+`coordinator/supervision.py`'s; this shell executes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from coordinator import supervision
+from coordinator.ray_head import RayHead
+from coordinator.supervision import Effect, Event, SupervisorCore
+from echelon.config import CoordinatorConfig
+from echelon.errors import InternalError
+
+POLL_S = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Display(Protocol):
+    """Where the user looks."""
+
+    def loading(self, loaded_bytes: int, total_bytes: int) -> None:
+        """Weights are being loaded."""
+
+    def ready(self, address: str) -> None:
+        """The cluster serves."""
+
+    def warn(self, message: str) -> None:
+        """Something went wrong and was dealt with."""
+
+
+class CoordinatorProcess:
+    """One coordinator: its pipes and its end."""
+
+    def __init__(self, config: CoordinatorConfig, folder: Path, environment: Mapping[str, str]) -> None:
+        # An empty working folder: Ray puts a driver's at the front of its workers' import path.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "coordinator"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=folder,
+            env={**environment, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.stdout = self._process.stdout
+        self._partial = b""
+        os.set_blocking(self.stdout.fileno(), False)
+        with contextlib.suppress(BrokenPipeError):  # it ended at once, which its exit code says
+            self._process.stdin.write(config.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+
+    def messages(self) -> list[Mapping[str, object]]:
+        """What it has said since. A line that is no JSON object is a library's and is passed over."""
+        read = self.stdout.read() or b""
+        *lines, self._partial = (self._partial + read).split(b"\n")
+        return [message for line in lines if (message := _object(line)) is not None]
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Make sure that it has ended, and close its pipes."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+class Supervisor:
+    """Owns the processes of one `echelon serve`. ray is None when another Ray is joined; folder holds ours alone."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        ray: RayHead | None,
+        folder: Path,
+        environment: Mapping[str, str],
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._ray = ray
+        self._ray_starting = False
+        self._folder = folder / "empty"
+        self._environment = dict(environment)
+        self._display = display
+        self._core = SupervisorCore(ray is not None, config.drain_timeout_s)
+        self._coordinator: CoordinatorProcess | None = None
+        self._exit: supervision.Exit | None = None
+
+    def run(self) -> supervision.Exit:
+        """Until it is over; nothing of it runs any more then. Call it in the main thread."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with _signals() as (wake, take_signals):
+            try:
+                self._step(supervision.Begin())
+                due_s = time.monotonic() + POLL_S
+                while self._exit is None:
+                    self._wait(wake)
+                    for number in take_signals():
+                        self._step(supervision.Signalled(number))
+                    self._look_at_ray()
+                    self._look_at_coordinator()
+                    now_s = time.monotonic()
+                    if now_s >= due_s:
+                        self._step(supervision.Tick(lag_s=now_s - due_s))
+                        due_s = time.monotonic() + POLL_S
+            finally:
+                if self._coordinator is not None:
+                    self._coordinator.close()
+                if self._ray is not None:
+                    self._ray.stop()
+        return self._exit
+
+    def _wait(self, wake: int) -> None:
+        """Until there is something to read, or a moment has passed."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(wake, selectors.EVENT_READ)
+            if self._coordinator is not None:
+                selector.register(self._coordinator.stdout, selectors.EVENT_READ)
+            selector.select(POLL_S)
+
+    def _look_at_ray(self) -> None:
+        if self._ray is None:
+            return
+        if not self._ray_starting:
+            if self._ray.ended():
+                self._step(supervision.RayEnded())
+            return
+        try:
+            self._ray_starting = not self._ray.is_up()
+        except InternalError as error:
+            self._ray_starting = False
+            self._step(supervision.RayFailed(error.message))
+            return
+        if not self._ray_starting:
+            self._step(supervision.RayUp())
+
+    def _look_at_coordinator(self) -> None:
+        coordinator = self._coordinator
+        if coordinator is None:
+            return
+        code = coordinator.exit_code()  # asked first, so that its last words are read before its end is told
+        for message in coordinator.messages():
+            self._step(supervision.Told(message))
+        if code is not None:
+            coordinator.close()
+            self._coordinator = None
+            self._step(supervision.CoordinatorEnded(code))
+
+    def _step(self, event: Event) -> None:
+        for effect in self._core.step(time.monotonic(), event):
+            self._execute(effect)
+
+    def _execute(self, effect: Effect) -> None:
+        match effect:
+            case supervision.StartRay():
+                assert self._ray is not None
+                self._ray.stop()
+                self._ray.start(self._environment)
+                self._ray_starting = True
+            case supervision.StartCoordinator():
+                self._coordinator = CoordinatorProcess(self._config, self._folder, self._environment)
+            case supervision.SignalCoordinator(number):
+                if self._coordinator is not None:
+                    self._coordinator.signal(number)
+            case supervision.ShowLoading(loaded_bytes, total_bytes):
+                self._display.loading(loaded_bytes, total_bytes)
+            case supervision.ShowReady(address):
+                self._display.ready(address)
+            case supervision.Warn(message):
+                self._display.warn(message)
+            case supervision.Exit():
+                self._exit = effect
+
+
+def _object(line: bytes) -> Mapping[str, object] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[tuple[int, Callable[[], list[int]]]]:
+    """A descriptor that wakes a selector when a signal comes, and a function that takes those that came."""
+    arrived: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    def take() -> list[int]:
+        with contextlib.suppress(BlockingIOError):
+            os.read(read_end, 4096)
+        taken = arrived.copy()
+        del arrived[: len(taken)]
+        return taken
+
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    earlier_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    earlier = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield read_end, take
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier_wakeup)
+        os.close(read_end)
+        os.close(write_end)
