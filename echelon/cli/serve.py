@@ -1,0 +1,114 @@
+"""`echelon serve`: read flags, environment and YAML once, check, then supervise until it is over.
+
+The edge of the supervisor's process: the only place where the server reads os.environ, and the user's display. Every
+flag is a field of ServeConfig; none is written down twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from coordinator.preparation import prepare, temporary_folder
+from coordinator.supervisor import Supervisor
+from echelon.config import ServeConfig, flag_of, resolve_config
+from echelon.errors import ConfigError
+
+
+class Terminal:
+    """Progress and warnings on stderr, a bar only where it is a terminal; the one ready line on stdout."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def loading(self, loaded_bytes: int, total_bytes: int) -> None:
+        """Draw the bar, and take it away when all is loaded."""
+        if not self._console.is_terminal:
+            return
+        if self._progress is None:
+            columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._task = self._progress.add_task("loading")
+            self._progress.start()
+        self._progress.update(self._task, completed=loaded_bytes, total=total_bytes)
+        if loaded_bytes >= total_bytes:
+            self.close()
+
+    def ready(self, address: str) -> None:
+        """Scripts wait for this line."""
+        self.close()
+        typer.echo(f"echelon: ready {address}")
+        sys.stdout.flush()
+
+    def warn(self, message: str) -> None:
+        """One line."""
+        self._console.print(f"echelon: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave no half-drawn bar behind."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def run(config: Path | None, **flags: str | None) -> None:
+    """Start a cluster on this machine (or on the Ray at --ray-address) and serve until Ctrl-C.
+
+    A flag --max-context is also ECHELON_MAX_CONTEXT and the key max-context of the --config file, in this order.
+    """
+    environment = dict(os.environ)
+    settings = resolve_config(flags, environment, _read(config))
+    with temporary_folder() as folder:
+        settled, ray = prepare(settings, folder)
+        terminal = Terminal()
+        try:
+            outcome = Supervisor(settled, ray, folder, environment, terminal).run()
+        finally:
+            terminal.close()
+    if outcome.message:
+        typer.echo(f"echelon: error: {outcome.message}", err=True)
+    raise typer.Exit(outcome.code)
+
+
+def _read(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}", field="config") from None
+
+
+def _command() -> Callable[..., None]:
+    """`run` with a signature that names every flag, for typer to read."""
+    file_option = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the keys below.")]
+    parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option)]
+    for name, field in ServeConfig.model_fields.items():
+        text = field.description or ""
+        if field.default not in (None, "auto") and not field.is_required():
+            text += f" Default: {field.default}."
+        metavar = name.rsplit("_", 1)[-1].upper()
+        option = typer.Option(f"--{flag_of(name)}", help=text, show_default=False, metavar=metavar)
+        flag = Annotated[str | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag))
+
+    def serve(**values: object) -> None:
+        run(**values)  # type: ignore[arg-type]
+
+    serve.__doc__ = run.__doc__
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return serve
+
+
+serve = _command()

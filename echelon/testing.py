@@ -1,0 +1,216 @@
+"""LocalCluster: a whole cluster on this machine for a test, with a hand on every process of it.
+
+Runs `echelon serve` as a user would, in a process of its own, and speaks to it through the SDK. Faults are real
+signals to real processes. What the cluster logs is kept, and its end is shown when something fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from echelon.client import Client
+from echelon.errors import EchelonError
+from echelon.types import Cluster, ClusterEvent, Rank
+
+READY_PREFIX = "echelon: ready "
+POLL_S = 0.05
+SHOWN_LINES = 40
+STOP_TIMEOUT_S = 90.0
+STATUS_TIMEOUT_S = 5.0
+
+Victim = Rank | int | Literal["coordinator"]
+Moment = Literal["prefill", "decode"]
+
+
+class LocalCluster:
+    """Ready when the constructor returns. Any flag of `echelon serve` may be given: max_running=4.
+
+    A victim is a Rank, the index of a rank of replica 0, or "coordinator". Use as a context manager, or close.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tensor: int = 1,
+        device: str = "cpu",
+        dtype: str = "float32",
+        state_dir: str | os.PathLike[str] | None = None,
+        ray_address: str | None = None,
+        start_timeout_s: float = 120.0,
+        **flags: object,
+    ) -> None:
+        given: dict[str, object] = {"model": Path(model), "tensor": tensor, "device": device, "dtype": dtype}
+        given |= {"state_dir": state_dir, "ray_address": ray_address, "address": "127.0.0.1:0"} | flags
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+        self._folder = tempfile.TemporaryDirectory(prefix="echelon-test-")
+        self.log_path = Path(self._folder.name) / "serve.log"
+        self._client: Client | None = None
+        self._watcher: Client | None = None
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "echelon", "serve", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read_stdout, name="serve-stdout", daemon=True)
+        self._reader.start()
+        try:
+            self.target = self._wait_ready(start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            error.add_note(f"the cluster's log ends with:\n{self.log_tail()}")
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the supervisor."""
+        return self._process.pid
+
+    def client(self) -> Client:
+        """The same one each time; closed with the cluster."""
+        if self._client is None:
+            self._client = Client(self.target)
+        return self._client
+
+    def status(self) -> Cluster:
+        """Everything that serves now."""
+        if self._watcher is None:
+            self._watcher = Client(self.target, timeout_s=STATUS_TIMEOUT_S)  # must not outwait what waits for it
+        return self._watcher.cluster()
+
+    def ranks(self) -> tuple[Rank, ...]:
+        """The processes of all replicas."""
+        return self.status().ranks
+
+    @property
+    def coordinator_pid(self) -> int:
+        return self.status().coordinator_pid
+
+    def events(self) -> list[ClusterEvent]:
+        """Of the coordinator that serves now, so far."""
+        return list(self.client().events(follow=False))
+
+    def kill(self, victim: Victim, when: Moment | None = None) -> int:
+        """SIGKILL, at once or as soon as a step with prefill or decode rows has run; the pid it hit."""
+        pid = self._pid_of(victim)
+        if when is not None:
+            self._wait_moment(when)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def stop(self, victim: Victim) -> int:
+        """SIGSTOP: the process lives and answers nothing; the pid."""
+        pid = self._pid_of(victim)
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    def resume(self, pid: int) -> None:
+        """SIGCONT to what `stop` returned; no matter if it has been ended meanwhile."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def wait_epoch(self, replica: int, epoch: int, timeout_s: float = 60.0) -> Cluster:
+        """Until a replica serves this epoch or a later one. Raises TimeoutError with the log's end."""
+
+        def serves(cluster: Cluster) -> bool:
+            return any(r.index == replica and r.epoch >= epoch and r.state == "ready" for r in cluster.replicas)
+
+        return self.wait(serves, f"replica {replica} to serve epoch {epoch}", timeout_s)
+
+    def wait(self, condition: Callable[[Cluster], bool], what: str, timeout_s: float = 60.0) -> Cluster:
+        """Until the status fulfils a condition, across a coordinator's replacement."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(EchelonError):
+                if condition(cluster := self.status()):
+                    return cluster
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the cluster ended while waiting for {what}:\n{self.log_tail()}")
+            time.sleep(POLL_S)
+        raise TimeoutError(f"waited {timeout_s:g} s for {what}:\n{self.log_tail()}")
+
+    def hand_over(self) -> None:
+        """SIGHUP: a new coordinator takes over the ranks."""
+        self._process.send_signal(signal.SIGHUP)
+
+    def close(self) -> int:
+        """SIGTERM and wait until nothing is left; the exit code of `echelon serve`."""
+        for client in filter(None, (self._client, self._watcher)):
+            client.close()
+        self._client = self._watcher = None
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._reader.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._folder.cleanup()
+        return self._process.returncode
+
+    def log_tail(self) -> str:
+        """The last lines that the cluster's processes have logged."""
+        if not self.log_path.exists():
+            return ""
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line)
+
+    def _wait_ready(self, timeout_s: float) -> str:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            for line in self._lines:
+                if line.startswith(READY_PREFIX):
+                    return line.removeprefix(READY_PREFIX).strip()
+            if self._process.poll() is not None:
+                raise RuntimeError(f"echelon serve ended with exit code {self._process.returncode}:\n{self.log_tail()}")
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(f"echelon serve was not ready within {timeout_s:g} s:\n{self.log_tail()}")
+            time.sleep(POLL_S)
+
+    def _pid_of(self, victim: Victim) -> int:
+        if isinstance(victim, Rank):
+            return victim.pid
+        if victim == "coordinator":
+            return self.coordinator_pid
+        return next(rank.pid for rank in self.ranks() if rank.replica == 0 and rank.tensor == victim)
+
+    def _wait_moment(self, moment: Moment) -> None:
+        """Until another step with such rows has run."""
+        counter = {"prefill": "prefill_chunks", "decode": "decode_rows"}[moment]
+
+        def count(cluster: Cluster) -> int:
+            return sum(replica.counters.get(counter, 0) for replica in cluster.replicas)
+
+        before = count(self.status())
+        self.wait(lambda cluster: count(cluster) > before, f"a step with {moment} rows")
