@@ -1,0 +1,44 @@
+"""What transformers answers: greedy ids and their log-probabilities, in float64, one prompt at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Greedy ids without their prompt, and the log-probability of each."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class Reference:
+    """One checkpoint in transformers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, attn_implementation="sdpa"
+        ).eval()
+
+    @torch.no_grad()
+    def greedy(self, text: str, steps: int) -> Answer:
+        """The likeliest next id, `steps` times; end ids do not end it."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        prompt = len(ids)
+        logprobs: list[float] = []
+        cache = None
+        fed = torch.tensor([ids])
+        for _ in range(steps):
+            output = self._model(fed, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            row = output.logits[0, -1].log_softmax(-1)
+            ids.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+            fed = torch.tensor([[ids[-1]]])
+        return Answer(tuple(ids[prompt:]), tuple(logprobs))

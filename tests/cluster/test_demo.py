@@ -1,0 +1,89 @@
+"""`make demo` as a stranger sees it, watched from outside: processes, faults, answers, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from examples.make_checkpoint import PROMPTS
+
+COMPARED = 5
+NEAR_TIE = 1e-4  # float32: two ranks add in another order than one
+MARK = "ECHELON_TEST_MARK"
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+
+def marked_processes(mark: str) -> Iterator[int]:
+    """Every process that inherited the mark, wherever it has gone since."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, ValueError):
+                continue
+            if f"{MARK}={mark}".encode() in environment:
+                yield int(entry.name)
+
+
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def assert_equals_transformers(model: Path, results: list[dict[str, Any]]) -> None:
+    """Greedy answers, token by token: each is transformers' first choice after the ones before it."""
+    reference = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    bodies = {line["custom_id"]: line["body"] for line in map(json.loads, PROMPTS.read_text().splitlines())}
+    greedy = [item for item in results if bodies[item["custom_id"]]["temperature"] == 0]
+    chosen = [item for item in greedy if "prompt" in bodies[item["custom_id"]]][:COMPARED]
+    assert len(chosen) == COMPARED
+    for item in chosen:
+        prompt, answer = tokenizer.encode(bodies[item["custom_id"]]["prompt"]), item["token_ids"]
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        behind = logits.max(dim=-1).values - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        assert behind.max() < NEAR_TIE, item["custom_id"]
+        assert item["text"] == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "examples.demo", "--json", "--folder", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: mark},
+    )
+    with demo:
+        assert demo.stdout is not None
+        serving = json.loads(demo.stdout.readline())
+        commands = [command(pid) for pid in marked_processes(mark)]
+        assert any("/raylet" in line for line in commands)
+        assert len(serving["rank_pids"]) == 2 and set(serving["rank_pids"]) <= set(marked_processes(mark))
+        assert all("libtorch" in maps(pid) for pid in serving["rank_pids"])
+        assert "libtorch" not in maps(serving["coordinator_pid"])
+        summary = json.loads(demo.stdout.readline())
+        assert demo.wait() == 0
+    assert summary["items"] == summary["succeeded"] >= 200
+    assert summary["interrupted"] >= 1 and summary["recomputed_tokens"] >= 1
+    assert summary["epoch_after"] == summary["epoch_before"] + 1
+    assert summary["victim_pid"] in serving["rank_pids"] and not Path(f"/proc/{summary['victim_pid']}").exists()
+    assert list(marked_processes(mark)) == []
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(results) == summary["items"] and all(item["error"] is None for item in results)
+    assert_equals_transformers(tmp_path / "model", results)

@@ -1,0 +1,141 @@
+"""Streams survive the death of a rank and of the coordinator: transformers' tokens, in order, each once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from echelon import Client, ConflictError, StreamEvent, StreamTakenOverError
+from echelon.testing import LocalCluster
+from tests.cluster.conftest import Case
+from tests.cluster.reference import Reference
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 300
+KILL_AT = 40
+PROMPT = "Geese fly so, cyclists ride so in a crosswind"
+
+
+@pytest.fixture(scope="module")
+def killed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """Two tensor ranks in float64, made to be killed."""
+    directory = make_checkpoint(tmp_path_factory.mktemp("faults") / "model")
+    with LocalCluster(directory, tensor=2, dtype="float64", ray_address=ray_address, lease_s=30) as cluster:
+        yield Case("killed", cluster, Reference(directory))
+
+
+def stream_through(client: Client, prompt: str, at_token: int, fault: Callable[[], None]) -> list[StreamEvent]:
+    """All events of a greedy stream, in whose middle the fault strikes."""
+    events: list[StreamEvent] = []
+    struck = False
+    for event in client.stream(prompt, max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=0):
+        events.append(event)
+        if not struck and event.sequence + len(event.token_ids) >= at_token:
+            struck = True
+            fault()
+    assert struck
+    return events
+
+
+def assert_undisturbed(case: Case, prompt: str, events: list[StreamEvent]) -> None:
+    """No token lost, doubled or reordered, and all of them what an undisturbed run says."""
+    ids: list[int] = []
+    logprobs: list[float] = []
+    for event in events:
+        assert event.sequence == len(ids)
+        ids.extend(event.token_ids)
+        logprobs.extend(logprob.logprob for logprob in event.logprobs)
+    expected = case.reference.greedy(prompt, STEPS)
+    assert tuple(ids) == expected.ids
+    assert logprobs == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
+    text = case.reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
+    assert "".join(event.text for event in events) == text
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
+def test_a_stream_survives_a_killed_rank(killed: Case, victim: int) -> None:
+    cluster = killed.cluster
+    before = cluster.ranks()
+    events = stream_through(cluster.client(), PROMPT, KILL_AT, lambda: void(cluster.kill(victim)))
+    assert_undisturbed(killed, PROMPT, events)
+    after = cluster.ranks()
+    assert {rank.epoch for rank in after} == {before[0].epoch + 1}
+    assert not {rank.pid for rank in after} & {rank.pid for rank in before}, "every rank of the replica was replaced"
+    assert not any(alive(rank.pid) for rank in before)
+    kinds = [event.kind for event in cluster.events()]
+    assert "rank.lost" in kinds and "request.replayed" in kinds
+
+
+def test_a_stream_survives_a_killed_coordinator(killed: Case) -> None:
+    cluster = killed.cluster
+    before = cluster.status()
+    events = stream_through(cluster.client(), PROMPT, KILL_AT, lambda: void(cluster.kill("coordinator")))
+    assert_undisturbed(killed, PROMPT, events)
+    after = cluster.status()
+    assert after.term == before.term + 1
+    assert after.coordinator_pid != before.coordinator_pid
+    assert [rank.pid for rank in after.ranks] == [rank.pid for rank in before.ranks], "the ranks were adopted"
+    assert after.replicas[0].epoch == before.replicas[0].epoch
+    assert after.replicas[0].counters["steps"] > before.replicas[0].counters["steps"], "the engine went on"
+    assert "replica.adopted" in [event.kind for event in cluster.events()]
+
+
+def test_many_streams_survive_a_killed_rank(killed: Case) -> None:
+    cluster = killed.cluster
+    reached = threading.Barrier(9)
+    prompts = [f"{PROMPT} {i}" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        streams = [
+            pool.submit(stream_through, cluster.client(), prompt, KILL_AT, lambda: void(reached.wait(60)))
+            for prompt in prompts
+        ]
+        reached.wait(60)
+        cluster.kill(1)
+        for prompt, events in zip(prompts, streams, strict=True):
+            assert_undisturbed(killed, prompt, events.result())
+
+
+def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
+    """A client that is killed says nothing; its request waits, holds no block, and goes on when it is asked for."""
+    cluster = killed.cluster
+    request_id = "vanished-1"
+    options = {"max_tokens": STEPS, "temperature": 0.0, "ignore_eos": True, "request_id": request_id}
+    vanishing = Client(cluster.target)
+    stream = vanishing.stream(PROMPT, **options)
+    held = [next(stream) for _ in range(10)]
+    vanishing.close()
+    parked = cluster.wait(lambda now: now.parked == 1 and now.replicas[0].kv_blocks_referenced == 0, "a parked request")
+    assert parked.running == 0
+    answer = cluster.client().generate(PROMPT, **options)
+    assert answer.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
+    assert answer.token_ids[: len(held)] == tuple(event.token_ids[0] for event in held)
+
+
+def test_one_request_has_one_stream(killed: Case) -> None:
+    """The same id and content takes the stream over; other content under the id is refused."""
+    client = killed.cluster.client()
+    options = {"max_tokens": STEPS, "temperature": 0.0, "ignore_eos": True, "request_id": "taken-over"}
+    first = client.stream(PROMPT, **options)
+    next(first)
+    second = client.generate(PROMPT, **options)
+    with pytest.raises(StreamTakenOverError):
+        list(first)
+    assert second.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
+    with pytest.raises(ConflictError, match="taken-over"):
+        client.generate("something else", **options)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs, zombies left out."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def void(_: object) -> None:
+    """For callbacks that must return nothing."""

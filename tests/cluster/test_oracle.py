@@ -1,0 +1,125 @@
+"""The whole system against transformers in float64, through the gRPC client, for each layout."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from echelon import CancelledError, Client, Completion
+from tests.cluster.conftest import Case
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 64
+PROMPTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Geese fly so.",
+    "敏捷的棕色狐狸",
+    "a",
+    "An echelon is a formation in which each unit stands a little behind and to the side of the one ahead. " * 2,
+]
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[str, tuple[int, ...]]:
+    """What each checkpoint's first layout drew; the others must draw the same."""
+    return {}
+
+
+def greedy(client: Client, text: str, steps: int = STEPS) -> Completion:
+    return client.generate(text, max_tokens=steps, temperature=0.0, logprobs=0, ignore_eos=True)
+
+
+def assert_equals_transformers(case: Case, text: str, completion: Completion) -> None:
+    expected = case.reference.greedy(text, len(completion.token_ids))
+    assert completion.token_ids == expected.ids
+    logprobs = [logprob.logprob for logprob in completion.logprobs]
+    assert logprobs == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
+    assert completion.text == case.reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", PROMPTS, ids=range(len(PROMPTS)))
+def test_greedy_equals_transformers(case: Case, text: str) -> None:
+    completion = greedy(case.cluster.client(), text)
+    assert len(completion.token_ids) == STEPS
+    assert_equals_transformers(case, text, completion)
+
+
+def test_thirty_two_requests_at_once(case: Case) -> None:
+    texts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda text: greedy(case.cluster.client(), text, 24), texts))
+    for text, answer in zip(texts, answers, strict=True):
+        assert_equals_transformers(case, text, answer)
+    counters = case.cluster.status().replicas[0].counters
+    assert counters["decode_rows"] > counters["steps"], "no step ran more than one request"
+
+
+def test_chunks_of_seven_tokens(case: Case) -> None:
+    before = case.cluster.status().replicas[0].counters
+    text = PROMPTS[-1]
+    assert_equals_transformers(case, text, greedy(case.cluster.client(), text, 8))
+    after = case.cluster.status().replicas[0].counters
+    prompt_tokens = len(case.reference.tokenizer(text)["input_ids"])
+    chunks = after["prefill_chunks"] - before["prefill_chunks"]
+    if case.name.endswith("chunked"):
+        assert after["chunked_prompts"] - before["chunked_prompts"] == 1
+        assert chunks >= -(-prompt_tokens // 7)
+    else:
+        assert chunks == 1
+
+
+def test_first_event_long_before_the_last(case: Case) -> None:
+    started_s = time.monotonic()
+    arrivals_s = [
+        time.monotonic() - started_s
+        for _ in case.cluster.client().stream(PROMPTS[0], max_tokens=100, temperature=0.0, ignore_eos=True)
+    ]
+    assert arrivals_s[0] < arrivals_s[-1] / 2
+
+
+def test_resident_bytes_equal_the_plan(case: Case) -> None:
+    for rank in case.cluster.ranks():
+        assert rank.parameter_bytes == rank.planned_parameter_bytes > 0
+        assert rank.kv_bytes == rank.planned_kv_bytes > 0
+
+
+def test_cancelling_sixty_four_streams_releases_every_block(case: Case) -> None:
+    client = case.cluster.client()
+    ids = [f"cancel-{case.name}-{i}" for i in range(64)]
+
+    def read(request_id: str) -> Exception | None:
+        try:
+            client.generate(request_id, request_id=request_id, max_tokens=400, temperature=0.0, ignore_eos=True)
+        except CancelledError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(64) as pool:
+        ends = [pool.submit(read, request_id) for request_id in ids]
+        case.cluster.wait(lambda now: now.running + now.queued == 64, "64 requests")
+        assert set(client.cancel(*ids)) == set(ids)
+        assert all(isinstance(end.result(), CancelledError) for end in ends)
+    cluster = case.cluster.wait(lambda now: now.replicas[0].kv_blocks_referenced == 0, "no referenced block")
+    assert cluster.running == cluster.queued == 0
+
+
+def test_same_seed_same_tokens_in_any_company(case: Case, sampled: dict[str, tuple[int, ...]]) -> None:
+    """Alone, under another id, and among others; across layouts of one checkpoint, too."""
+    client = case.cluster.client()
+
+    def draw(request_id: str) -> tuple[int, ...]:
+        options = {"max_tokens": 32, "temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 1234}
+        return client.generate(PROMPTS[0], request_id=request_id, ignore_eos=True, **options).token_ids
+
+    alone = draw(f"alone-{case.name}")
+    with ThreadPoolExecutor(8) as pool:
+        noise = [pool.submit(client.generate, f"company {i}", max_tokens=40, seed=i) for i in range(7)]
+        together = pool.submit(draw, f"together-{case.name}").result()
+        for other in noise:
+            other.result()
+    assert alone == together
+    assert sampled.setdefault(case.name.split("-")[0], alone) == alone
+    assert client.generate(PROMPTS[0], max_tokens=32, seed=4321, ignore_eos=True).token_ids != alone

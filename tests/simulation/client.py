@@ -1,0 +1,169 @@
+"""Simulated users: the SDK's session machine on connections that break, with habits of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.requests import Admitted, Cancel, Delta, Failed, Final, Request, StreamEvent
+from echelon import session
+from echelon.errors import CancelledError, DeadlineError, EchelonError, StreamTakenOverError, UnavailableError
+from echelon.internal.link import Sampling
+from echelon.retry import RetryPolicy
+from echelon.types import Completion
+from echelon.types import StreamEvent as UserEvent
+from tests.simulation.checker import require
+from tests.simulation.cluster import PEER, Coordinator, World
+from tests.simulation.device import STOP_IDS, decode
+from tests.simulation.network import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one user asks for. A time is None for what this user never does."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    timeout_s: float
+    starts_s: float
+    cancels_s: float | None = None  # takes it back
+    vanishes_s: float | None = None  # is never heard of again
+    twin_s: float | None = None  # asks for the same a second time, on another stream, holding nothing
+    nap_s: float = 0.0  # waits longer than the policy says before trying again
+
+
+class User:
+    """One session from start to end."""
+
+    def __init__(self, world: World, coordinator: Coordinator, order: Order) -> None:
+        self.order = order
+        self.completion: Completion | None = None
+        self.error: EchelonError | None = None
+        self.gone = False
+        self._world = world
+        self._coordinator = coordinator
+        self._session = session.StreamSession(order.request_id, order.timeout_s, RetryPolicy())
+        self._connection: Connection | None = None
+        self._ids: list[int] = []
+        self._text = ""
+        self._deadline = world.clock.now + order.timeout_s
+        self._step(session.Start())
+
+    @property
+    def ended(self) -> bool:
+        return self.gone or self.completion is not None or self.error is not None
+
+    def check(self) -> None:
+        """How it may end, once every fault is over."""
+        order = self.order
+        require(self.ended, "{} never ended", order.request_id)
+        if self.error is None:
+            return
+        excuses: list[type[EchelonError]] = []
+        if order.cancels_s is not None:
+            excuses.append(CancelledError)
+        if order.twin_s is not None:
+            excuses.append(StreamTakenOverError)
+        if order.timeout_s < 10:
+            excuses.append(DeadlineError)
+        require(isinstance(self.error, tuple(excuses)), "{} ended in {}", order, self.error)
+
+    def cancel(self) -> None:
+        self._step(session.Cancel())
+
+    def vanish(self) -> None:
+        self.gone = True
+        self.break_stream()
+
+    def break_stream(self) -> None:
+        if self._connection:
+            self._connection.cut()
+
+    def _step(self, event: session.Event[session.Message]) -> None:
+        if self.gone or self.ended:
+            return
+        clock = self._world.clock
+        for effect in self._session.step(clock.now, event):
+            require(not self.ended, "{}: {} after the end", self.order.request_id, effect)
+            match effect:
+                case session.Open(resume, timeout_s):
+                    assert timeout_s is not None
+                    self._open(resume, timeout_s)
+                case session.Sleep(seconds):
+                    self._drop()
+                    clock.after(seconds + self._world.random.random() * self.order.nap_s, self._step, session.Timer())
+                case session.Yield(value):
+                    self._take(value)
+                case session.CancelRemote(request_id):
+                    clock.after(0.01, self._coordinator.post, Cancel((request_id,)))
+                case session.Finish(result):
+                    self._finish(result)
+                case session.Raise(error):
+                    self.error = error
+                    self._drop()
+                    late = clock.now - self._deadline
+                    require(
+                        late <= 1.0 + self.order.nap_s, "{} ended {} s after its deadline", self.order.request_id, late
+                    )
+
+    def _open(self, resume: tuple[int, ...], timeout_s: float) -> None:
+        self._drop()
+        clock = self._world.clock
+        if not self._coordinator.up:
+            clock.after(0.01, self._step, session.Broken(UnavailableError("nobody listens")))
+            return
+        connection = self._connection = self._world.connect()
+        connection.ends[PEER].on_message = lambda event: self._receive(connection, event)
+        connection.ends[PEER].on_cut = lambda: self._broken(connection, UnavailableError("the connection broke"))
+        clock.after(timeout_s, self._broken, connection, DeadlineError("the transport's deadline passed"))
+        clock.after(0.005, self._submit, connection, resume, timeout_s)
+
+    def _submit(self, connection: Connection, resume: tuple[int, ...], timeout_s: float) -> None:
+        order, now = self.order, self._world.clock.now
+        if not connection.open or not self._coordinator.up:
+            connection.cut()
+            return
+        sampling = Sampling(1.0, 1.0, 0, order.max_tokens, 7, STOP_IDS)
+        digest = order.request_id.encode()
+        request = Request(order.request_id, digest, "m", order.prompt, sampling, now + timeout_s, now)
+        self._coordinator.open_stream(connection, request, resume or None)
+
+    def _receive(self, connection: Connection, event: StreamEvent) -> None:
+        if self._connection is connection:
+            request_id = self.order.request_id
+            match event:
+                case Admitted():
+                    self._step(session.Received(event))
+                case Delta(index, sequence, text, ids, logprobs):
+                    self._step(session.Received(UserEvent(request_id, index, sequence, text, ids, logprobs)))
+                case Final(completion):
+                    self._step(session.Received(completion))
+                case Failed(error):
+                    self._step(session.Broken(error))
+
+    def _broken(self, connection: Connection, error: EchelonError) -> None:
+        if self._connection is connection:
+            self._step(session.Broken(error))
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.cut()
+
+    def _take(self, event: UserEvent) -> None:
+        require(
+            event.sequence == len(self._ids), "{}: {} after {} tokens", self.order.request_id, event, len(self._ids)
+        )
+        self._ids.extend(event.token_ids)
+        self._text += event.text
+
+    def _finish(self, completion: Completion) -> None:
+        self._drop()
+        self.completion = completion
+        require(completion.token_ids == tuple(self._ids), "{} is not what was yielded: {}", completion, self._ids)
+        require(self._text == completion.text == decode(self._ids), "{} is not the text of {}", self._text, self._ids)
+
+
+def answered(users: Sequence[User]) -> int:
+    return sum(user.completion is not None for user in users)

@@ -1,0 +1,74 @@
+"""Virtual time, and connections between simulated processes.
+
+A connection keeps order and loses nothing until it is cut, like a gRPC stream; after a cut each end learns of it in
+its own time, and what was under way may still arrive at either end, or not.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+
+class Clock:
+    """Runs actions in order of time; equal times in order of their making."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._actions: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._count = itertools.count()
+
+    def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._actions, (self.now + delay_s, next(self._count), action, arguments))
+
+    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
+        """Until that time, or until `done`."""
+        while self._actions and self._actions[0][0] <= until and not done():
+            self.now, _, action, arguments = heapq.heappop(self._actions)
+            action(*arguments)
+
+
+class End:
+    """One end of a connection. Whoever holds it sets what happens on a message and on the cut."""
+
+    def __init__(self) -> None:
+        self.on_message: Callable[[Any], None] = lambda message: None
+        self.on_cut: Callable[[], None] = lambda: None
+        self.last_arrival = 0.0
+
+
+class Connection:
+    """Two ends, messages both ways."""
+
+    def __init__(self, clock: Clock, random: Random, latency_s: float) -> None:
+        self.ends = [End(), End()]
+        self.open = True
+        self._clock = clock
+        self._random = random
+        self._latency_s = latency_s
+        self._stragglers = [True, True]
+
+    def send(self, to: int, message: Any) -> None:
+        if self.open:
+            end = self.ends[to]
+            end.last_arrival = max(end.last_arrival, self._clock.now + self._random.expovariate(1 / self._latency_s))
+            self._clock.after(end.last_arrival - self._clock.now, self._arrive, to, message)
+
+    def deafen(self, end: int) -> None:
+        """Whoever held this end is dead."""
+        self.ends[end] = End()
+
+    def cut(self) -> None:
+        if self.open:
+            self.open = False
+            self._stragglers = [self._random.random() < 0.3 for _ in self.ends]
+            for end in self.ends:
+                notice_s = self._random.random() * self._random.choice((0.01, 0.3))
+                self._clock.after(notice_s, lambda end=end: end.on_cut())
+
+    def _arrive(self, to: int, message: Any) -> None:
+        if self.open or self._stragglers[to]:
+            self.ends[to].on_message(message)

@@ -1,0 +1,139 @@
+"""Tiny random checkpoints in Hugging Face format, tokenizer included, written in well under two seconds.
+
+Weights are float32 (or what `dtype` says) and scaled so that log-probabilities vary and depend on the whole prompt.
+Any key of config.json can be overridden; keys set to None are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from models.config import read_model_config
+from models.tables import EMBEDDING, Parameter, parameter_table
+
+BEGIN = "<|begin_of_text|>"
+END = "<|end_of_text|>"
+TOKENIZER_VOCABULARY = 320
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TEXT = """An echelon is a formation in which each unit stands a little behind and to the side of the one ahead.
+Geese fly so, cyclists ride so in a crosswind, and a pipeline of micro-batches draws the same staircase in time.
+The quick brown fox jumps over the lazy dog. Der schnelle braune Fuchs springt. Le renard brun saute. 敏捷的棕色狐狸。
+"""
+
+_FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+}
+
+
+def make_checkpoint(
+    directory: Path, family: str = "llama", *, seed: int = 0, shards: int = 1, **overrides: object
+) -> Path:
+    """Writes a checkpoint and returns its directory. vocab_size may be padded beyond the tokenizer's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    end_id = tokenizer.token_to_id(END)
+    config: dict[str, object] = {
+        **_FAMILIES[family],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "dtype": "float32",
+        "bos_token_id": tokenizer.token_to_id(BEGIN),
+        "eos_token_id": end_id,
+        **overrides,
+    }
+    _write_json(directory / "config.json", {key: value for key, value in config.items() if value is not None})
+    _write_json(directory / "generation_config.json", {"eos_token_id": [end_id]})
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BEGIN,
+            "eos_token": END,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    write_weights(directory, seed=seed, shards=shards)
+    return directory
+
+
+def write_weights(directory: Path, *, seed: int, shards: int = 1) -> None:
+    """Random weights for the directory's config.json, in one file or in several with an index."""
+    random = np.random.default_rng(seed)
+    config = read_model_config(directory)
+    tensors = {parameter.name: _random_tensor(parameter, random) for parameter in parameter_table(config)}
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        members = names[shard::shards]
+        save_file({name: tensors[name] for name in members}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(members, file)
+    _write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _random_tensor(parameter: Parameter, random: np.random.Generator) -> npt.NDArray[np.float32]:
+    noise = random.standard_normal(parameter.shape, dtype=np.float32)
+    if parameter.name.endswith("norm.weight"):
+        return 1 + np.float32(0.1) * noise
+    if parameter.name.endswith(".bias"):
+        return np.float32(0.1) * noise
+    scale = 2.0 if parameter.name != EMBEDDING else 1.0
+    return np.float32(scale / math.sqrt(parameter.shape[-1])) * noise
+
+
+def _tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer: any text can be encoded, and a begin token goes before it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_VOCABULARY,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    begin_id = tokenizer.token_to_id(BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, begin_id)]
+    )
+    return tokenizer
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""NodeAgent: kills are confirmed and hit nobody else; deaths are told once; a lease ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from worker.agent import NodeAgent
+
+
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    started = [subprocess.Popen(command) for _ in range(3)]
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_kill_confirms_the_named_and_spares_the_others(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    agent = NodeAgent(lease_s=30.0)
+    for name, process in zip(("rank/c/0/0/1", "rank/c/0/1/1", "rank/c/1/0/1"), sleepers, strict=True):
+        agent.register(name, process.pid)
+    assert agent.kill("rank/c/0/", first="rank/c/0/1/") == []
+    assert (sleepers[0].wait(), sleepers[1].wait(), sleepers[2].poll()) == (-9, -9, None)
+    assert agent.living() == ["rank/c/1/0/1"]
+    assert agent.kill("rank/c/0/") == [], "killing what is gone succeeds"
+    assert agent.deaths(0.0) == [], "an ordered kill is no death to tell"
+
+
+def test_a_death_is_told_once_to_whoever_waits(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    agent = NodeAgent(lease_s=30.0)
+    agent.register("a", sleepers[0].pid)
+    agent.register("b", sleepers[1].pid)
+    killer = threading.Timer(0.1, sleepers[1].kill)
+    killer.start()
+    assert agent.deaths(30.0) == ["b"]
+    assert agent.deaths(0.0) == []
+    assert agent.living() == ["a"]
+    killer.join()
+
+
+def test_a_process_registered_while_another_thread_waits_is_watched(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    agent = NodeAgent(lease_s=30.0)
+    told: list[str] = []
+    waiter = threading.Thread(target=lambda: told.extend(agent.deaths(30.0)))
+    waiter.start()
+    agent.register("late", sleepers[0].pid)
+    sleepers[0].kill()
+    waiter.join(30.0)
+    assert told == ["late"]
+
+
+def test_an_ended_process_cannot_be_registered(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    sleepers[0].kill()
+    sleepers[0].wait()
+    with pytest.raises(ProcessLookupError):
+        NodeAgent(lease_s=30.0).register("gone", sleepers[0].pid)
+
+
+def test_the_lease_ends_unless_renewed() -> None:
+    now = [0.0]
+    agent = NodeAgent(lease_s=30.0, clock=lambda: now[0])
+    now[0] = 29.0
+    assert not agent.expired()
+    agent.renew(30.0)
+    now[0] = 58.0
+    assert not agent.expired()
+    now[0] = 59.5
+    assert agent.expired()

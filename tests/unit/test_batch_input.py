@@ -1,0 +1,160 @@
+"""Batch files: both formats mean the same, and every bad line is refused by number and field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.batch_input import batch_digest, check_job_id, parse_batch
+from coordinator.frontend import ChatPrompt
+from echelon.errors import InvalidRequestError
+from echelon.types import ChatMessage, SamplingParams
+
+
+def short(**keys: object) -> dict[str, object]:
+    return {"custom_id": "a", **keys}
+
+
+def completion(**body: object) -> dict[str, object]:
+    return {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def chat(**body: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, **body}
+    return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+HI = ChatPrompt((ChatMessage("user", "hi"),))
+
+
+def lines(*objects: object) -> bytes:
+    return "\n".join(each if isinstance(each, str) else json.dumps(each) for each in objects).encode()
+
+
+def test_items_keep_their_order_and_blank_lines_are_passed_over() -> None:
+    items = parse_batch(
+        b"\xef\xbb\xbf" + lines(short(prompt="x"), "", " ", {"custom_id": "b", "prompt": "y\u2028z"}) + b"\r\n"
+    )
+    assert [(item.custom_id, item.index, item.prompt) for item in items] == [("a", 0, "x"), ("b", 1, "y\u2028z")]
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "sampling"),
+    [
+        (short(prompt="x"), "x", SamplingParams()),
+        (short(token_ids=[1, 2], seed=3), (1, 2), SamplingParams(seed=3)),
+        (
+            short(messages=[{"role": "user", "content": "hi"}]),
+            HI,
+            SamplingParams(),
+        ),
+        (completion(prompt="x", max_tokens=4, n=1, stream=False), "x", SamplingParams(max_tokens=4)),
+        (completion(prompt=[1, 2], logprobs=2, temperature=None), (1, 2), SamplingParams(logprobs=2)),
+        (
+            completion(prompt="x", stop_token_ids=[5], ignore_eos=True),
+            "x",
+            SamplingParams(stop_token_ids=(5,), ignore_eos=True),
+        ),
+        (chat(max_completion_tokens=4), HI, SamplingParams(max_tokens=4)),
+        (chat(logprobs=True), HI, SamplingParams(logprobs=0)),
+        (chat(logprobs=True, top_logprobs=3), HI, SamplingParams(logprobs=3)),
+        (chat(logprobs=False), HI, SamplingParams()),
+    ],
+)
+def test_both_formats_give_prompt_and_sampling(line: object, prompt: object, sampling: SamplingParams) -> None:
+    (item,) = parse_batch(lines(line))
+    assert (item.prompt, item.sampling) == (prompt, sampling)
+
+
+def test_the_model_and_the_template_arguments_are_taken() -> None:
+    (item,) = parse_batch(lines(chat(model="m", template_args={"enable_thinking": False})))
+    assert item.model == "m"
+    assert isinstance(item.prompt, ChatPrompt) and item.prompt.template_args == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "message"),
+    [
+        ("{", "", "is not JSON"),
+        ("[1]", "", "must be a JSON object"),
+        ('{"custom_id": "b", "prompt": "x", "temperature": NaN}', "", "holds NaN"),
+        ('{"custom_id": "b", "prompt": "x", "prompt": "y"}', "prompt", "is given twice"),
+        ('{"custom_id": "b", "prompt": "\\ud800"}', "", "half of a surrogate pair"),
+        ("[" * 100_000, "", "nested too deeply"),
+        ({"prompt": "x"}, "custom_id", "is missing"),
+        ({"custom_id": 7, "prompt": "x"}, "custom_id", "must be a string, got 7"),
+        ({"custom_id": "", "prompt": "x"}, "custom_id", "must have 1 to 512 characters"),
+        (short(), "prompt", "give one of prompt, token_ids, messages, got none"),
+        (short(prompt="x", token_ids=[1]), "token_ids", "got prompt and token_ids"),
+        (short(prompt=""), "prompt", "is empty"),
+        (short(prompt=[1]), "prompt", "token ids go under token_ids"),
+        (short(token_ids=[]), "token_ids", "is empty"),
+        (short(token_ids=[1, True]), "token_ids", "must be a list of token ids"),
+        (short(token_ids=[-1]), "token_ids", "must be a list of token ids"),
+        (short(prompt="x", template_args={}), "template_args", "goes with messages only"),
+        (short(prompt="x", body_tokens=4), "body_tokens", "is unknown; known here are custom_id, model, prompt"),
+        (short(prompt="x", stop="."), "stop", "is unknown; known here are custom_id"),
+        (
+            short(prompt="x", temperature=-1),
+            "temperature",
+            "must be a finite number >= 0, got",
+        ),
+        (short(prompt="x", temperature=10**400), "temperature", "must be a finite number"),
+        (short(prompt="x", stop_token_ids=5), "stop_token_ids", "must be a list"),
+        (short(messages=[]), "messages", "must be a list of at least one message"),
+        (short(messages=[{"role": "user"}]), "messages[0].content", "is missing"),
+        (short(messages=[{"role": "user", "content": "x", "name": "y"}]), "messages[0].name", "is unknown"),
+        ({**completion(prompt="x"), "method": "GET"}, "method", "must be 'POST'"),
+        ({**completion(prompt="x"), "url": "/v1/embeddings"}, "url", "must be '/v1/completions' or"),
+        ({"custom_id": "b", "url": "/v1/completions"}, "body", "is missing"),
+        (completion(prompt="x", n=2), "body.n", "must be 1, got 2"),
+        (completion(prompt="x", stream=True), "body.stream", "must be false"),
+        (completion(prompt="x", user="u"), "body.user", "is unknown; known here are model, prompt"),
+        (completion(prompt=["x", "y"]), "body.prompt", "must be a string or a list of token ids"),
+        (chat(top_logprobs=3), "body.top_logprobs", "needs logprobs: true"),
+        (chat(max_tokens=3, max_completion_tokens=3), "body.max_completion_tokens", "not both"),
+        (chat(top_p=0), "body.top_p", r"must be in \(0, 1\], got 0"),
+    ],
+)
+def test_a_bad_line_is_refused_by_number_and_field(line: object, path: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        parse_batch(lines({"custom_id": "good", "prompt": "x"}, "", line))
+    assert caught.value.message.startswith(f"line 3: {path} " if path else "line 3 ")
+    assert caught.value.field == f"source.jsonl[3].{path}".rstrip(".")
+
+
+def test_a_custom_id_may_come_once() -> None:
+    with pytest.raises(InvalidRequestError, match="line 2: custom_id 'a' is already the custom_id of line 1"):
+        parse_batch(lines(short(prompt="x"), short(prompt="y")))
+
+
+def test_bytes_that_are_no_text_and_a_file_without_items_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="line 2 is not UTF-8 at byte 2"):
+        parse_batch(lines(short(prompt="x")) + b'\n{"\xff"}')
+    with pytest.raises(InvalidRequestError, match="the batch has no items"):
+        parse_batch(b"\n \n")
+
+
+@given(st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5).map(lines))
+def test_any_bytes_are_items_or_one_clear_error(jsonl: bytes) -> None:
+    try:
+        assert parse_batch(jsonl)
+    except InvalidRequestError as error:
+        assert error.field and error.field.startswith("source.jsonl")
+
+
+def test_the_digest_covers_the_model_and_the_lines() -> None:
+    one, other = parse_batch(lines(short(prompt="x"))), parse_batch(lines(short(prompt="y")))
+    assert batch_digest("m", one) == batch_digest("m", parse_batch(b"\n" + lines(short(prompt="x")) + b"\r\n"))
+    assert len({batch_digest("m", one), batch_digest("m", other), batch_digest("n", one)}) == 3
+
+
+def test_job_ids_are_plain() -> None:
+    check_job_id("nightly-42.a_B")
+    for job_id in ("", ".a", "a/b", "a" * 65, "a\n"):
+        with pytest.raises(InvalidRequestError, match="batch_job_id must be 1 to 64"):
+            check_job_id(job_id)

@@ -1,0 +1,297 @@
+"""The command line against the scripted server: what is printed where, exit codes, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from echelon import convert, convert_cluster
+from echelon.cli.app import app
+from echelon.errors import InvalidRequestError, NotFoundError
+from echelon.types import (
+    Cluster,
+    ClusterEvent,
+    ItemCounts,
+    ItemResult,
+    JobState,
+    JobStatus,
+    Model,
+    Rank,
+    Replica,
+    Usage,
+)
+from echelon.v1 import generation_pb2, jobs_pb2
+from tests.unit.scripted import IDS, WORDS, ScriptedServer, completion, fail, tokens
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as scripted:
+        yield scripted
+
+
+def echelon(*arguments: str, address: str = "localhost:1", stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, env={"ECHELON_ADDRESS": address}, input=stdin)
+
+
+def job(state: JobState, succeeded: int = 0, failed: int = 0) -> JobStatus:
+    counts = ItemCounts(2, succeeded, failed, 2 - succeeded - failed)
+    return JobStatus(job_id="j", state=state, model="tiny", counts=counts, usage=Usage(3, 4), create_unix_s=1.5)
+
+
+def answers_job(*states: JobStatus) -> Any:
+    def watch(request: Any, context: Any) -> Iterator[Any]:
+        for state in states:
+            yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(state))
+
+    return watch
+
+
+RESULTS = (
+    ItemResult(custom_id="a", index=0, cursor=1, completion=completion("r0")),
+    ItemResult(custom_id="b", index=1, cursor=2, error=InvalidRequestError("too long", reason="CONTEXT_TOO_LONG")),
+)
+
+
+def answers_results(*items: ItemResult) -> Any:
+    def results(request: Any, context: Any) -> Iterator[Any]:
+        for item in items:
+            yield jobs_pb2.StreamBatchJobResultsResponse(result=convert.item_to_proto(item))
+
+    return results
+
+
+def test_generate_prints_the_text(server: ScriptedServer) -> None:
+    server.on("StreamGenerate", tokens(0, 6, end=True), tokens(0, 6, end=True))
+    for flags in ([], ["--no-stream"]):
+        result = echelon("generate", "once", "--max-tokens", "6", "--temperature", "0", *flags, address=server.address)
+        assert (result.exit_code, result.stdout) == (0, "".join(WORDS) + "\n")
+    request = server.requests["StreamGenerate"][0]
+    assert (request.text, request.sampling.max_tokens, request.sampling.temperature) == ("once", 6, 0.0)
+
+
+def test_generate_prints_json(server: ScriptedServer) -> None:
+    server.on("StreamGenerate", tokens(0, 6, end=True))
+    result = echelon("generate", "once", "--json", address=server.address)
+    answer = json.loads(result.stdout)
+    assert answer["choices"][0]["token_ids"] == list(IDS)
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+
+
+def test_generate_reads_standard_input_and_chats(server: ScriptedServer) -> None:
+    server.on("StreamGenerate", tokens(0, 6, end=True))
+    assert echelon("generate", "-", "--chat", address=server.address, stdin="hello").exit_code == 0
+    (message,) = server.requests["StreamGenerate"][0].chat.messages
+    assert (message.role, message.content) == ("user", "hello")
+
+
+def test_bad_input_is_one_line_and_exit_2(server: ScriptedServer) -> None:
+    result = echelon("generate", "once", "--temperature", "-1", address=server.address)
+    assert result.exit_code == 2
+    assert result.stderr == "echelon: error: temperature must be a finite number >= 0, got -1.0\n"
+    assert echelon("generate", address=server.address).exit_code == 2
+    assert echelon("generate", "once", "--no-such-flag", address=server.address).exit_code == 2
+    assert echelon("status", address="nowhere").exit_code == 2
+
+
+def test_the_servers_error_is_one_line_with_the_request(server: ScriptedServer) -> None:
+    error = NotFoundError("model x is not served", request_id="r-7")
+    server.on("StreamGenerate", tokens(0, 0, then=lambda context: fail(context, error)))
+    result = echelon("generate", "once", address=server.address)
+    assert (result.exit_code, result.stderr) == (1, "echelon: error: model x is not served (request r-7)\n")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_status_of_nothing_is_one_line_and_exit_1(as_json: bool) -> None:
+    result = echelon("status", *["--json"][: int(as_json)], address="localhost:1")
+    assert result.exit_code == 1
+    assert (result.stdout, result.stderr) == ("", "echelon: error: cannot reach localhost:1: Connection refused\n")
+
+
+def cluster() -> Cluster:
+    rank = Rank(
+        replica=0,
+        pipeline=0,
+        data=0,
+        tensor=1,
+        expert=0,
+        leader=False,
+        pid=4242,
+        node_id="node-a",
+        epoch=5,
+        state="ready",
+        parameter_bytes=3 * 2**29,
+    )
+    replica = Replica(index=0, epoch=5, state="ready", kv_blocks_total=9, kv_blocks_referenced=2, step=77)
+    model = Model(
+        name="tiny", source="/m", state="active", dtype="float32", architecture="LlamaForCausalLM", max_context=512
+    )
+    return Cluster(
+        version="0.1.0",
+        term=3,
+        coordinator_pid=41,
+        queued=1,
+        running=2,
+        parked=0,
+        models=(model,),
+        replicas=(replica,),
+        ranks=(rank,),
+    )
+
+
+def test_status_shows_models_replicas_and_ranks(server: ScriptedServer) -> None:
+    for _ in range(2):
+        server.on("GetCluster", lambda request, context: convert_cluster.cluster_to_proto(cluster()))
+    shown = echelon("status", address=server.address).stdout
+    for part in ("term 3", "1 queued", "LlamaForCausalLM", "2/9", "0/p0-d0-t1", "4242", "1.5 GiB"):
+        assert part in shown
+    answer = json.loads(echelon("status", "--json", address=server.address).stdout)
+    assert answer["ranks"][0]["pid"] == 4242
+    assert answer["replicas"][0]["epoch"] == 5
+
+
+def test_events_are_lines(server: ScriptedServer) -> None:
+    events = [ClusterEvent(s, 1.5, "rank.died", f"rank/{s}", {"signal": 9}) for s in (1, 2)]
+    for _ in range(2):
+        server.on("WatchClusterEvents", lambda r, c: map(convert_cluster.event_to_proto, events))
+    lines = echelon("events", address=server.address).stdout.splitlines()
+    assert [line.split()[3:] for line in lines] == [["rank.died", f"rank/{s}", "signal=9"] for s in (1, 2)]
+    lines = echelon("events", "--json", "--after", "1", address=server.address).stdout.splitlines()
+    assert [json.loads(line)["sequence"] for line in lines] == [2]
+    assert not server.requests["WatchClusterEvents"][0].follow
+
+
+def test_batch_submit_prints_the_id_and_may_watch(server: ScriptedServer, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"custom_id": "a", "prompt": "once"}\n')
+    for _ in range(2):
+        server.on("CreateBatchJob", lambda request, context: convert.job_to_proto(job(JobState.QUEUED)))
+    result = echelon("batch", "submit", str(source), "--job-id", "j", address=server.address)
+    assert (result.exit_code, result.stdout) == (0, "j\n")
+    server.on("WatchBatchJob", answers_job(job(JobState.RUNNING, 1), job(JobState.SUCCEEDED, 2)))
+    result = echelon("batch", "submit", str(source), "--job-id", "j", "--watch", address=server.address)
+    assert (result.exit_code, result.stdout) == (0, "j\n")
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["j running", "j succeeded"]
+    assert server.requests["CreateBatchJob"][0].source.jsonl == source.read_bytes()
+
+
+def test_a_file_that_is_not_there_is_wrong_use() -> None:
+    result = echelon("batch", "submit", "/no/such/file.jsonl")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "/no/such/file.jsonl" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (job(JobState.SUCCEEDED, 2), 0),
+        (job(JobState.SUCCEEDED, 1, 1), 3),
+        (job(JobState.CANCELLED, 1), 1),
+    ],
+)
+def test_batch_watch_exits_by_the_jobs_end(server: ScriptedServer, end: JobStatus, code: int) -> None:
+    server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING)))
+    server.on("WatchBatchJob", answers_job(job(JobState.RUNNING), end))
+    assert echelon("batch", "watch", "j", address=server.address).exit_code == code
+
+
+def test_batch_list_get_and_cancel(server: ScriptedServer) -> None:
+    for _ in range(2):
+        server.on(
+            "ListBatchJobs",
+            lambda r, c: jobs_pb2.ListBatchJobsResponse(batch_jobs=[convert.job_to_proto(job(JobState.RUNNING, 1))]),
+        )
+    assert echelon("batch", "list", address=server.address).stdout.splitlines()[1].split()[:3] == ["j", "running", "2"]
+    (listed,) = json.loads(echelon("batch", "list", "--json", address=server.address).stdout)
+    assert (listed["job_id"], listed["state"], listed["counts"]["succeeded"]) == ("j", "running", 1)
+    for _ in range(4):
+        server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING, 1)))
+    assert "1/2 done" in echelon("batch", "get", "j", address=server.address).stdout
+    server.on("CancelBatchJob", lambda request, context: convert.job_to_proto(job(JobState.CANCELLING)))
+    result = echelon("batch", "cancel", "j", "--json", address=server.address)
+    assert json.loads(result.stdout)["state"] == "cancelling"
+    assert server.requests["CancelBatchJob"][0].name == "batchJobs/j"
+
+
+def test_batch_results_are_openai_lines(server: ScriptedServer, tmp_path: Path) -> None:
+    for _ in range(3):
+        server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.SUCCEEDED, 1, 1)))
+    server.on("StreamBatchJobResults", answers_results(*RESULTS), answers_results(*RESULTS))
+    server.on("StreamBatchJobResults", answers_results(RESULTS[0]))
+    result = echelon("batch", "results", "j", address=server.address)
+    assert result.exit_code == 3
+    good, bad = map(json.loads, result.stdout.splitlines())
+    assert set(good) == set(bad) == {"id", "custom_id", "response", "error"}
+    assert (good["custom_id"], good["error"], good["response"]["status_code"]) == ("a", None, 200)
+    assert good["response"]["request_id"] == "r0"
+    assert good["response"]["body"]["choices"][0]["text"] == "".join(WORDS)
+    assert (bad["custom_id"], bad["response"]) == ("b", None)
+    assert bad["error"] == {"code": "CONTEXT_TOO_LONG", "message": "too long"}
+    target = tmp_path / "out.jsonl"
+    echelon("batch", "results", "j", "--output", str(target), address=server.address)
+    assert target.read_text() == result.stdout
+    assert echelon("batch", "results", "j", "--no-follow", address=server.address).exit_code == 0
+    assert not server.requests["StreamBatchJobResults"][2].follow
+
+
+def test_help_names_every_verb() -> None:
+    shown = echelon("--help").stdout
+    for verb in ("serve", "generate", "batch", "status", "events"):
+        assert verb in shown
+
+
+def interrupt(server: ScriptedServer, entered: threading.Event, *arguments: str) -> tuple[int, str, str]:
+    """The command in a process of its own, with Ctrl-C while the server keeps it waiting."""
+    command = [sys.executable, "-m", "echelon", *arguments, "--address", server.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        try:
+            assert entered.wait(30)
+            if arguments[0] == "generate":  # what was streamed is there before the end
+                assert process.stdout is not None
+                assert process.stdout.read(1) == b"o"
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+def hang(entered: threading.Event, context: Any) -> None:
+    gone = threading.Event()
+    context.add_callback(gone.set)
+    entered.set()
+    gone.wait(30)
+
+
+def test_ctrl_c_in_generate_exits_130_and_cancels_at_the_server(server: ScriptedServer) -> None:
+    entered = threading.Event()
+    server.on("StreamGenerate", tokens(0, 1, then=lambda context: hang(entered, context)))
+    server.on("CancelGeneration", lambda request, context: generation_pb2.CancelGenerationResponse())
+    ended = interrupt(server, entered, "generate", "once")
+    assert ended == (130, "ne ", "")
+    request_id = server.requests["StreamGenerate"][0].request_id
+    assert list(server.requests["CancelGeneration"][0].request_ids) == [request_id]
+
+
+def test_ctrl_c_in_batch_watch_exits_130_and_leaves_the_job(server: ScriptedServer) -> None:
+    entered = threading.Event()
+
+    def watch(request: Any, context: Any) -> Iterator[Any]:
+        yield from answers_job(job(JobState.RUNNING, 1))(request, context)
+        hang(entered, context)
+
+    server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING)))
+    server.on("WatchBatchJob", watch)
+    code, stdout, stderr = interrupt(server, entered, "batch", "watch", "j")
+    assert (code, stdout) == (130, "")
+    assert set(stderr.splitlines()) <= {"j running: 1/2 done, 0 failed, 1 running"}
+    assert set(server.requests) == {"GetBatchJob", "WatchBatchJob"}

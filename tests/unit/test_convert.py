@@ -1,0 +1,169 @@
+"""The public nouns survive the wire, unset fields stay unset, and unknown content is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from echelon import convert, convert_cluster
+from echelon.errors import InternalError, InvalidRequestError, NotFoundError
+from echelon.types import (
+    Admitted,
+    ChatMessage,
+    Cluster,
+    ClusterEvent,
+    Completion,
+    FinishReason,
+    ItemCounts,
+    ItemResult,
+    JobState,
+    JobStatus,
+    Model,
+    Rank,
+    Replica,
+    SamplingParams,
+    StreamEvent,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from echelon.v1 import generation_pb2, jobs_pb2
+
+LOGPROBS = (TokenLogprob(5, -0.25, ((5, -0.25), (9, -2.5))), TokenLogprob(6, -1.0))
+COMPLETION = Completion(
+    request_id="r",
+    model="tiny",
+    text="grüße",
+    token_ids=(5, 6),
+    finish_reason=FinishReason.STOP,
+    logprobs=LOGPROBS,
+    usage=Usage(3, 2, 4),
+    timing=Timing(0.25, 0.5, 1.75),
+)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.0, top_k=0, seed=0, logprobs=0),  # zero is not unset
+        SamplingParams(temperature=0.7, top_p=0.9, top_k=5, max_tokens=9, seed=-(2**63), logprobs=20),
+        SamplingParams(stop_token_ids=(0, 2**31 - 1), ignore_eos=True),
+    ],
+)
+def test_sampling(sampling: SamplingParams) -> None:
+    assert convert.sampling_from_proto(convert.sampling_to_proto(sampling)) == sampling
+
+
+def test_bad_sampling_from_the_wire_names_its_field() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.sampling_from_proto(generation_pb2.SamplingParams(temperature=float("nan")))
+    assert caught.value.field == "sampling.temperature"
+
+
+@pytest.mark.parametrize(
+    "event", [Admitted("r", 7, -5), StreamEvent("r", 0, 3, "text", (5, 6), LOGPROBS), COMPLETION], ids=type
+)
+def test_stream_messages(event: Admitted | StreamEvent | Completion) -> None:
+    assert convert.stream_from_proto(convert.stream_to_proto("r", event)) == event
+
+
+def test_an_unknown_stream_message_is_an_error() -> None:
+    with pytest.raises(InternalError):
+        convert.stream_from_proto(generation_pb2.StreamGenerateResponse(request_id="r"))
+
+
+@pytest.mark.parametrize("choices", [0, 1, 2])
+def test_an_answer_without_one_finished_choice_is_an_error(choices: int) -> None:
+    with pytest.raises(InternalError):
+        convert.completion_from_proto(generation_pb2.GenerateResponse(choices=[generation_pb2.Choice()] * choices))
+
+
+def test_chat_message() -> None:
+    message = ChatMessage("user", "hello")
+    assert convert.message_from_proto(convert.message_to_proto(message)) == message
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_job(state: JobState) -> None:
+    job = JobStatus(
+        job_id="nightly-42",
+        state=state,
+        model="tiny",
+        counts=ItemCounts(10, 4, 3, 2, 1),
+        usage=Usage(100, 200, 5),
+        create_unix_s=1_700_000_000.25,
+    )
+    assert convert.job_from_proto(convert.job_to_proto(job)) == job
+    ended = dataclasses.replace(job, start_unix_s=1_700_000_001.5, end_unix_s=1_700_000_002.5)
+    assert convert.job_from_proto(convert.job_to_proto(ended)) == ended
+
+
+def test_a_job_state_of_a_later_version_is_an_error() -> None:
+    with pytest.raises(InternalError):
+        convert.job_from_proto(jobs_pb2.BatchJob(name="batchJobs/a", state=99))  # type: ignore[arg-type]
+
+
+def test_job_names() -> None:
+    assert convert.job_name("a") == "batchJobs/a"
+    assert convert.job_id_of("batchJobs/a") == convert.job_id_of("a") == "a"
+
+
+def test_items() -> None:
+    item = ItemResult(custom_id="c", index=3, cursor=8, completion=COMPLETION)
+    assert convert.item_from_proto(convert.item_to_proto(item)) == item
+    failed = ItemResult(custom_id="c", index=3, cursor=8, error=NotFoundError("no", request_id="r"))
+    back = convert.item_from_proto(convert.item_to_proto(failed))
+    assert isinstance(back.error, NotFoundError)
+    assert vars(back.error) == vars(failed.error)
+    assert back.completion is None
+
+
+def rank(tensor: int, node: str) -> Rank:
+    return Rank(
+        replica=0,
+        pipeline=0,
+        data=0,
+        tensor=tensor,
+        expert=0,
+        leader=tensor == 0,
+        pid=100 + tensor,
+        node_id=node,
+        epoch=4,
+        state="ready",
+        device="cpu",
+        parameter_bytes=2**33,
+        kv_bytes=2**34,
+        planned_parameter_bytes=2**33,
+        planned_kv_bytes=2**34,
+    )
+
+
+def test_cluster_keeps_ranks_in_mesh_order_over_nodes() -> None:
+    replica = Replica(
+        index=0, epoch=4, state="ready", kv_blocks_total=9, kv_blocks_referenced=2, step=77, counters={"steps": 77}
+    )
+    model = Model(
+        name="tiny", source="/models/tiny", state="active", dtype="float32", architecture="Llama", max_context=512
+    )
+    cluster = Cluster(
+        version="0.1.0",
+        term=3,
+        coordinator_pid=42,
+        queued=1,
+        running=2,
+        parked=3,
+        models=(model,),
+        replicas=(replica,),
+        ranks=(rank(0, "a"), rank(1, "b"), rank(2, "a")),
+    )
+    assert convert_cluster.cluster_from_proto(convert_cluster.cluster_to_proto(cluster)) == cluster
+
+
+def test_event() -> None:
+    detail = {"ranks": [0, 1.5], "pid": 4242, "reason": "exit", "nested": {"ok": True, "none": None, "epoch": 3}}
+    event = ClusterEvent(5, 1_700_000_000.5, "replica.fenced", "replica/0", detail)
+    back = convert_cluster.event_from_proto(convert_cluster.event_to_proto(event))
+    assert back == event
+    assert repr(back.detail["pid"]) == "4242"

@@ -1,0 +1,465 @@
+"""CoordinatorCore, one promise at a time; the simulation tries them all together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from coordinator.core import CoordinatorCore, CoreConfig, Counts
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal import JournalState, Record
+from coordinator.lives import REATTACH_S
+from coordinator.requests import (
+    Admitted,
+    Append,
+    Cancel,
+    Deliver,
+    Delta,
+    Drain,
+    Effect,
+    Emit,
+    Event,
+    Failed,
+    Final,
+    LinkClosed,
+    LinkOpened,
+    ReplicaEnded,
+    Reported,
+    Request,
+    Send,
+    StreamClosed,
+    StreamEvent,
+    Submit,
+    Tick,
+)
+from echelon.errors import (
+    CancelledError,
+    ConflictError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    StreamTakenOverError,
+    UnavailableError,
+)
+from echelon.internal.link import (
+    Abandon,
+    Assign,
+    Command,
+    Fence,
+    Finish,
+    Logprob,
+    Released,
+    ReplicaHello,
+    Report,
+    Running,
+    Sampling,
+    TokenRun,
+)
+from echelon.types import FinishReason, TokenLogprob
+
+WINDOW_S = 30.0
+STOP_ID = 999
+FENCE = Fence(1, 0, 1)
+HELLO = ReplicaHello(slots=2, kv_blocks=20, block_tokens=4, max_context=64)
+
+
+def request(request_id: str = "r", max_tokens: int = 8, **changes: object) -> Request:
+    sampling = Sampling(0.0, 1.0, 0, max_tokens, 7, (STOP_ID,))
+    made = Request(request_id, b"digest of " + request_id.encode(), "m", (1, 2, 3), sampling, 1000.0, 100.0)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Shell:
+    """Runs the core and sorts its effects; what was appended survives `restart`."""
+
+    state: JournalState = field(default_factory=JournalState)
+    term: int = 1
+    now: float = 100.0
+    max_queue_tokens: int = 1000
+    records: list[Record] = field(default_factory=list)
+    shown: dict[int, list[StreamEvent]] = field(default_factory=dict)
+    commands: list[Command] = field(default_factory=list)
+    told: list[Emit] = field(default_factory=list)
+    report_seq: int = 0
+
+    def __post_init__(self) -> None:
+        config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens)
+        self.core = CoordinatorCore(config, lambda: Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids)), self.state)
+
+    def post(self, event: Event) -> list[Effect]:
+        effects = self.core.step(self.now, event)
+        for effect in effects:
+            match effect:
+                case Append(record):
+                    self.records.append(record)
+                case Deliver(stream, shown):
+                    self.shown.setdefault(stream, []).append(shown)
+                case Send(command):
+                    self.commands.append(command)
+                case Emit():
+                    self.told.append(effect)
+        return effects
+
+    def restart(self) -> Shell:
+        """A successor that has nothing but the records."""
+        state = JournalState()
+        state.apply_all(self.records)
+        return Shell(state, self.term + 1, self.now, records=list(self.records), report_seq=self.report_seq)
+
+    def run(
+        self, first: int, *ids: int, attempt: int = 1, finish: Finish | None = None, name: str = "r"
+    ) -> list[Effect]:
+        return self.report(runs=(TokenRun(name, 0, attempt, first, ids, finish=finish),))
+
+    def report(self, runs: tuple[TokenRun, ...] = (), released: tuple[Released, ...] = ()) -> list[Effect]:
+        self.report_seq += 1
+        return self.post(Reported(Report(replace(FENCE, term=self.term), self.report_seq, runs, released)))
+
+    def open(self, *running: Running, fence: Fence | None = None) -> None:
+        self.post(LinkOpened(fence or replace(FENCE, term=self.term), replace(HELLO, running=running)))
+
+    def assigns(self) -> list[Assign]:
+        return [assign for command in self.commands for assign in command.assigns]
+
+    def abandons(self) -> list[Abandon]:
+        return [abandon for command in self.commands for abandon in command.abandons]
+
+    def ids(self, stream: int) -> list[int]:
+        return [i for event in self.shown[stream] if isinstance(event, Delta) for i in event.ids]
+
+    def last_error(self, stream: int) -> Exception:
+        last = self.shown[stream][-1]
+        assert isinstance(last, Failed), last
+        return last.error
+
+
+@pytest.fixture
+def shell() -> Shell:
+    shell = Shell()
+    shell.open()
+    return shell
+
+
+def test_a_request_from_submit_to_final(shell: Shell) -> None:
+    shell.post(Submit(1, request(max_tokens=3)))
+    assert shell.assigns() == [Assign("r", 1, (1, 2, 3), (), request(max_tokens=3).sampling)]
+    shell.now = 101.0
+    shell.run(0, 5)
+    shell.now = 103.0
+    effects = shell.report(runs=(TokenRun("r", 0, 1, 1, (6, 7), finish=Finish.LENGTH),), released=(Released("r", 1),))
+    admitted, first, second, final = shell.shown[1]
+    assert admitted == Admitted("r", 3, 7)
+    assert (first, second) == (Delta(0, 0, "<5>", (5,)), Delta(0, 1, "<6><7>", (6, 7)))
+    assert isinstance(final, Final)
+    completion = final.completion
+    assert (completion.text, completion.token_ids) == ("<5><6><7>", (5, 6, 7))
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (3, 3)
+    assert (completion.timing.queue_s, completion.timing.ttft_s, completion.timing.total_s) == (0.0, 1.0, 3.0)
+    assert [type(effect) for effect in effects] == [Append, Append, Deliver, Deliver, Send, Emit]
+    assert shell.commands[-1].acked_report == 2
+
+
+def test_logprobs_stand_beside_ids(shell: Shell) -> None:
+    sampling = replace(request().sampling, logprobs=1)
+    shell.post(Submit(1, request(sampling=sampling)))
+    logprobs = (Logprob(-0.5, (5,), (-0.5,)), Logprob(-1.5, (4,), (-1.0,)))
+    shell.report(runs=(TokenRun("r", 0, 1, 0, (5, STOP_ID), logprobs, Finish.STOP),))
+    told = (TokenLogprob(5, -0.5, ((5, -0.5),)), TokenLogprob(STOP_ID, -1.5, ((4, -1.0),)))
+    delta, final = shell.shown[1][1:]
+    assert isinstance(delta, Delta)
+    assert isinstance(final, Final)
+    assert delta.logprobs == final.completion.logprobs == told
+
+
+def test_the_coordinator_alone_fixes_the_last_token(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, STOP_ID, 6, 7)
+    assert shell.ids(1) == [5, STOP_ID]
+    assert isinstance(shell.shown[1][-1], Final)
+    assert shell.abandons() == [Abandon("r", 1)]  # its leader has not seen the end
+
+
+def test_tokens_of_other_attempts_and_other_fences_are_not_heard(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, attempt=2)
+    for fence in (Fence(0, 0, 1), Fence(1, 0, 2), Fence(1, 1, 1)):
+        shell.post(Reported(Report(fence, 9, (TokenRun("r", 0, 1, 0, (5,)),))))
+    assert shell.ids(1) == []
+    assert [emit.kind for emit in shell.told[-3:]] == ["report.refused"] * 3
+
+
+def test_a_run_that_overlaps_is_trimmed_and_one_behind_a_gap_is_made_again(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, 6)
+    shell.run(0, 5)
+    shell.run(1, 6, 7)
+    assert shell.ids(1) == [5, 6, 7]
+    shell.run(4, 9)
+    assert shell.ids(1) == [5, 6, 7]
+    assert shell.abandons() == [Abandon("r", 1)]
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5, 6, 7), request().sampling)
+
+
+def test_a_second_stream_takes_over_and_is_shown_what_it_lacks(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, 6)
+    shell.post(Submit(2, request(), received=(5,)))
+    assert isinstance(shell.last_error(1), StreamTakenOverError)
+    assert shell.shown[2] == [Admitted("r", 3, 7), Delta(0, 1, "<6>", (6,))]
+    shell.run(2, 8)
+    assert shell.ids(2) == [6, 8]
+    assert len(shell.assigns()) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "received"), [({"digest": b"other"}, ()), ({}, (6,))], ids=["other content", "other tokens"]
+)
+def test_what_does_not_belong_to_the_request_is_a_conflict(
+    shell: Shell, other: dict[str, object], received: tuple[int, ...]
+) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5)
+    shell.post(Submit(2, request(**other), received=received))  # type: ignore[arg-type]
+    assert isinstance(shell.last_error(2), ConflictError)
+    shell.run(1, 6)
+    assert shell.ids(1) == [5, 6]
+
+
+def test_an_unknown_request_continues_from_the_ids_its_client_holds(shell: Shell) -> None:
+    shell.post(Submit(1, request(), received=(5, 6)))
+    assert shell.assigns()[0].generated == (5, 6)
+    shell.run(2, 7, finish=Finish.STOP)
+    assert shell.shown[1][:2] == [Admitted("r", 3, 7), Delta(0, 2, "<7>", (7,))]
+    final = shell.shown[1][2]
+    assert isinstance(final, Final)
+    assert final.completion.text == "<5><6><7>"
+
+
+def test_received_ids_that_are_the_whole_answer_need_no_replica() -> None:
+    shell = Shell()
+    shell.post(Submit(1, request(), received=(5, STOP_ID)))
+    assert isinstance(shell.shown[1][-1], Final)
+
+
+@pytest.mark.parametrize("received", [(STOP_ID, 5), (5,) * 9])
+def test_received_ids_that_cannot_be_are_refused(shell: Shell, received: tuple[int, ...]) -> None:
+    shell.post(Submit(1, request(), received=received))
+    error = shell.last_error(1)
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "resume.received"
+    assert not shell.records
+
+
+def test_a_client_that_holds_more_than_a_damaged_journal_is_believed(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5)
+    shell.post(Submit(2, request(), received=(5, 6)))
+    assert shell.abandons() == [Abandon("r", 1)]
+    shell.run(1, 8)  # of the attempt that is over
+    assert shell.ids(2) == []
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5, 6), request().sampling)
+
+
+def test_a_lost_stream_parks_the_request_and_a_new_one_resumes_it(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5)
+    shell.post(StreamClosed(1))
+    assert shell.abandons() == [Abandon("r", 1)]
+    assert shell.core.counts == Counts(0, 0, 1)
+    shell.report(released=(Released("r", 1),))
+    shell.post(Submit(2, request(), received=(5,)))
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5,), request().sampling)
+
+
+def test_a_parked_request_is_forgotten_after_the_resume_window(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(StreamClosed(1))
+    shell.now += WINDOW_S - 1
+    shell.post(Tick())
+    assert "r" in shell.state.entries
+    shell.now += 1
+    shell.post(Tick())
+    assert not shell.state.entries
+    assert shell.core.counts == Counts(0, 0, 0)
+
+
+def test_a_finished_answer_is_replayed_within_the_window_then_forgotten(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, STOP_ID, finish=Finish.STOP)
+    shell.post(Submit(2, request()))
+    assert shell.shown[2] == shell.shown[1]
+    successor = shell.restart()
+    successor.post(Submit(3, request(), received=(5,)))
+    assert successor.ids(3) == [STOP_ID]
+    assert isinstance(successor.shown[3][-1], Final)
+    shell.now += WINDOW_S
+    shell.post(Tick())
+    assert not shell.state.entries
+
+
+def test_an_error_is_replayed_as_it_was(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(Cancel(("r", "unknown")))
+    successor = shell.restart()
+    successor.post(Submit(2, request()))
+    assert isinstance(successor.last_error(2), CancelledError)
+    assert str(successor.last_error(2)) == str(shell.last_error(1))
+
+
+def test_cancel_abandons_at_the_leader_and_leaves_others_alone(shell: Shell) -> None:
+    shell.post(Submit(1, request("a")))
+    shell.post(Submit(2, request("b")))
+    assert shell.core.is_open("a")
+    shell.post(Cancel(("a",)))
+    assert not shell.core.is_open("a")
+    assert shell.abandons() == [Abandon("a", 1)]
+    assert isinstance(shell.last_error(1), CancelledError)
+    shell.run(0, 5, name="b")
+    assert shell.ids(2) == [5]
+
+
+def test_the_deadline_ends_queued_running_and_parked_requests(shell: Shell) -> None:
+    for stream, name in enumerate(("a", "b", "c"), start=1):
+        shell.post(Submit(stream, request(name, deadline_unix_s=110.0)))
+    shell.post(StreamClosed(1))
+    shell.now = 110.0
+    shell.post(Tick())
+    assert all(isinstance(shell.last_error(stream), DeadlineError) for stream in (2, 3))
+    assert shell.core.counts == Counts(0, 0, 0)
+    assert {abandon.request for abandon in shell.abandons()} == {"a", "b"}
+
+
+def test_credits_bound_what_a_leader_is_given_and_only_released_gives_them_back(shell: Shell) -> None:
+    for stream, name in enumerate(("a", "b", "c"), start=1):
+        shell.post(Submit(stream, request(name)))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b"]
+    shell.run(0, STOP_ID, finish=Finish.STOP, name="a")
+    assert len(shell.assigns()) == 2
+    shell.report(released=(Released("a", 1),))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b", "c"]
+
+
+def test_blocks_are_credits_too(shell: Shell) -> None:
+    shell.post(Submit(1, request("a", max_tokens=57)))  # 60 tokens: 15 of 20 blocks
+    shell.post(Submit(2, request("b", max_tokens=18)))  # 21 tokens: 6 blocks
+    assert [assign.request for assign in shell.assigns()] == ["a"]
+
+
+def test_what_no_replica_can_ever_hold_is_refused_with_the_arithmetic(shell: Shell) -> None:
+    shell.post(Submit(1, request(max_tokens=62)))
+    error = shell.last_error(1)
+    assert isinstance(error, InvalidRequestError)
+    assert error.reason == "CONTEXT_TOO_LONG"
+    assert "65 tokens, over the 64" in str(error)
+
+
+def test_a_full_queue_takes_no_new_request_and_forgets_none() -> None:
+    shell = Shell(max_queue_tokens=5)
+    shell.post(Submit(1, request("a")))
+    shell.post(Submit(2, request("b")))
+    error = shell.last_error(2)
+    assert isinstance(error, OverloadedError)
+    assert error.retry_after_s
+    assert "3 queued prompt tokens + 3 = 6, over max-queue-tokens=5" in str(error)
+    shell.open()
+    assert [assign.request for assign in shell.assigns()] == ["a"]
+
+
+def test_draining_refuses_the_new_and_finishes_the_known(shell: Shell) -> None:
+    shell.post(Submit(1, request("a")))
+    shell.post(Drain())
+    shell.post(Submit(2, request("b")))
+    assert isinstance(shell.last_error(2), UnavailableError)
+    shell.run(0, STOP_ID, finish=Finish.STOP, name="a")
+    assert isinstance(shell.shown[1][-1], Final)
+
+
+def test_the_end_of_an_epoch_replays_its_requests_first_and_in_order(shell: Shell) -> None:
+    for stream, name in enumerate(("a", "b", "c"), start=1):
+        shell.post(Submit(stream, request(name)))
+    shell.run(0, 5, 6, name="b")
+    shell.post(ReplicaEnded(FENCE, "rank 1 was killed"))
+    assert [emit.subject for emit in shell.told if emit.kind == "request.replayed"] == ["b", "a"]
+    shell.run(2, 7, name="b")  # a message of the dead
+    shell.open(fence=Fence(1, 0, 2))
+    again = shell.assigns()[2:]
+    assert [(assign.request, assign.attempt, assign.generated) for assign in again] == [("a", 2, ()), ("b", 2, (5, 6))]
+    shell.post(Reported(Report(Fence(1, 0, 2), 1, (TokenRun("b", 0, 2, 2, (STOP_ID,), finish=Finish.STOP),))))
+    final = shell.shown[2][-1]
+    assert isinstance(final, Final)
+    assert final.completion.token_ids == (5, 6, STOP_ID)
+    assert final.completion.usage.recomputed_tokens == 5
+
+
+def test_an_epoch_that_is_over_cannot_come_back(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(ReplicaEnded(FENCE, "suspected"))
+    shell.open()
+    assert len(shell.assigns()) == 1
+    assert shell.told[-1].kind == "link.refused"
+
+
+def test_a_link_that_comes_back_goes_on_where_it_was(shell: Shell) -> None:
+    shell.post(Submit(1, request("a")))
+    shell.post(Submit(2, request("b")))
+    shell.post(LinkClosed(FENCE))
+    shell.post(StreamClosed(2))
+    shell.open(Running("a", 1, 1), Running("b", 1, 1), Running("stranger", 4, 0))
+    assert len(shell.assigns()) == 2
+    assert shell.abandons() == [Abandon("b", 1), Abandon("stranger", 4)]
+    shell.run(0, 5, name="a")
+    assert shell.ids(1) == [5]
+
+
+def test_an_assignment_that_was_lost_with_its_link_is_made_again(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(LinkClosed(FENCE))
+    shell.open()
+    assert [assign.attempt for assign in shell.assigns()] == [1, 2]
+
+
+def test_what_a_leader_refuses_fails_with_its_reason(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.report(released=(Released("r", 1, "no such thing"),))
+    error = shell.last_error(1)
+    assert isinstance(error, InternalError)
+    assert "no such thing" in str(error)
+
+
+def test_a_successor_adopts_what_runs_and_resumes_its_stream(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5)
+    successor = shell.restart()
+    successor.open(Running("r", 1, 3))
+    successor.run(0, 5)  # unacknowledged, so sent again
+    successor.run(1, 6, 7)
+    successor.post(Submit(9, request(), received=(5,)))
+    assert successor.ids(9) == [6, 7]
+    assert successor.assigns() == []
+    assert successor.abandons() == []
+
+
+def test_a_successor_parks_what_no_client_asks_for(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    successor = shell.restart()
+    successor.open(Running("r", 1, 3))
+    assert successor.core.counts == Counts(0, 1, 0)
+    successor.now += REATTACH_S
+    successor.post(Tick())
+    assert successor.abandons() == [Abandon("r", 1)]
+    assert successor.core.counts == Counts(0, 0, 1)
+
+
+def test_a_crash_between_the_last_token_and_its_end_is_healed(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, STOP_ID, finish=Finish.STOP)
+    shell.records.pop()
+    successor = shell.restart()
+    successor.post(ReplicaEnded(FENCE, "gone too"))
+    successor.post(Submit(2, request(), received=(5, STOP_ID)))
+    assert isinstance(successor.shown[2][-1], Final)
+    assert successor.assigns() == []

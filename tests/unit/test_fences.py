@@ -1,0 +1,68 @@
+"""Fences: terms and epochs only rise, across restarts and crashes, under one lock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator.fences import Fences
+from echelon.errors import ConfigError
+
+
+def test_each_opening_raises_the_term_and_keeps_epochs_and_cluster(tmp_path: Path) -> None:
+    first = Fences.open(tmp_path / "state")
+    assert (first.term, first.epoch(0)) == (1, 0)
+    first.persist_epoch(0, 1)
+    first.persist_epoch(1, 5)
+    first.persist_epoch(0, 2)
+    first.close()
+    second = Fences.open(tmp_path / "state")
+    assert (second.term, second.epoch(0), second.epoch(1), second.cluster) == (2, 2, 5, first.cluster)
+    second.close()
+
+
+def test_numbers_are_on_disk_when_the_call_returns(tmp_path: Path) -> None:
+    fences = Fences.open(tmp_path)
+    assert json.loads((tmp_path / "term").read_text())["term"] == 1
+    fences.persist_epoch(0, 1)
+    assert json.loads((tmp_path / "term").read_text())["epochs"] == {"0": 1}
+    fences.close()
+
+
+def test_an_epoch_never_falls(tmp_path: Path) -> None:
+    fences = Fences.open(tmp_path)
+    fences.persist_epoch(0, 3)
+    with pytest.raises(AssertionError):
+        fences.persist_epoch(0, 3)
+    fences.close()
+
+
+def test_a_directory_in_use_is_refused_with_its_holder_and_free_once_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time, coordinator.fences as f;"
+        "held = f.Fences.open(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=rf"in use by another coordinator \(pid {holder.pid}\)"):
+            Fences.open(tmp_path, patience_s=0.1)
+    finally:
+        holder.kill()
+        holder.communicate()
+    fences = Fences.open(tmp_path)
+    assert fences.term == 2
+    fences.close()
+
+
+def test_damage_and_unusable_directories_are_named(tmp_path: Path) -> None:
+    (tmp_path / "term").write_text("{")
+    with pytest.raises(ConfigError, match="term is damaged"):
+        Fences.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Fences.open(tmp_path / "file" / "state")

@@ -1,0 +1,139 @@
+"""The front end: defaults, limits with their arithmetic, and a digest of what was sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, check_client_request_id, digest_of, resolve
+from coordinator.requests import Request
+from coordinator.tokenizer import Tokenizer
+from echelon.errors import InvalidRequestError, NotFoundError
+from echelon.internal.link import Sampling
+from echelon.types import ChatMessage, SamplingParams
+from models.config import DefaultSampling
+from tests.tiny import make_checkpoint
+
+FACTS = ModelFacts(name="tiny", vocab_size=320, max_context=64, end_ids=(1, 7))
+IDS = GenerateFields(prompt=(5, 6, 7))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_directory(make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def run(tokenizer: Tokenizer) -> Run:
+    return Run(tokenizer)
+
+
+class Run:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, fields: GenerateFields, facts: ModelFacts = FACTS, now: float = 100.0) -> Request:
+        return resolve(fields, facts, self.tokenizer, now, drawn_seed=99, drawn_id="drawn")
+
+
+def test_what_is_left_open_is_drawn_or_documented(run: Run) -> None:
+    request = run(IDS)
+    assert request.request_id == "drawn" and request.model == "tiny" and request.prompt == (5, 6, 7)
+    assert request.sampling == Sampling(1.0, 1.0, 0, 16, 99, (1, 7), None)
+    assert (request.opened_unix_s, request.deadline_unix_s) == (100.0, 700.0)
+
+
+def test_generation_config_comes_before_the_documented_defaults_and_after_the_client(run: Run) -> None:
+    facts = replace(FACTS, default_sampling=DefaultSampling(temperature=0.6, top_p=0.9, top_k=20))
+    assert run(IDS, facts).sampling == Sampling(0.6, 0.9, 20, 16, 99, (1, 7))
+    sent = SamplingParams(temperature=0.0, top_p=0.5, top_k=0, max_tokens=3, seed=-4, logprobs=0)
+    assert run(replace(IDS, sampling=sent), facts).sampling == Sampling(0.0, 0.5, 0, 3, -4, (1, 7), 0)
+
+
+def test_stop_ids_join_the_end_ids_unless_those_are_ignored(run: Run) -> None:
+    def stops(sampling: SamplingParams) -> tuple[int, ...]:
+        return run(replace(IDS, sampling=sampling)).sampling.stop_token_ids
+
+    assert stops(SamplingParams(stop_token_ids=(9, 1))) == (9, 1, 7)
+    assert stops(SamplingParams(stop_token_ids=(9, 1), ignore_eos=True)) == (9, 1)
+
+
+def test_text_and_chat_are_encoded(run: Run) -> None:
+    chat = ChatPrompt((ChatMessage("user", "fox"),), {"add_generation_prompt": False})
+    assert run(GenerateFields(prompt="fox")).prompt == run.tokenizer.encode("fox")
+    assert run(GenerateFields(prompt=chat)).prompt == run.tokenizer.chat(chat.messages, chat.template_args)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "message"),
+    [
+        (60, 5, r"60 prompt tokens \+ max_tokens=5 = 65, over max_context=64 of 'tiny'; set max_tokens to 4 or less"),
+        (64, 1, r"64 prompt tokens \+ max_tokens=1 = 65, over max_context=64 of 'tiny'; shorten the prompt to 63"),
+    ],
+)
+def test_a_request_over_the_context_gets_the_arithmetic(
+    run: Run, prompt_tokens: int, max_tokens: int, message: str
+) -> None:
+    fields = GenerateFields(prompt=(5,) * prompt_tokens, sampling=SamplingParams(max_tokens=max_tokens))
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        run(fields)
+    assert caught.value.reason == "CONTEXT_TOO_LONG"
+    fits = replace(fields, prompt=(5,) * 60, sampling=SamplingParams(max_tokens=4))
+    assert len(run(fits).prompt) == 60
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        (GenerateFields(prompt=None), "prompt", "no input; set one of text, token_ids or messages"),
+        (GenerateFields(prompt=""), "text", "text is empty"),
+        (GenerateFields(prompt=()), "prompt", "has no tokens"),
+        (GenerateFields(prompt=ChatPrompt(())), "messages", "messages is empty"),
+        (GenerateFields(prompt=(5, 320)), "token_ids", r"token_ids\[1\] = 320 is outside the vocabulary of 'tiny'"),
+        (GenerateFields(prompt=(-1,)), "token_ids", r"token_ids\[0\] = -1 is outside"),
+        (
+            replace(IDS, sampling=SamplingParams(stop_token_ids=(400,))),
+            "sampling.stop_token_ids",
+            r"stop_token_ids\[0\] = 400 is outside the vocabulary",
+        ),
+    ],
+)
+def test_bad_input_names_its_field(run: Run, fields: GenerateFields, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        run(fields)
+    assert caught.value.field == field
+
+
+def test_an_unknown_model_is_not_found_and_the_served_one_is_named(run: Run) -> None:
+    with pytest.raises(NotFoundError, match="model 'gpt' is not served; 'tiny' is") as caught:
+        run(replace(IDS, model="gpt"))
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+    assert run(replace(IDS, model="tiny")).model == "tiny"
+
+
+def test_the_digest_covers_the_content_and_nothing_else(run: Run) -> None:
+    same = replace(IDS, request_id="r1", deadline_unix_s=5000.0)
+    assert run(IDS).digest == run(same, now=200.0).digest
+    others = [
+        replace(IDS, prompt=(5, 6, 8)),
+        replace(IDS, prompt="fox"),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),))),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),), {"tools": []})),
+        replace(IDS, model="tiny"),
+        replace(IDS, sampling=SamplingParams(seed=99)),  # sent, though equal to the drawn one
+        replace(IDS, sampling=SamplingParams(max_tokens=16)),
+    ]
+    assert len({digest_of(fields) for fields in (IDS, *others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("request_id", ["", "a", "3f2b/x:1._-", "jobs.1"])
+def test_a_client_may_choose_plain_ids(request_id: str) -> None:
+    check_client_request_id(request_id)
+
+
+@pytest.mark.parametrize("request_id", ["job.nightly.3", "a b", "é", "x" * 129, "a\n"])
+def test_ids_of_job_items_and_odd_ones_are_refused(request_id: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_client_request_id(request_id)
+    assert caught.value.field == "request_id"

@@ -1,0 +1,81 @@
+"""Preparation: what is settled before anything starts, and what is refused then."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from coordinator.preparation import prepare, temporary_folder
+from echelon.config import ServeConfig, split_address
+from echelon.errors import ConfigError, UnavailableError
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def config(directory: Path, **values: object) -> ServeConfig:
+    return ServeConfig.model_validate({"model": directory, "device": "cpu", "address": "127.0.0.1:0"} | values)
+
+
+def test_everything_open_is_settled(model: Path, tmp_path: Path) -> None:
+    settled, head = prepare(config(model, tensor=2), tmp_path)
+    assert (settled.served_model_name, settled.dtype, settled.device) == ("tiny", "float32", "cpu")
+    assert settled.max_context > 0 and settled.state_dir == tmp_path / "state"
+    ports = {split_address(a)[1] for a in (settled.address, settled.internal_address, settled.ray_address)}
+    assert len(ports) == 3 and 0 not in ports
+    assert head is not None
+
+
+def test_what_is_given_is_kept(model: Path, tmp_path: Path) -> None:
+    given = config(model, served_model_name="x", dtype="float64", max_context=32, state_dir=tmp_path / "s")
+    settled, _ = prepare(given, tmp_path)
+    assert (settled.served_model_name, settled.dtype, settled.max_context) == ("x", "float64", 32)
+    assert settled.state_dir == tmp_path / "s"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tensor": 3}, "tensor=3 does not divide"),
+        ({"max_context": 10**9}, "max-context=1000000000 is more than the model's max_position_embeddings"),
+        ({"state_dir": "/proc/nope"}, "state-dir /proc/nope cannot be made"),
+        ({"model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_settings_are_refused(model: Path, tmp_path: Path, values: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        prepare(config(model, **values), tmp_path)
+
+
+def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag in ("address", "metrics_address"):
+            with pytest.raises(UnavailableError, match=f"port {port} of 127.0.0.1 is in use"):
+                prepare(config(model, **{flag: f"127.0.0.1:{port}"}), tmp_path)
+
+
+def test_a_ray_to_join_must_be_there_and_none_of_ours_is_made_then(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=f"no Ray answers at --ray-address {address}"):
+            prepare(config(model, ray_address=address), tmp_path)
+        listener.listen()
+        settled, head = prepare(config(model, ray_address=address), tmp_path)
+    assert head is None and settled.ray_address == address
+
+
+def test_the_temporary_folder_is_short_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 60)))
+    with temporary_folder() as folder:
+        (folder / "file").write_text("")
+        assert len(str(folder)) < 40
+    assert not folder.exists()

@@ -1,0 +1,271 @@
+"""ReplicaCore: launch, formation, fencing, adoption, and what late words of dead ranks may not do."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.attempt import MAX_BACKOFF_S, State, backoff_s
+from coordinator.placement import RankMemory, ReplicaPlan
+from coordinator.replica import START_ATTEMPTS, ReplicaConfig, ReplicaCore
+from coordinator.replica_events import (
+    Accept,
+    Attached,
+    Beat,
+    Detached,
+    Died,
+    Effect,
+    Emit,
+    Fault,
+    Form,
+    GiveUp,
+    Kill,
+    Killed,
+    Launch,
+    LaunchFailed,
+    Loading,
+    OpenStore,
+    PersistEpoch,
+    Progress,
+    Ready,
+    Refuse,
+    ReplicaDown,
+    ReplicaUp,
+    Resident,
+    Started,
+    StoreOpened,
+    Tell,
+    Tick,
+)
+from echelon.internal.link import Fence
+
+PLAN = ReplicaPlan(
+    tensor=2,
+    parameter_bytes=(100, 100),
+    block_bytes=10,
+    block_tokens=16,
+    max_context=32,
+    max_running=4,
+    memory_fraction=0.5,
+    shared_memory=True,
+)
+RESIDENT = Resident(100, 80)
+
+
+def make(epoch: int = 0, term: int = 1) -> ReplicaCore:
+    return ReplicaCore(ReplicaConfig(replica=0, term=term, epoch=epoch, plan=PLAN, incarnation_prefix="c-"))
+
+
+def hello(rank: int, incarnation: str, phase: str = "waiting", **more: object) -> Attached:
+    known: dict[str, object] = {"pid": 10 + rank, "node_id": "n", "device": "cpu", "memory_bytes": 10_000} | more
+    return Attached(rank=rank, incarnation=incarnation, phase=phase, **known)  # type: ignore[arg-type]
+
+
+def quiet(effects: list[Effect]) -> list[Effect]:
+    return [effect for effect in effects if not isinstance(effect, Emit)]
+
+
+def launch(core: ReplicaCore, now: float = 0.0) -> str:
+    """From Started to all ranks launched; the incarnation."""
+    core.step(now, Started())
+    core.step(now, Killed(core.fence.epoch))
+    return core.incarnation()
+
+
+def form(core: ReplicaCore, now: float = 1.0) -> list[Effect]:
+    """From launched to ready; the last effects."""
+    name = core.incarnation()
+    core.step(now, hello(0, name))
+    core.step(now, hello(1, name))
+    core.step(now, StoreOpened(0, name, "h:1"))
+    core.step(now, Ready(0, name, RESIDENT))
+    return core.step(now, Ready(1, name, RESIDENT))
+
+
+def test_a_cold_start_persists_and_cleans_before_it_launches() -> None:
+    core = make()
+    effects = quiet(core.step(0.0, Started()))
+    assert effects == [PersistEpoch(1), Kill(1, None)]
+    assert quiet(core.step(0.1, Killed(1))) == [Launch(0, "c-1"), Launch(1, "c-1")]
+    assert core.state is State.LAUNCHING
+
+
+def test_formation_waits_for_all_ranks_and_tells_each_what_it_needs() -> None:
+    core = make()
+    name = launch(core)
+    fence = Fence(1, 0, 1)
+    assert quiet(core.step(1.0, hello(1, name))) == [Tell(fence, 1, name, Accept())]
+    assert quiet(core.step(1.0, hello(0, name))) == [Tell(fence, 0, name, Accept()), Tell(fence, 0, name, OpenStore())]
+    told = core.step(1.0, StoreOpened(0, name, "h:1"))
+    assert told == [Tell(fence, rank, name, Form("h:1", 8)) for rank in (0, 1)]
+    assert core.step(1.1, Progress(0, name, 5, 10)) == []
+    assert core.step(1.1, Progress(1, name, 0, 10)) == [Loading(5, 20)]
+    assert quiet(core.step(1.2, Ready(0, name, RESIDENT))) == []
+    assert quiet(core.step(1.3, Ready(1, name, RESIDENT))) == [ReplicaUp(fence)]
+    leader, follower = core.ranks()
+    assert (leader.leader, leader.pid, leader.kv_bytes, leader.planned_kv_bytes) == (True, 10, 80, 80)
+    assert (follower.leader, follower.tensor, follower.state) == (False, 1, "ready")
+
+
+def test_a_death_fences_before_anything_else_and_kills_the_suspect_first() -> None:
+    core = make()
+    name = launch(core)
+    assert ReplicaUp(Fence(1, 0, 1)) in form(core)
+    effects = quiet(core.step(2.0, Died(1, name)))
+    assert [type(effect) for effect in effects] == [PersistEpoch, ReplicaDown, Kill]
+    assert effects[0] == PersistEpoch(2)
+    assert isinstance(effects[1], ReplicaDown) and effects[1].fence == Fence(1, 0, 1)
+    assert effects[2] == Kill(2, suspect=1)
+    assert quiet(core.step(2.1, Killed(1))) == [], "an older confirmation must not launch"
+    assert quiet(core.step(2.1, Killed(2))) == [Launch(0, "c-2"), Launch(1, "c-2")]
+    assert ReplicaUp(Fence(1, 0, 2)) in form(core, 3.0)
+
+
+def test_words_of_a_dead_incarnation_change_nothing_and_its_hello_is_refused() -> None:
+    core = make()
+    old = launch(core)
+    form(core)
+    core.step(2.0, Died(1, old))
+    core.step(2.1, Killed(2))
+    for event in (Beat(0, old, "ready", 5), Detached(0, old), Died(0, old), Ready(0, old, RESIDENT)):
+        assert core.step(3.0, event) == []
+    assert core.step(3.0, Fault(0, old, "step", "x")) == []
+    assert core.step(3.0, StoreOpened(0, old, "h:9")) == []
+    (tell,) = core.step(3.0, hello(0, old, "ready", epoch=1, resident=RESIDENT))
+    assert isinstance(tell, Tell) and isinstance(tell.command, Refuse) and tell.incarnation == old
+    (tell,) = core.step(3.0, hello(7, core.incarnation()))
+    assert isinstance(tell, Tell) and isinstance(tell.command, Refuse)
+    assert core.state is State.LAUNCHING
+
+
+def test_a_stopped_rank_is_found_by_its_silence_and_a_late_coordinator_blames_itself() -> None:
+    core = make()
+    name = launch(core)
+    form(core, 1.0)
+    core.step(5.0, Beat(0, name, "ready", 1))
+    assert core.step(5.5, Tick()) == []
+    assert core.step(25.0, Tick(lag_s=19.5)) == [], "nobody listened for 19.5 s"
+    core.step(25.2, Beat(0, name, "ready", 1))
+    effects = quiet(core.step(26.2, Tick()))
+    assert Kill(2, suspect=1) in effects
+
+
+def test_a_broken_stream_gets_a_moment_to_come_back() -> None:
+    core = make()
+    name = launch(core)
+    form(core, 1.0)
+    core.step(2.0, Detached(1, name))
+    assert core.ranks()[1].state == "detached"
+    assert core.step(3.0, Tick()) == []
+    again = hello(1, name, "ready", epoch=1, resident=RESIDENT)
+    assert quiet(core.step(3.1, again)) == [Tell(core.fence, 1, name, Accept())]
+    core.step(4.0, Beat(0, name, "ready", 1))
+    assert core.step(5.0, Tick()) == []
+    core.step(5.0, Detached(1, name))
+    assert PersistEpoch(2) in core.step(6.6, Tick())
+
+
+def test_a_rank_that_missed_a_command_is_told_again() -> None:
+    core = make()
+    name = launch(core)
+    core.step(1.0, hello(0, name))
+    core.step(1.0, hello(1, name))
+    assert Tell(core.fence, 0, name, OpenStore()) in core.step(1.1, hello(0, name))
+    core.step(1.2, StoreOpened(0, name, "h:1"))
+    assert Tell(core.fence, 1, name, Form("h:1", 8)) in core.step(1.3, hello(1, name))
+    told = core.step(1.4, hello(1, name, "loading"))
+    assert told == [Tell(core.fence, 1, name, Accept())]
+
+
+def test_a_new_coordinator_adopts_ranks_that_serve_the_persisted_epoch() -> None:
+    core = make(epoch=4, term=2)
+    survivors = frozenset({(0, "c-4"), (1, "c-4")})
+    assert quiet(core.step(0.0, Started(survivors))) == []
+    core.step(0.1, hello(0, "c-4", "ready", epoch=4, resident=RESIDENT))
+    effects = quiet(core.step(0.2, hello(1, "c-4", "ready", epoch=4, resident=RESIDENT)))
+    assert effects == [Tell(Fence(2, 0, 4), 1, "c-4", Accept()), ReplicaUp(Fence(2, 0, 4))]
+    assert core.kv_blocks == 8
+    assert [rank.planned_kv_bytes for rank in core.ranks()] == [80, 80]
+
+
+def test_survivors_that_dial_before_the_start_are_adopted_too() -> None:
+    core = make(epoch=4, term=2)
+    for rank in (0, 1):
+        assert core.step(0.0, hello(rank, "c-4", "ready", epoch=4, resident=RESIDENT)) == []
+    core.step(0.1, Tick())
+    effects = quiet(core.step(0.2, Started(frozenset({(0, "c-4"), (1, "c-4")}))))
+    assert effects[-1] == ReplicaUp(Fence(2, 0, 4))
+
+
+@pytest.mark.parametrize("survivors", [frozenset(), frozenset({(0, "c-4")}), frozenset({(0, "c-3"), (1, "c-3")})])
+def test_a_replica_with_a_rank_missing_is_not_waited_for(survivors: frozenset[tuple[int, str]]) -> None:
+    core = make(epoch=4, term=2)
+    assert quiet(core.step(0.0, Started(survivors))) == [PersistEpoch(5), Kill(5, None)]
+
+
+def test_survivors_that_do_not_serve_or_do_not_come_are_replaced() -> None:
+    survivors = frozenset({(0, "c-4"), (1, "c-4")})
+    core = make(epoch=4, term=2)
+    core.step(0.0, Started(survivors))
+    assert Kill(5, suspect=1) in core.step(0.1, hello(1, "c-4", "loading", epoch=4))
+    core = make(epoch=4, term=2)
+    core.step(0.0, Started(survivors))
+    core.step(0.1, hello(0, "c-4", "ready", epoch=4, resident=RESIDENT))
+    core.step(9.0, Beat(0, "c-4", "ready", 1))
+    assert core.step(9.5, Tick()) == []
+    core.step(9.9, Beat(0, "c-4", "ready", 1))
+    assert Kill(5, suspect=1) in core.step(10.1, Tick())
+
+
+def test_a_start_that_keeps_failing_ends_with_its_last_error() -> None:
+    core = make()
+    launch(core)
+    now = 0.0
+    for attempt in range(1, START_ATTEMPTS):
+        assert PersistEpoch(attempt + 1) in core.step(now, Fault(0, core.incarnation(), "loading", "first"))
+        assert core.step(now, Killed(core.fence.epoch)) == [] or attempt == 1
+        now += 10
+        core.step(now, Tick())
+        assert core.state is State.LAUNCHING
+    effects = quiet(core.step(now, Fault(1, core.incarnation(), "loading", "out of memory")))
+    assert [type(effect) for effect in effects] == [Kill, GiveUp]
+    assert isinstance(effects[1], GiveUp) and "rank 1 of replica 0: loading: out of memory" in str(effects[1].error)
+    assert core.step(now + 1, Tick()) == []
+
+
+def test_a_replica_that_has_served_is_never_given_up_but_waits_between_attempts() -> None:
+    core = make()
+    launch(core)
+    form(core, 1.0)
+    now = 1.0
+    for failure in range(1, 3 * START_ATTEMPTS):
+        assert PersistEpoch(failure + 1) in core.step(now, LaunchFailed(0, core.incarnation(), "no device"))
+        core.step(now, Killed(core.fence.epoch))
+        assert (core.state is State.WAITING) == (failure > 1)
+        now += backoff_s(failure)
+        core.step(now, Tick())
+        assert core.state is State.LAUNCHING
+    assert backoff_s(100) == MAX_BACKOFF_S
+
+
+def test_no_memory_for_the_cache_gives_up_at_once() -> None:
+    core = make()
+    name = launch(core)
+    core.step(1.0, hello(0, name, memory_bytes=1))
+    core.step(1.0, hello(1, name, memory_bytes=1))
+    effects = core.step(1.0, StoreOpened(0, name, "h:1"))
+    assert isinstance(effects[-1], GiveUp) and "no memory for the KV cache" in str(effects[-1].error)
+
+
+def test_ranks_that_never_attach_are_started_again() -> None:
+    core = make()
+    name = launch(core)
+    core.step(1.0, hello(0, name))
+    for now in range(1, 120, 10):
+        core.step(now, Beat(0, name, "waiting", 0))
+        assert core.step(now, Tick()) == []
+    core.step(120.0, Beat(0, name, "waiting", 0))
+    assert Kill(2, suspect=1) in core.step(120.0, Tick())
+
+
+def test_the_plan_decides_the_blocks() -> None:
+    assert PLAN.kv_blocks([RankMemory("n", 10_000)] * 2) == 8
