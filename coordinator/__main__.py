@@ -27,9 +27,11 @@ class Supervisor:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Ray prints to stdout as it likes: from here on that is stderr, and the lines have the pipe to themselves.
+        # Ray tells of every worker that dies on stdout. Our events tell it better, and the pipe is for our lines alone.
         self._pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
     def tell(self, **message: object) -> None:
         """Tell it now. A supervisor that has gone hears nothing; stdin's end says so too."""
@@ -54,8 +56,12 @@ async def run(config: CoordinatorConfig, supervisor: Supervisor) -> None:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[str] = loop.create_future()
 
+    coordinator = Coordinator(config, supervisor.tell)
+
     def end(reason: str) -> None:
-        if not ended.done():
+        if ended.done():
+            coordinator.hurry()
+        else:
             ended.set_result(reason)
 
     def watch_stdin() -> None:
@@ -66,7 +72,6 @@ async def run(config: CoordinatorConfig, supervisor: Supervisor) -> None:
     loop.add_signal_handler(signal.SIGHUP, os._exit, 0)
     threading.Thread(target=watch_stdin, name="stdin", daemon=True).start()
     beats = loop.create_task(supervisor.beat())
-    coordinator = Coordinator(config, supervisor.tell)
     serving = loop.create_task(coordinator.run())
     try:
         waits: list[asyncio.Future[None] | asyncio.Future[str]] = [serving, ended]

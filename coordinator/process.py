@@ -19,65 +19,32 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from coordinator.assembly import RankLauncher, build_service, epoch_settings
 from coordinator.cluster import Cluster
-from coordinator.core import CoordinatorCore, CoreConfig
-from coordinator.detokenizer import Detokenizer
-from coordinator.events import EventLog
 from coordinator.fences import Fences
-from coordinator.frontend import ModelFacts
 from coordinator.health import HealthLimits
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.job_service import JobService
 from coordinator.jobs import JobConfig
-from coordinator.journal_file import JournalFile
-from coordinator.metrics import Metrics
 from coordinator.placement import plan_replica
 from coordinator.replica import ReplicaConfig, ReplicaCore
 from coordinator.replica_events import Died
 from coordinator.replica_service import Callbacks, ReplicaService
 from coordinator.requests import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
-from coordinator.service import Parts, Service
-from coordinator.tokenizer import Tokenizer
 from echelon import types
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError, EchelonError
 from echelon.internal.channel import SERVER_OPTIONS
-from echelon.internal.v1 import control_pb2, control_pb2_grpc, link_pb2_grpc
+from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
 from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
-from models.config import ModelConfig, read_model_config
-from worker.spec import RankSpec
+from models.config import read_model_config
 
 REPLICA = 0  # one replica for now
 STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
 
 log = structlog.get_logger("coordinator")
-
-
-class RankLauncher:
-    """RankProcesses over Ray: what every rank of this coordinator is told, filled in."""
-
-    def __init__(self, cluster: Cluster, config: CoordinatorConfig, fences: Fences) -> None:
-        self._cluster = cluster
-        self._config = config
-        self._fences = fences
-
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
-        spec = RankSpec(
-            coordinator_address=self._config.internal_address,
-            cluster=self._fences.cluster,
-            replica=replica,
-            rank=rank,
-            incarnation=incarnation,
-            device=self._config.device,
-            heartbeat_s=self._config.heartbeat_s,
-            term=self._fences.term,
-        )
-        await self._cluster.launch(spec)
-
-    async def kill(self, replica: int, suspect: int | None) -> None:
-        await self._cluster.kill(replica, suspect)
 
 
 class Coordinator:
@@ -95,6 +62,7 @@ class Coordinator:
         self._servers: list[grpc.aio.Server] = []
         self._jobs: JobService | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hurried = False
 
     async def run(self) -> None:
         """Bring everything up, then watch over it. Raises EchelonError when it cannot be brought up."""
@@ -131,6 +99,10 @@ class Coordinator:
         self._service.close()
         self._fences.close()
 
+    def hurry(self) -> None:
+        """End the drain now."""
+        self._hurried = True
+
     def describe(self) -> types.Cluster:
         """Everything that serves, at this moment."""
         config, core = self._config, self._replica.core
@@ -148,7 +120,7 @@ class Coordinator:
             index=REPLICA,
             epoch=core.fence.epoch,
             state=core.state.value,
-            kv_blocks_total=engine.kv_blocks,
+            kv_blocks_total=engine.kv_blocks or core.kv_blocks,
             kv_blocks_referenced=engine.stats.blocks_referenced,
             step=engine.stats.step,
             counters=engine.stats.counters,
@@ -175,7 +147,7 @@ class Coordinator:
                 term=fences.term,
                 epoch=fences.epoch(REPLICA),
                 plan=plan_replica(config, self._model),
-                limits=HealthLimits(),
+                limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
         )
         callbacks = Callbacks(
@@ -242,12 +214,12 @@ class Coordinator:
         """Let what runs finish, refuse what is new."""
         self._service.post(Drain())
         deadline_s = time.monotonic() + self._config.drain_timeout_s
-        while time.monotonic() < deadline_s:
+        while time.monotonic() < deadline_s and not self._hurried:
             counts = self._service.core.counts
             if counts.queued + counts.running == 0:
                 return
             await asyncio.sleep(DRAIN_POLL_S)
-        log.warning("the drain timeout has passed; what runs is interrupted and can be resumed")
+        log.warning("the drain has ended early; what still runs is interrupted and can be resumed")
 
     def _on_serving(self, serving: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._set_serving(serving))
@@ -263,36 +235,6 @@ class Coordinator:
     def _give_up(self, error: EchelonError) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
-
-
-def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences) -> Service:
-    """The service over the state directory's journal."""
-    tokenizer = Tokenizer.from_directory(config.model)
-    journal = JournalFile(config.state_dir / "journal", fences.term, fsync=config.journal == "fsync")
-    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
-    parts = Parts(
-        core=CoordinatorCore(core_config, lambda: Detokenizer(tokenizer.decode), journal.state),
-        journal=journal,
-        events=EventLog(fences.term),
-        metrics=Metrics.create(),
-        tokenizer=tokenizer,
-        facts=ModelFacts.of(config.served_model_name, config.max_context, model),
-    )
-    return Service(parts)
-
-
-def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
-    """What every rank is told of an epoch besides its store and its blocks."""
-    plan = plan_replica(config, read_model_config(config.model))
-    return control_pb2.FormEpoch(
-        model_path=str(config.model),
-        dtype=config.dtype,
-        tensor=config.tensor,
-        block_tokens=plan.block_tokens,
-        max_running=config.max_running,
-        max_step_tokens=config.max_step_tokens,
-        max_context=config.max_context,
-    )
 
 
 def service_names() -> tuple[str, ...]:

@@ -1,19 +1,17 @@
 """Plans on sockets: the leader sends each encoded StepPlan to every other rank of its replica, in order.
 
-A UNIX socket on one host, TCP on a given interface else. Frames are (u32 little-endian length, payload), and
-nothing is pickled. A connection opens with a hello that names rank, replica and epoch; another epoch is
-refused. It must not know what a payload means. Every failure is an OSError.
+TCP on the interface it is given. Frames are (u32 little-endian length, payload), and nothing is pickled. A connection
+opens with a hello that names rank, replica and epoch; another epoch is refused. It must not know what a payload
+means. Every failure is an OSError.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from echelon.internal.link import Fence
 
@@ -23,33 +21,17 @@ _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<4sIIQ")  # magic with the version, rank, replica, epoch
 _MAGIC = b"EPL1"
 _ACCEPTED = b""
-_UNIX_PREFIX = "unix:"
 
 
 class PlanServer:
-    """The leader's end: listens at a UNIX path, or at a free TCP port of host.
+    """The leader's end: listens at a free port of host. ranks: the ranks that will connect, each once."""
 
-    path and host: give one of them. ranks: the tensor ranks that will connect, each once.
-    """
-
-    def __init__(
-        self, fence: Fence, ranks: frozenset[int], *, path: Path | None = None, host: str | None = None
-    ) -> None:
-        assert (path is None) != (host is None)
+    def __init__(self, fence: Fence, ranks: frozenset[int], host: str) -> None:
         self._fence = fence
         self._expected = ranks
-        self._path = path
         self._connections: dict[int, socket.socket] = {}
-        if path is not None:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            path.unlink(missing_ok=True)
-            self._listener.bind(str(path))
-            path.chmod(0o600)
-            self.address = f"{_UNIX_PREFIX}{path}"
-        else:
-            self._listener = socket.create_server((host, 0))
-            self.address = "{}:{}".format(*self._listener.getsockname()[:2])
-        self._listener.listen()
+        self._listener = socket.create_server((host, 0))
+        self.address = "{}:{}".format(*self._listener.getsockname()[:2])
 
     def accept(self, timeout_s: float) -> None:
         """Waits until every expected rank has connected with this fence. Others are told why and turned away."""
@@ -81,8 +63,6 @@ class PlanServer:
         for opened in (self._listener, *self._connections.values()):
             opened.close()
         self._connections.clear()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
     def _admit(self, connection: socket.socket) -> None:
         hello = _receive(connection)
@@ -94,8 +74,7 @@ class PlanServer:
         if refusal:
             connection.close()
             return
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connections[rank] = connection
 
     def _refusal(self, magic: bytes, rank: int, replica: int, epoch: int) -> str:
@@ -143,17 +122,8 @@ class PlanReceiver:
 
 
 def _connect(address: str, timeout_s: float) -> socket.socket:
-    if not address.startswith(_UNIX_PREFIX):
-        host, _, port = address.rpartition(":")
-        return socket.create_connection((host, int(port)), timeout_s)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout_s)
-    try:
-        connection.connect(os.fspath(address.removeprefix(_UNIX_PREFIX)))
-    except OSError:
-        connection.close()
-        raise
-    return connection
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout_s)
 
 
 def _send(connection: socket.socket, payload: bytes) -> None:

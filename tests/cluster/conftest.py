@@ -81,9 +81,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=list(LAYOUTS))
-def case(
-    request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[tuple[str, str], Path]
-) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[tuple[str, str], Path]) -> Iterator[Case]:
     """Each layout once a module."""
     layout = LAYOUTS[request.param]
     directory = checkpoints[str(layout["family"]), str(layout["shape"])]

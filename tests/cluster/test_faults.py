@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from echelon import Client, ConflictError, StreamEvent, StreamTakenOverError
+from echelon import Client, ConflictError, SamplingParams, StreamEvent, StreamTakenOverError
 from echelon.testing import LocalCluster
 from tests.cluster.conftest import Case
 from tests.cluster.reference import Reference
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.cluster
 
 STEPS = 300
 KILL_AT = 40
+GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=0)
 PROMPT = "Geese fly so, cyclists ride so in a crosswind"
 
 
@@ -34,7 +35,7 @@ def stream_through(client: Client, prompt: str, at_token: int, fault: Callable[[
     """All events of a greedy stream, in whose middle the fault strikes."""
     events: list[StreamEvent] = []
     struck = False
-    for event in client.stream(prompt, max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=0):
+    for event in client.stream(prompt, sampling=GREEDY):
         events.append(event)
         if not struck and event.sequence + len(event.token_ids) >= at_token:
             struck = True
@@ -105,14 +106,13 @@ def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
     """A client that is killed says nothing; its request waits, holds no block, and goes on when it is asked for."""
     cluster = killed.cluster
     request_id = "vanished-1"
-    options = {"max_tokens": STEPS, "temperature": 0.0, "ignore_eos": True, "request_id": request_id}
     vanishing = Client(cluster.target)
-    stream = vanishing.stream(PROMPT, **options)
+    stream = vanishing.stream(PROMPT, sampling=GREEDY, request_id=request_id)
     held = [next(stream) for _ in range(10)]
     vanishing.close()
     parked = cluster.wait(lambda now: now.parked == 1 and now.replicas[0].kv_blocks_referenced == 0, "a parked request")
     assert parked.running == 0
-    answer = cluster.client().generate(PROMPT, **options)
+    answer = cluster.client().generate(PROMPT, sampling=GREEDY, request_id=request_id)
     assert answer.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
     assert answer.token_ids[: len(held)] == tuple(event.token_ids[0] for event in held)
 
@@ -120,15 +120,15 @@ def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
 def test_one_request_has_one_stream(killed: Case) -> None:
     """The same id and content takes the stream over; other content under the id is refused."""
     client = killed.cluster.client()
-    options = {"max_tokens": STEPS, "temperature": 0.0, "ignore_eos": True, "request_id": "taken-over"}
-    first = client.stream(PROMPT, **options)
+    request_id = "taken-over"
+    first = client.stream(PROMPT, sampling=GREEDY, request_id=request_id)
     next(first)
-    second = client.generate(PROMPT, **options)
+    second = client.generate(PROMPT, sampling=GREEDY, request_id=request_id)
     with pytest.raises(StreamTakenOverError):
         list(first)
     assert second.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
     with pytest.raises(ConflictError, match="taken-over"):
-        client.generate("something else", **options)
+        client.generate("something else", sampling=GREEDY, request_id=request_id)
 
 
 def alive(pid: int) -> bool:

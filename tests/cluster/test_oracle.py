@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from echelon import CancelledError, Client, Completion
+from echelon import CancelledError, Client, Completion, SamplingParams
 from tests.cluster.conftest import Case
 
 pytestmark = pytest.mark.cluster
 
 STEPS = 64
+DRAWN = SamplingParams(max_tokens=32, temperature=1.0, top_p=0.9, top_k=50, seed=1234, ignore_eos=True)
 PROMPTS = [
     "The quick brown fox jumps over the lazy dog.",
     "Geese fly so.",
@@ -111,8 +112,7 @@ def test_same_seed_same_tokens_in_any_company(case: Case, sampled: dict[str, tup
     client = case.cluster.client()
 
     def draw(request_id: str) -> tuple[int, ...]:
-        options = {"max_tokens": 32, "temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 1234}
-        return client.generate(PROMPTS[0], request_id=request_id, ignore_eos=True, **options).token_ids
+        return client.generate(PROMPTS[0], request_id=request_id, sampling=DRAWN).token_ids
 
     alone = draw(f"alone-{case.name}")
     with ThreadPoolExecutor(8) as pool:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -18,15 +17,12 @@ from worker.plan_socket import MAX_FRAME_BYTES, PlanReceiver, PlanServer
 
 FENCE = Fence(term=3, replica=1, epoch=9)
 TIMEOUT_S = 20.0
+HOST = "127.0.0.1"
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PlanServer]:
-    if request.param == "unix":
-        opened = PlanServer(FENCE, frozenset({0, 1}), path=tmp_path / "plans")
-    else:
-        opened = PlanServer(FENCE, frozenset({0, 1}), host="127.0.0.1")
-    with closing(opened):
+@pytest.fixture
+def server() -> Iterator[PlanServer]:
+    with closing(PlanServer(FENCE, frozenset({0, 1}), HOST)) as opened:
         yield opened
 
 
@@ -129,13 +125,12 @@ def test_strangers_are_refused_with_the_reason_and_the_others_still_join(
     later_term.close()
 
 
-def test_garbage_instead_of_a_hello_is_turned_away(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    with closing(PlanServer(FENCE, frozenset({0}), path=tmp_path / "plans")) as server:
+def test_garbage_instead_of_a_hello_is_turned_away(pool: ThreadPoolExecutor) -> None:
+    with closing(PlanServer(FENCE, frozenset({0}), HOST)) as server:
+        port = int(server.address.rpartition(":")[2])
         accepted = pool.submit(server.accept, TIMEOUT_S)
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", struct.pack("<I", 3) + b"abc"):
-            with socket.socket(socket.AF_UNIX) as stranger:
-                stranger.settimeout(TIMEOUT_S)
-                stranger.connect(str(tmp_path / "plans"))
+            with socket.create_connection((HOST, port), TIMEOUT_S) as stranger:
                 stranger.sendall(garbage)
                 with contextlib.suppress(ConnectionResetError):  # unread garbage makes the kernel reset
                     assert stranger.recv(1) == b""
@@ -148,15 +143,9 @@ def test_ranks_that_do_not_come_are_named(server: PlanServer) -> None:
         server.accept(timeout_s=0.01)
 
 
-def test_nobody_listening_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
-        PlanReceiver(f"unix:{tmp_path / 'nothing'}", 0, FENCE, TIMEOUT_S)
-
-
-def test_the_path_is_private_and_removed(tmp_path: Path) -> None:
-    path = tmp_path / "plans"
-    server = PlanServer(FENCE, frozenset(), path=path)
-    assert path.stat().st_mode & 0o777 == 0o600
+def test_nobody_listening_is_an_error() -> None:
+    server = PlanServer(FENCE, frozenset(), HOST)
     server.accept(timeout_s=1.0)
     server.close()
-    assert not path.exists()
+    with pytest.raises(OSError):
+        PlanReceiver(server.address, 0, FENCE, TIMEOUT_S)

@@ -1,0 +1,77 @@
+"""How the parts of a coordinator are made from its configuration: service, rank processes, and what ranks are told.
+
+In the coordinator process, once, by `coordinator/process.py`. Nothing here runs or decides.
+"""
+
+from __future__ import annotations
+
+from coordinator.cluster import Cluster
+from coordinator.core import CoordinatorCore, CoreConfig
+from coordinator.detokenizer import Detokenizer
+from coordinator.events import EventLog
+from coordinator.fences import Fences
+from coordinator.frontend import ModelFacts
+from coordinator.journal_file import JournalFile
+from coordinator.metrics import Metrics
+from coordinator.placement import plan_replica
+from coordinator.service import Parts, Service
+from coordinator.tokenizer import Tokenizer
+from echelon.config import CoordinatorConfig
+from echelon.internal.v1 import control_pb2
+from models.config import ModelConfig, read_model_config
+from worker.spec import RankSpec
+
+
+class RankLauncher:
+    """RankProcesses over Ray: what every rank of this coordinator is told, filled in."""
+
+    def __init__(self, cluster: Cluster, config: CoordinatorConfig, fences: Fences) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._fences = fences
+
+    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+        spec = RankSpec(
+            coordinator_address=self._config.internal_address,
+            cluster=self._fences.cluster,
+            replica=replica,
+            rank=rank,
+            incarnation=incarnation,
+            device=self._config.device,
+            heartbeat_s=self._config.heartbeat_s,
+            term=self._fences.term,
+        )
+        await self._cluster.launch(spec)
+
+    async def kill(self, replica: int, suspect: int | None) -> None:
+        await self._cluster.kill(replica, suspect)
+
+
+def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences) -> Service:
+    """The service over the state directory's journal."""
+    tokenizer = Tokenizer.from_directory(config.model)
+    journal = JournalFile(config.state_dir / "journal", fences.term, fsync=config.journal == "fsync")
+    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
+    parts = Parts(
+        core=CoordinatorCore(core_config, lambda: Detokenizer(tokenizer.decode), journal.state),
+        journal=journal,
+        events=EventLog(fences.term),
+        metrics=Metrics.create(),
+        tokenizer=tokenizer,
+        facts=ModelFacts.of(config.served_model_name, config.max_context, model),
+    )
+    return Service(parts)
+
+
+def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
+    """What every rank is told of an epoch besides its store and its blocks."""
+    plan = plan_replica(config, read_model_config(config.model))
+    return control_pb2.FormEpoch(
+        model_path=str(config.model),
+        dtype=config.dtype,
+        tensor=config.tensor,
+        block_tokens=plan.block_tokens,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        max_context=config.max_context,
+    )

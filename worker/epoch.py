@@ -1,0 +1,117 @@
+"""What a rank holds while it serves one epoch, built in the same order on every rank.
+
+Groups, model, weights, cache, and the way plans come in: from the leader's socket, or on the leader itself from its
+engine. Runs in a thread of the rank process; blocks until all ranks of the replica have met. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from echelon.internal.link import Fence
+from echelon.internal.v1 import control_pb2
+from models.config import read_model_config
+from models.registry import build_model
+from parallel import mesh
+from worker.engine import EngineCore, EngineLimits
+from worker.kv_cache import KVCache
+from worker.loader import load_weights
+from worker.plan_socket import PlanReceiver, PlanServer
+from worker.runner import Runner, RunnerLimits
+from worker.spec import RankSpec
+
+MEET_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two plans always fit its socket
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """What rank 0 holds besides: the engine, and the way its plans go to every rank. send_plan raises OSError."""
+
+    core: EngineCore
+    send_plan: Callable[[bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone."""
+
+    fence: Fence
+    runner: Runner
+    plans: Iterable[bytes]
+    lead: Lead | None
+    parameter_bytes: int
+    kv_bytes: int
+
+
+def form_epoch(
+    spec: RankSpec,
+    fence: Fence,
+    command: control_pb2.FormEpoch,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Epoch:
+    """Meet the other ranks and load. progress(loaded_bytes, total_bytes) is called after each tensor."""
+    config = read_model_config(Path(command.model_path))
+    context = mesh.form_context(
+        store_address=command.store_address,
+        prefix=f"replica-{fence.replica}",
+        epoch=fence.epoch,
+        rank=spec.rank,
+        tensor=command.tensor,
+        device=device,
+        dtype=getattr(torch, command.dtype),
+        timeout_s=MEET_TIMEOUT_S,
+    )
+    model = build_model(config, context)
+    load_weights(model, config, Path(command.model_path), context, progress)
+    kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
+    limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
+    runner = Runner(model, kv_cache, context, limits)
+    plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command), None)
+    return Epoch(fence, runner, plans, lead, model.resident_bytes, kv_cache.resident_bytes)
+
+
+def private_host(coordinator_address: str) -> str:
+    """The address of this host on the interface that faces the coordinator."""
+    host, _, port = coordinator_address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # a datagram socket sends nothing on connect
+        return str(probe.getsockname()[0])
+
+
+def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:
+    """Rank 0: an engine whose plans go to the others by socket, and to itself by a queue."""
+    server = PlanServer(fence, frozenset(range(1, command.tensor)), private_host(spec.coordinator_address))
+    mesh.publish(command.store_address, _plan_key(fence), server.address)
+    server.accept(MEET_TIMEOUT_S)
+    own: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def send(payload: bytes) -> None:
+        server.send(payload, SEND_TIMEOUT_S)
+        own.put(payload)
+
+    limits = EngineLimits(
+        max_running=command.max_running,
+        kv_blocks=command.kv_blocks,
+        block_tokens=command.block_tokens,
+        max_step_tokens=command.max_step_tokens,
+        max_context=command.max_context,
+    )
+    return iter(own.get, None), Lead(EngineCore(fence, limits), send)
+
+
+def _follow(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> Iterable[bytes]:
+    address = mesh.lookup(command.store_address, _plan_key(fence), MEET_TIMEOUT_S)
+    return PlanReceiver(address, spec.rank, fence, MEET_TIMEOUT_S)
+
+
+def _plan_key(fence: Fence) -> str:
+    """Where in the epoch's store the leader says which address its plans come from."""
+    return f"replica-{fence.replica}/epoch-{fence.epoch}/plans"

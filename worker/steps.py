@@ -1,0 +1,62 @@
+"""Runs an epoch's plans: launched in order in one thread, their results taken in another.
+
+In every rank process. The next step is launched before the result of the last one is waited for, so the device does
+not stand idle while ids travel. A step that breaks is told once, and nothing is launched after it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from worker.epoch import Epoch
+from worker.plan import StepResult, decode
+from worker.runner import PendingStep
+
+
+class Steps:
+    """on_result and on_fault are called from the threads. Threads end with the process, which ends with its epoch."""
+
+    def __init__(
+        self, epoch: Epoch, on_result: Callable[[StepResult], None], on_fault: Callable[[Exception], None]
+    ) -> None:
+        self._epoch = epoch
+        self._on_result = on_result
+        self._on_fault = on_fault
+        self._launched: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
+        self._begun = 0
+        self._done = 0
+
+    @property
+    def step(self) -> int:
+        """The last step that has run to its end."""
+        return self._done
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step runs now."""
+        return self._begun != self._done
+
+    def start(self) -> None:
+        """Begin to take plans."""
+        for work in (self._launch, self._finish):
+            threading.Thread(target=self._told, args=(work,), name=work.__name__, daemon=True).start()
+
+    def _launch(self) -> None:
+        for payload in self._epoch.plans:
+            tables = decode(payload)
+            self._begun = tables.step
+            self._launched.put(self._epoch.runner.launch(tables))
+
+    def _finish(self) -> None:
+        while True:
+            result = self._launched.get().result()
+            self._done = result.step
+            self._on_result(result)
+
+    def _told(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever breaks a step ends the epoch; the coordinator decides
+            self._on_fault(error)
