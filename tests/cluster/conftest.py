@@ -8,8 +8,9 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,20 +20,54 @@ from tests.cluster.reference import Reference
 from tests.tiny import LLAMA3_ROPE, make_checkpoint
 
 # Odd on purpose: head_dim is not hidden / heads, the vocabulary is a multiple of nothing, layers are three.
-ODD = {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14, "intermediate_size": 88}
+ODD: dict[str, object] = {
+    "hidden_size": 60,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "intermediate_size": 88,
+}
 ODD |= {"num_hidden_layers": 3, "vocab_size": 331}
 
-LAYOUTS: dict[str, dict[str, object]] = {
-    "llama-1": {"family": "llama", "tensor": 1, "shape": {"rope_parameters": LLAMA3_ROPE}, "flags": {}},
-    "llama-2": {"family": "llama", "tensor": 2, "shape": {"rope_parameters": LLAMA3_ROPE}, "flags": {}},
-    "qwen3-1-chunked": {
-        "family": "qwen3",
-        "tensor": 1,
-        "shape": ODD | {"tie_word_embeddings": True},
-        "flags": {"max_step_tokens": 7, "max_running": 7},
-    },
-    "qwen3-2": {"family": "qwen3", "tensor": 2, "shape": ODD | {"tie_word_embeddings": True}, "flags": {}},
+LLAMA3: dict[str, object] = {"rope_parameters": LLAMA3_ROPE}
+TIED_ODD = ODD | {"tie_word_embeddings": True}
+BIASED: dict[str, object] = {"attention_bias": True, "num_key_value_heads": 1, "vocab_size": 322}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A checkpoint's family and shape, the degree, and the flags it is served with."""
+
+    family: str
+    tensor: int
+    shape: dict[str, Any]
+    flags: dict[str, Any] = field(default_factory=dict)
+    long: bool = False
+
+    @property
+    def checkpoint(self) -> str:
+        """The same for layouts that share a checkpoint."""
+        return f"{self.family} {self.shape}"
+
+
+CHUNKED = {"max_step_tokens": 7, "max_running": 7}
+LAYOUTS = {
+    "llama-1": Layout("llama", 1, LLAMA3),
+    "llama-2": Layout("llama", 2, LLAMA3),
+    "qwen3-1-chunked": Layout("qwen3", 1, TIED_ODD, CHUNKED),
+    "qwen3-2": Layout("qwen3", 2, TIED_ODD),
+    "llama-2-chunked": Layout("llama", 2, LLAMA3, CHUNKED, long=True),
+    "llama-1-plain": Layout("llama", 1, {}, long=True),
+    "llama-1-biased": Layout("llama", 1, BIASED, long=True),
+    "llama-2-biased": Layout("llama", 2, BIASED, long=True),  # one KV head, on both ranks
+    "llama-3-odd": Layout("llama", 3, ODD | {"num_key_value_heads": 3, "intermediate_size": 90}, long=True),
+    "qwen3-1": Layout("qwen3", 1, TIED_ODD, long=True),
+    "qwen3-2-chunked": Layout("qwen3", 2, TIED_ODD, CHUNKED, long=True),
+    "qwen3-4": Layout("qwen3", 4, {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }
+PARAMETERS = [
+    pytest.param(name, id=name, marks=[pytest.mark.long] if layout.long else []) for name, layout in LAYOUTS.items()
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +103,22 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Tiny checkpoints by (family, shape), made once."""
-    made: dict[tuple[str, str], Path] = {}
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints by `Layout.checkpoint`, made once."""
+    made: dict[str, Path] = {}
     for layout in LAYOUTS.values():
-        key = str(layout["family"]), str(layout["shape"])
-        if key not in made:
-            shape = layout["shape"]
-            assert isinstance(shape, dict)
-            made[key] = make_checkpoint(tmp_path_factory.mktemp(key[0]) / "model", key[0], shards=2, **shape)
+        if layout.checkpoint not in made:
+            folder = tmp_path_factory.mktemp(layout.family) / "model"
+            made[layout.checkpoint] = make_checkpoint(folder, layout.family, shards=2, **layout.shape)
     return made
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=list(LAYOUTS))
-def case(request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[tuple[str, str], Path]) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=PARAMETERS)
+def case(request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
     """Each layout once a module."""
     layout = LAYOUTS[request.param]
-    directory = checkpoints[str(layout["family"]), str(layout["shape"])]
-    flags = layout["flags"]
-    tensor = layout["tensor"]
-    assert isinstance(flags, dict) and isinstance(tensor, int)
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(
-            LocalCluster(directory, tensor=tensor, dtype="float64", ray_address=ray_address, **flags)
-        )
+    directory = checkpoints[layout.checkpoint]
+    with LocalCluster(
+        directory, tensor=layout.tensor, dtype="float64", ray_address=ray_address, **layout.flags
+    ) as cluster:
         yield Case(request.param, cluster, Reference(directory))

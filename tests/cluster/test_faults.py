@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from echelon import Client, ConflictError, SamplingParams, StreamEvent, StreamTakenOverError
+from echelon import Client, ConflictError, StreamTakenOverError
 from echelon.testing import LocalCluster
 from tests.cluster.conftest import Case
 from tests.cluster.reference import Reference
+from tests.cluster.streams import GREEDY, PROMPT, STEPS, alive, assert_undisturbed, stream_through
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.cluster
-
-STEPS = 300
-KILL_AT = 40
-GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=0)
-PROMPT = "Geese fly so, cyclists ride so in a crosswind"
 
 
 @pytest.fixture(scope="module")
@@ -31,40 +26,12 @@ def killed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Case("killed", cluster, Reference(directory))
 
 
-def stream_through(client: Client, prompt: str, at_token: int, fault: Callable[[], None]) -> list[StreamEvent]:
-    """All events of a greedy stream, in whose middle the fault strikes."""
-    events: list[StreamEvent] = []
-    struck = False
-    for event in client.stream(prompt, sampling=GREEDY):
-        events.append(event)
-        if not struck and event.sequence + len(event.token_ids) >= at_token:
-            struck = True
-            fault()
-    assert struck
-    return events
-
-
-def assert_undisturbed(case: Case, prompt: str, events: list[StreamEvent]) -> None:
-    """No token lost, doubled or reordered, and all of them what an undisturbed run says."""
-    ids: list[int] = []
-    logprobs: list[float] = []
-    for event in events:
-        assert event.sequence == len(ids)
-        ids.extend(event.token_ids)
-        logprobs.extend(logprob.logprob for logprob in event.logprobs)
-    expected = case.reference.greedy(prompt, STEPS)
-    assert tuple(ids) == expected.ids
-    assert logprobs == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
-    text = case.reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
-    assert "".join(event.text for event in events) == text
-
-
 @pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
 def test_a_stream_survives_a_killed_rank(killed: Case, victim: int) -> None:
     cluster = killed.cluster
     before = cluster.ranks()
-    events = stream_through(cluster.client(), PROMPT, KILL_AT, lambda: void(cluster.kill(victim)))
-    assert_undisturbed(killed, PROMPT, events)
+    events = stream_through(cluster.client(), lambda: cluster.kill(victim))
+    assert_undisturbed(killed, events)
     after = cluster.ranks()
     assert {rank.epoch for rank in after} == {before[0].epoch + 1}
     assert not {rank.pid for rank in after} & {rank.pid for rank in before}, "every rank of the replica was replaced"
@@ -76,8 +43,8 @@ def test_a_stream_survives_a_killed_rank(killed: Case, victim: int) -> None:
 def test_a_stream_survives_a_killed_coordinator(killed: Case) -> None:
     cluster = killed.cluster
     before = cluster.status()
-    events = stream_through(cluster.client(), PROMPT, KILL_AT, lambda: void(cluster.kill("coordinator")))
-    assert_undisturbed(killed, PROMPT, events)
+    events = stream_through(cluster.client(), lambda: cluster.kill("coordinator"))
+    assert_undisturbed(killed, events)
     after = cluster.status()
     assert after.term == before.term + 1
     assert after.coordinator_pid != before.coordinator_pid
@@ -93,13 +60,12 @@ def test_many_streams_survive_a_killed_rank(killed: Case) -> None:
     prompts = [f"{PROMPT} {i}" for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         streams = [
-            pool.submit(stream_through, cluster.client(), prompt, KILL_AT, lambda: void(reached.wait(60)))
-            for prompt in prompts
+            pool.submit(stream_through, cluster.client(), lambda: reached.wait(60), prompt) for prompt in prompts
         ]
         reached.wait(60)
         cluster.kill(1)
         for prompt, events in zip(prompts, streams, strict=True):
-            assert_undisturbed(killed, prompt, events.result())
+            assert_undisturbed(killed, events.result(), prompt)
 
 
 def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
@@ -129,13 +95,3 @@ def test_one_request_has_one_stream(killed: Case) -> None:
     assert second.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
     with pytest.raises(ConflictError, match="taken-over"):
         client.generate("something else", sampling=GREEDY, request_id=request_id)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this number runs, zombies left out."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
-
-
-def void(_: object) -> None:
-    """For callbacks that must return nothing."""

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from echelon import CancelledError, Client, Completion, SamplingParams
-from tests.cluster.conftest import Case
+from tests.cluster.conftest import LAYOUTS, Case
 
 pytestmark = pytest.mark.cluster
 
@@ -105,6 +105,10 @@ def test_cancelling_sixty_four_streams_releases_every_block(case: Case) -> None:
         assert all(isinstance(end.result(), CancelledError) for end in ends)
     cluster = case.cluster.wait(lambda now: now.replicas[0].kv_blocks_referenced == 0, "no referenced block")
     assert cluster.running == cluster.queued == 0
+    # What was in flight when the blocks were released, and the next request's own steps, are all that ran since.
+    client.generate("one", max_tokens=1, temperature=0.0)
+    later = case.cluster.wait(lambda now: now.replicas[0].kv_blocks_referenced == 0, "no referenced block")
+    assert later.replicas[0].step - cluster.replicas[0].step <= 2 + 2
 
 
 def test_same_seed_same_tokens_in_any_company(case: Case, sampled: dict[str, tuple[int, ...]]) -> None:
@@ -121,5 +125,5 @@ def test_same_seed_same_tokens_in_any_company(case: Case, sampled: dict[str, tup
         for other in noise:
             other.result()
     assert alone == together
-    assert sampled.setdefault(case.name.split("-")[0], alone) == alone
+    assert sampled.setdefault(LAYOUTS[case.name].checkpoint, alone) == alone
     assert client.generate(PROMPTS[0], max_tokens=32, seed=4321, ignore_eos=True).token_ids != alone
