@@ -27,8 +27,10 @@ def main() -> int:
             traceback.print_exc()
             sys.stderr.write(f"seed {seed}: run it again by: python -m tests.simulation --seed {seed}\n")
             return 1
-        totals += simulation.happened
+        totals += simulation.happened + simulation.world.checker.told
         totals["requests"] += len(simulation.users)
+        totals["jobs"] += len(simulation.jobs)
+        totals["epochs"] += sum(site.epoch for site in simulation.sites)
         totals["answered"] += answered(simulation.users)
         totals["tokens"] += simulation.world.checker.tokens
         totals["terms"] += simulation.coordinator.term

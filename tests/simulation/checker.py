@@ -5,11 +5,13 @@ It keeps its own copy of what reached the disk and compares everything that anyo
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from coordinator.journal import Finished, JournalState, Opened, Record, Tokens
-from coordinator.requests import Delta, Failed, Final, StreamEvent
-from tests.simulation.device import STOP_IDS, decode, follows
+from coordinator.requests import Outcome, Shown
+from echelon.types import Completion, StreamEvent
+from tests.simulation.device import STOP_IDS, decode, ends, follows
 
 
 class Violation(AssertionError):
@@ -37,6 +39,7 @@ class Checker:
 
     disk: JournalState = field(default_factory=JournalState)
     streams: dict[int, StreamHistory] = field(default_factory=dict)
+    told: Counter[str] = field(default_factory=Counter)  # events by kind
     tokens: int = 0
 
     def written(self, records: list[Record]) -> None:
@@ -61,16 +64,16 @@ class Checker:
     def submitted(self, stream: int, request_id: str, received: int) -> None:
         self.streams[stream] = StreamHistory(request_id, received)
 
-    def delivered(self, stream: int, event: StreamEvent) -> None:
+    def delivered(self, stream: int, event: Shown) -> None:
         """A stream is shown this, and its client may have seen it from now on."""
         history = self.streams[stream]
         require(not history.ended, "stream {} of {} goes on after its end: {}", stream, history.request_id, event)
-        history.ended = isinstance(event, Final | Failed)
+        history.ended = isinstance(event, Outcome)
         entry = self.disk.entries.get(history.request_id)
-        if isinstance(event, Delta):
+        if isinstance(event, StreamEvent):
             assert entry is not None
-            self.tokens += len(event.ids)
-            end = history.position + len(event.ids)
+            self.tokens += len(event.token_ids)
+            end = history.position + len(event.token_ids)
             require(
                 event.sequence == history.position,
                 "{}: {} after {} tokens",
@@ -78,15 +81,16 @@ class Checker:
                 event,
                 history.position,
             )
-            require(tuple(entry.ids[history.position : end]) == event.ids, "{} is not what the journal holds", event)
+            require(
+                tuple(entry.ids[history.position : end]) == event.token_ids, "{} is not what the journal holds", event
+            )
             history.position = end
-        elif isinstance(event, Final):
+        elif isinstance(event, Completion):
             require(entry is not None and entry.finished is not None, "{} is not in the journal", event)
             assert entry is not None
-            completion = event.completion
-            require(completion.token_ids == tuple(entry.ids), "{} is not what the journal holds", event)
+            require(event.token_ids == tuple(entry.ids), "{} is not what the journal holds", event)
             require(history.position == len(entry.ids), "{} ended before its last delta", history.request_id)
-            require(completion.text == decode(completion.token_ids), "{} is not the ids' text", completion.text)
+            require(event.text == decode(event.token_ids), "{} is not the ids' text", event.text)
 
     def _tokens_written(self, record: Tokens) -> None:
         entry = self.disk.entries[record.request_id]
@@ -102,4 +106,4 @@ class Checker:
 
     def _whole(self, request_id: str, ids: tuple[int, ...]) -> None:
         limit = self.disk.entries[request_id].request.sampling.max_tokens
-        require(bool(ids) and (ids[-1] in STOP_IDS or len(ids) == limit), "{} ended after {}", request_id, ids)
+        require(ends(ids, limit), "{} ended after {}", request_id, ids)

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.requests import Admitted, Cancel, Delta, Failed, Final, Request, StreamEvent
+from coordinator.core_events import Cancel
+from coordinator.requests import Request, Shown
 from echelon import session
-from echelon.errors import CancelledError, DeadlineError, EchelonError, StreamTakenOverError, UnavailableError
+from echelon.errors import (
+    CancelledError,
+    ConflictError,
+    DeadlineError,
+    EchelonError,
+    StreamTakenOverError,
+    UnavailableError,
+)
 from echelon.internal.link import Sampling
 from echelon.retry import RetryPolicy
-from echelon.types import Completion
-from echelon.types import StreamEvent as UserEvent
+from echelon.types import Completion, StreamEvent
 from tests.simulation.checker import require
-from tests.simulation.cluster import PEER, Coordinator, World
+from tests.simulation.coordinator import Coordinator
 from tests.simulation.device import STOP_IDS, decode
 from tests.simulation.network import Connection
+from tests.simulation.world import PEER, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,10 @@ class User:
         if order.cancels_s is not None:
             excuses.append(CancelledError)
         if order.twin_s is not None:
-            excuses.append(StreamTakenOverError)
+            excuses += (
+                StreamTakenOverError,
+                ConflictError,
+            )  # the twin may get another answer once the first is forgotten
         if order.timeout_s < 10:
             excuses.append(DeadlineError)
         require(isinstance(self.error, tuple(excuses)), "{} ended in {}", order, self.error)
@@ -96,7 +107,8 @@ class User:
                 case session.Yield(value):
                     self._take(value)
                 case session.CancelRemote(request_id):
-                    clock.after(0.01, self._coordinator.post, Cancel((request_id,)))
+                    cancel = self._coordinator.act, self._coordinator.post, Cancel((request_id,))
+                    clock.after(0.01, *cancel)
                 case session.Finish(result):
                     self._finish(result)
                 case session.Raise(error):
@@ -127,20 +139,11 @@ class User:
         sampling = Sampling(1.0, 1.0, 0, order.max_tokens, 7, STOP_IDS)
         digest = order.request_id.encode()
         request = Request(order.request_id, digest, "m", order.prompt, sampling, now + timeout_s, now)
-        self._coordinator.open_stream(connection, request, resume or None)
+        self._coordinator.act(self._coordinator.serve_user, connection, request, resume or None)
 
-    def _receive(self, connection: Connection, event: StreamEvent) -> None:
+    def _receive(self, connection: Connection, event: Shown) -> None:
         if self._connection is connection:
-            request_id = self.order.request_id
-            match event:
-                case Admitted():
-                    self._step(session.Received(event))
-                case Delta(index, sequence, text, ids, logprobs):
-                    self._step(session.Received(UserEvent(request_id, index, sequence, text, ids, logprobs)))
-                case Final(completion):
-                    self._step(session.Received(completion))
-                case Failed(error):
-                    self._step(session.Broken(error))
+            self._step(session.Broken(event) if isinstance(event, EchelonError) else session.Received(event))
 
     def _broken(self, connection: Connection, error: EchelonError) -> None:
         if self._connection is connection:
@@ -151,7 +154,7 @@ class User:
         if connection:
             connection.cut()
 
-    def _take(self, event: UserEvent) -> None:
+    def _take(self, event: StreamEvent) -> None:
         require(
             event.sequence == len(self._ids), "{}: {} after {} tokens", self.order.request_id, event, len(self._ids)
         )

@@ -40,6 +40,11 @@ def follows(context: Sequence[int], token_id: int) -> bool:
     return hash(tuple(context)) % BASES == token_id // VARIANTS
 
 
+def ends(ids: Sequence[int], max_tokens: int) -> bool:
+    """Whether these ids are a whole answer: one end token, at the end, or the limit."""
+    return bool(ids) and (ids[-1] in STOP_IDS or len(ids) == max_tokens) and not set(ids[:-1]) & set(STOP_IDS)
+
+
 def decode(ids: Sequence[int]) -> str:
     return b"".join(_PIECES[token_id % len(_PIECES)] for token_id in ids).decode("utf-8", "replace")
 

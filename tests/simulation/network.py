@@ -12,6 +12,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+MAX_ACTIONS = 20_000  # of one life: ten times what the busiest takes
+
 
 class Clock:
     """Runs actions in order of time; equal times in order of their making."""
@@ -22,7 +24,9 @@ class Clock:
         self._count = itertools.count()
 
     def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
-        heapq.heappush(self._actions, (self.now + delay_s, next(self._count), action, arguments))
+        count = next(self._count)
+        assert count < MAX_ACTIONS, "it never comes to rest"
+        heapq.heappush(self._actions, (self.now + delay_s, count, action, arguments))
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
         """Until that time, or until `done`."""
@@ -56,10 +60,6 @@ class Connection:
             end = self.ends[to]
             end.last_arrival = max(end.last_arrival, self._clock.now + self._random.expovariate(1 / self._latency_s))
             self._clock.after(end.last_arrival - self._clock.now, self._arrive, to, message)
-
-    def deafen(self, end: int) -> None:
-        """Whoever held this end is dead."""
-        self.ends[end] = End()
 
     def cut(self) -> None:
         if self.open:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from coordinator import job_events, replica_events
 from coordinator.core import CoordinatorCore
+from coordinator.core_events import Append, Effect
+from coordinator.job_events import StoredJob
+from coordinator.jobs import JobRunner
 from coordinator.life import Life, Phase
 from coordinator.lives import Lives
-from coordinator.requests import Append, Effect
+from coordinator.replica import ReplicaCore
+from coordinator.replica_events import PersistEpoch, ReplicaDown
 from coordinator.router import Link
+from echelon.errors import OverloadedError
 from echelon.internal.link import TokenRun
 from tests.simulation.client import answered
 from tests.simulation.run import FAULTS, Simulation
@@ -32,12 +39,26 @@ def test_promises_hold(batch: int) -> None:
         except Exception as error:
             error.add_note(f"run it again by: python -m tests.simulation --seed {seed}")
             raise
-        happened += simulation.happened
+        happened += simulation.happened + simulation.world.checker.told
         happened["answered"] += answered(simulation.users)
         happened["restarts"] += simulation.coordinator.term - 1
-    assert all(happened[fault] for fault in FAULTS), f"nothing was tried: {happened}"
+        happened["interrupted"] += sum(len(row.interrupted) for row in simulation.coordinator.job_table.rows.values())
+        happened["results"] += sum(len(row.results) for row in simulation.coordinator.job_table.rows.values())
+    tried = (*FAULTS, "replica.adopted", "request.replayed", "request.parked", "interrupted")
+    assert all(happened[each] for each in tried), f"not all was tried: {happened}"
+    assert happened["results"] > SEEDS / BATCHES
     assert happened["answered"] > SEEDS / BATCHES
     assert happened["restarts"] > happened["coordinator"] > 0, "no crash between effects"
+
+
+def without(patch: pytest.MonkeyPatch, owner: type, method: str, kind: type) -> None:
+    """The method's effects but those of this kind."""
+    original = getattr(owner, method)
+
+    def filtered(*arguments: Any) -> list[Any]:
+        return [effect for effect in original(*arguments) if not isinstance(effect, kind)]
+
+    patch.setattr(owner, method, filtered)
 
 
 def deliver_before_journal(patch: pytest.MonkeyPatch) -> None:
@@ -78,6 +99,72 @@ def nothing_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lives, "_forget", lambda self, life: None)
 
 
+def epoch_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """Before a coordinator has died nobody reads it back; the launch has to show it."""
+    without(patch, ReplicaCore, "_fence", PersistEpoch)
+
+
+def launch_before_death(patch: pytest.MonkeyPatch) -> None:
+    original = ReplicaCore._fence
+
+    def fence(self: ReplicaCore, now: float, reason: str, suspect: int | None = None) -> list[replica_events.Effect]:
+        return original(self, now, reason, suspect) + self._killed(now, replica_events.Killed(self._epoch))
+
+    patch.setattr(ReplicaCore, "_fence", fence)
+
+
+def any_incarnation(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReplicaCore, "_rank_of", lambda self, event: self._attempt.ranks.get(event.rank))
+
+
+def deaths_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReplicaCore, "_lost", lambda self, now, index, reason: [])
+
+
+def never_down(patch: pytest.MonkeyPatch) -> None:
+    without(patch, ReplicaCore, "_fence", ReplicaDown)
+
+
+def shown_before_durable(patch: pytest.MonkeyPatch) -> None:
+    original = JobRunner.step
+
+    def step(self: JobRunner, now: float, event: job_events.Event) -> list[job_events.Effect]:
+        effects = original(self, now, event)
+        for effect in effects:
+            if isinstance(effect, job_events.Persist) and isinstance(effect.write, job_events.ItemInterrupted):
+                self._commit(now, effect.write, [])
+        return effects
+
+    patch.setattr(JobRunner, "step", step)
+
+
+def done_items_start_again(patch: pytest.MonkeyPatch) -> None:
+    original = JobRunner._load
+
+    def load(self: JobRunner, now: float, stored: StoredJob, effects: list[job_events.Effect]) -> None:
+        original(self, now, replace(stored, done=frozenset()), effects)
+
+    patch.setattr(JobRunner, "_load", load)
+
+
+def failed_items_not_retried(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(OverloadedError, "retryable", False)
+
+
+def cancel_before_durable(patch: pytest.MonkeyPatch) -> None:
+    original = JobRunner._cancel
+
+    def cancel(self: JobRunner, now: float, job: Any, effects: list[job_events.Effect]) -> None:
+        original(self, now, job, effects)
+        self._recall(job, effects)
+
+    patch.setattr(JobRunner, "_cancel", cancel)
+
+
+def window_leaks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(JobRunner, "_land", lambda self, job, index: job.flights.pop(index) and None)
+
+
 def blocks_not_freed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockPool, "free", lambda self, blocks: None)
     patch.setattr(BlockPool, "check_integrity", lambda self, tables: None)
@@ -91,6 +178,16 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     no_credit_back,
     nothing_forgotten,
     blocks_not_freed,
+    epoch_not_persisted,
+    launch_before_death,
+    any_incarnation,
+    deaths_ignored,
+    never_down,
+    shown_before_durable,
+    done_items_start_again,
+    failed_items_not_retried,
+    cancel_before_durable,
+    window_leaks,
 ]
 
 

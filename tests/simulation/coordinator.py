@@ -1,0 +1,227 @@
+"""The simulated coordinator: one after another on the same disk, around the real cores.
+
+It executes its cores' effects in order and decides nothing, as the real shells do (`coordinator/service.py`,
+`coordinator/internal_server.py`). It may die before any effect, and in the middle of a write; then all its parts are
+gone, and whatever they meant to do later never happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.core import CoordinatorCore, CoreConfig
+from coordinator.core_events import (
+    Append,
+    Deliver,
+    Emit,
+    Event,
+    LinkClosed,
+    LinkOpened,
+    Reported,
+    Send,
+    StreamClosed,
+    Submit,
+    Tick,
+)
+from coordinator.detokenizer import Detokenizer
+from coordinator.jobs import JobConfig
+from coordinator.journal import JournalState, Record
+from coordinator.journal_codec import frame, unframe
+from coordinator.replica_events import Event as ReplicaEvent
+from coordinator.requests import Request, Shown
+from echelon.internal.link import Fence, Report
+from tests.simulation.checker import require
+from tests.simulation.device import decode
+from tests.simulation.jobs import Jobs, JobTable
+from tests.simulation.network import Connection
+from tests.simulation.ranks import Site
+from tests.simulation.replica import Replica
+from tests.simulation.world import PEER, SERVER, TICK_S, World
+
+
+class Crash(Exception):
+    """The coordinator dies here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every coordinator of this simulation is started with."""
+
+    resume_window_s: float
+    max_queue_tokens: int
+    jobs: JobConfig
+
+
+class Coordinator:
+    """Up or down; a successor comes by itself."""
+
+    def __init__(self, world: World, settings: Settings, sites: list[Site]) -> None:
+        self.world = world
+        self.up = False
+        self.term = 0
+        self.crash_rate = 0.0
+        self.job_table = JobTable()
+        self._settings = settings
+        self._sites = sites
+        self._journal = b""
+        self._start()
+
+    def _start(self) -> None:
+        records, size = unframe(self._journal)
+        state = JournalState()
+        state.apply_all(records)
+        self.world.checker.restarted(state)
+        self.up = True
+        self.term += 1
+        compacted = self.world.random.random() < 0.5
+        self._journal = frame(state.records(), self.term) if compacted else self._journal[:size]
+        settings = self._settings
+        config = CoreConfig(self.term, settings.resume_window_s, settings.max_queue_tokens)
+        self._streams: dict[int, Callable[[Shown], None]] = {}
+        self._next_stream = 1
+        self._links: dict[int, Connection] = {}
+        self._connections: list[Connection] = []
+        self.core = CoordinatorCore(config, lambda: Detokenizer(decode), state)
+        self.jobs = Jobs(self, self.job_table, settings.jobs)
+        self.replicas = [Replica(self, site) for site in self._sites]
+        self.act(self.jobs.load)
+        self.after(TICK_S, self._tick)
+
+    def crash(self) -> None:
+        """Everything but the disk is gone."""
+        self.up = False
+        for connection in self._connections:
+            connection.cut()
+        self.world.clock.after(0.05 + self.world.random.random(), self._start)
+
+    def act(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something if it is up. Where it crashes in doing so, the rest never happens."""
+        if self.up:
+            try:
+                action(*arguments)
+            except Crash:
+                self.crash()
+
+    def here(self, action: Callable[..., None], *arguments: Any) -> Callable[..., None]:
+        """The action as this very coordinator's: it does nothing once this one is gone."""
+        term = self.term
+
+        def act(*more: Any) -> None:
+            if self.term == term:
+                self.act(action, *arguments, *more)
+
+        return act
+
+    def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        self.world.clock.after(delay_s, self.here(action, *arguments))
+
+    def accept(self, connection: Connection, on_message: Callable[..., None], *arguments: Any) -> None:
+        """Serve a connection."""
+        self._connections.append(connection)
+        connection.ends[SERVER].on_message = self.here(on_message, *arguments)
+
+    def maybe_crash(self) -> None:
+        if self.world.random.random() < self.crash_rate:
+            raise Crash
+
+    def tell_replica(self, index: int, event: ReplicaEvent) -> None:
+        """Like the agents' word of a death; nobody hears it while no coordinator is up."""
+        self.act(lambda: self.replicas[index].post(event))
+
+    # To be called within `act`.
+
+    def give_up(self) -> None:
+        """A replica cannot be started; whoever supervises starts another coordinator."""
+        raise Crash
+
+    def post(self, event: Event) -> None:
+        """One event through the core, its effects in order; records that stand together go in one write."""
+        records: list[Record] = []
+        for effect in self.core.step(self.world.clock.now, event):
+            if isinstance(effect, Append):
+                records.append(effect.record)
+                continue
+            self._write(records)
+            records = []
+            self.maybe_crash()
+            match effect:
+                case Deliver(stream, stream_event):
+                    self.world.checker.delivered(stream, stream_event)
+                    self._streams[stream](stream_event)
+                case Send(command):
+                    if link := self._links.get(command.fence.replica):
+                        link.send(PEER, command)
+                case Emit(kind, subject):
+                    self.world.checker.told[kind] += 1
+                    if kind == "request.replayed":
+                        self.jobs.interrupted(subject)
+        self._write(records)
+
+    def open_stream(self, request: Request, received: tuple[int, ...] | None, deliver: Callable[[Shown], None]) -> int:
+        stream = self._next_stream
+        self._next_stream += 1
+        self._streams[stream] = deliver
+        self.world.checker.submitted(stream, request.request_id, len(received or ()))
+        self.post(Submit(stream, request, received))
+        return stream
+
+    def serve_user(self, connection: Connection, request: Request, received: tuple[int, ...] | None) -> None:
+        """A user's call, like GenerationServicer."""
+        stream = self._next_stream
+        self._connections.append(connection)
+        connection.ends[SERVER].on_cut = self.here(self.post, StreamClosed(stream))
+        self.open_stream(request, received, lambda event: connection.send(PEER, event))
+
+    def serve_link(self, connection: Connection) -> None:
+        """A leader's call, like ReplicaLinkServicer: open to the leader of the epoch that serves and to no other."""
+        self.accept(connection, self._open_link, connection)
+
+    def _open_link(self, connection: Connection, report: Report) -> None:
+        fence = report.fence
+        assert report.hello is not None
+        if self.replicas[fence.replica].serving != fence:
+            connection.ends[SERVER].on_message = lambda report: None
+            connection.cut()
+            return
+        older = self._links.get(fence.replica)
+        self._links[fence.replica] = connection
+        end = connection.ends[SERVER]
+        end.on_message = self.here(self._take_report, connection)
+        end.on_cut = self.here(self._close_link, connection, fence)
+        if older:
+            older.cut()
+        self.post(LinkOpened(fence, report.hello))
+
+    def _take_report(self, connection: Connection, report: Report) -> None:
+        if self.replicas[report.fence.replica].serving != report.fence:
+            connection.cut()
+            return
+        epoch = self._sites[report.fence.replica].epoch
+        require(report.fence.epoch == epoch, "{} is heard, but epoch {} is on disk", report, epoch)
+        self.post(Reported(report))
+
+    def _close_link(self, connection: Connection, fence: Fence) -> None:
+        if self._links.get(fence.replica) is connection:
+            del self._links[fence.replica]
+            self.post(LinkClosed(fence))
+
+    def _write(self, records: list[Record]) -> None:
+        if not records:
+            return
+        content = frame(records, self.term)
+        if self.world.random.random() < self.crash_rate:
+            torn = content[: self.world.random.randrange(len(content) + 1)]
+            whole, _ = unframe(torn)
+            self._journal += torn
+            self.world.checker.written(whole)
+            raise Crash
+        self._journal += content
+        self.world.checker.written(records)
+
+    def _tick(self) -> None:
+        self.after(TICK_S, self._tick)
+        self.post(Tick())
+        for replica in self.replicas:
+            replica.tick()

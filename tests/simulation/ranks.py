@@ -1,0 +1,292 @@
+"""Simulated rank processes, and the leader that one of them is.
+
+A rank dials the coordinator again and again and does as it is told, like `worker/control.py` and `worker/rank.py`; the
+leader drives a real EngineCore on a fake device, like `worker/leader.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from coordinator.replica_events import (
+    Attached,
+    Beat,
+    Died,
+    Form,
+    OpenStore,
+    RankEvent,
+    Ready,
+    Refuse,
+    Resident,
+    StoreOpened,
+    Tell,
+)
+from echelon.internal.link import Command, Fence
+from tests.simulation.checker import require
+from tests.simulation.device import Device
+from tests.simulation.network import Connection
+from tests.simulation.world import PEER, SERVER, World
+from worker.engine import (
+    Commanded,
+    Completed,
+    EngineCore,
+    EngineLimits,
+    Event,
+    LinkClosed,
+    LinkOpened,
+    RunPlan,
+    SendReport,
+)
+
+if TYPE_CHECKING:
+    from tests.simulation.coordinator import Coordinator
+
+HEARTBEAT_S = 1.0
+
+
+class Site:
+    """A replica's slots with the processes in them, and its epoch on the coordinator's disk."""
+
+    def __init__(self, world: World, index: int, tensor: int, limits: EngineLimits, noisy: bool) -> None:
+        self.world = world
+        self.index = index
+        self.tensor = tensor
+        self.limits = limits
+        self.noisy = noisy
+        self.epoch = 0
+        self.processes: list[RankProcess] = []
+
+    @property
+    def leader(self) -> Leader | None:
+        """Of the epoch that is on disk, once it serves."""
+        leaders = [process.leader for process in self.processes if process.incarnation == str(self.epoch)]
+        return next((leader for leader in leaders if leader), None)
+
+    def persist(self, epoch: int) -> None:
+        require(epoch > self.epoch, "epoch {} after {}", epoch, self.epoch)
+        self.epoch = epoch
+
+    def may_launch(self, incarnation: str) -> None:
+        require(incarnation == str(self.epoch), "{} is launched, epoch {} is on disk", incarnation, self.epoch)
+
+    def start(self, coordinator: Coordinator, rank: int, incarnation: str) -> None:
+        self.processes.append(RankProcess(self, coordinator, rank, incarnation))
+
+    def survivors(self) -> frozenset[tuple[int, str]]:
+        return frozenset((process.rank, process.incarnation) for process in self.processes if not process.unseen)
+
+    def form(self, incarnation: str) -> None:
+        """A group forms when all its ranks have come to it."""
+        group = [process for process in self._peers(incarnation) if process.phase == "loading"]
+        if len(group) == self.tensor:
+            for process in group:
+                self.world.clock.after(self.world.random.random() * 0.5, process.serve)
+
+    def serves_alone(self, incarnation: str) -> None:
+        serving = {process.incarnation for process in self.processes if process.phase == "ready" and not process.unseen}
+        others = serving - {incarnation}
+        require(not others, "epoch {} of replica {} begins while {} serve", incarnation, self.index, others)
+
+    def computes(self, incarnation: str) -> bool:
+        """A step needs all ranks of its epoch."""
+        return len(self._peers(incarnation)) == self.tensor
+
+    def _peers(self, incarnation: str) -> list[RankProcess]:
+        return [each for each in self.processes if each.incarnation == incarnation and not each.stopped]
+
+
+class RankProcess:
+    """From launch to kill. phase is what it tells the coordinator. unseen: its node's agent is lost."""
+
+    def __init__(self, site: Site, coordinator: Coordinator, rank: int, incarnation: str) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.phase = "waiting"
+        self.stopped = False
+        self.unseen = False
+        self.leader: Leader | None = None
+        self._site = site
+        self._coordinator = coordinator
+        self._clock = site.world.clock
+        self._random = site.world.random
+        self._term = 0
+        self._epoch = 0
+        self._blocks = 0
+        self._stream: Connection | None = None
+        self._outgoing: list[RankEvent] = []
+        self._dial()
+        self._beat()
+
+    @property
+    def alive(self) -> bool:
+        return self in self._site.processes
+
+    def end(self) -> None:
+        """SIGKILL."""
+        if self.alive:
+            self._site.processes.remove(self)
+            self.stopped = True
+            self.cut()
+            if self.leader:
+                self.leader.stop()
+
+    def die(self) -> None:
+        """By itself; its node's agent tells."""
+        if not self.alive:
+            return
+        self.end()
+        if not self.unseen:
+            died = Died(self.rank, self.incarnation)
+            told_s = self._random.random() * 0.5
+            self._clock.after(told_s, self._coordinator.tell_replica, self._site.index, died)
+
+    def hang(self) -> None:
+        """SIGSTOP: nothing is heard of it any more, and its connections stand."""
+        self.stopped = True
+        if self.leader:
+            self.leader.stopped = True
+
+    def cut(self) -> None:
+        if self._stream:
+            self._stream.cut()
+
+    def serve(self) -> None:
+        """The group has formed, the weights are loaded."""
+        if self.stopped:
+            return
+        self.phase = "ready"
+        self._site.serves_alone(self.incarnation)
+        self._send(Ready(self.rank, self.incarnation, self._resident()))
+        if self.rank == 0:
+            fence = Fence(self._term, self._site.index, self._epoch)
+            self.leader = Leader(self._site, self._coordinator, fence, self._blocks)
+            self.leader.dial()
+
+    def _resident(self) -> Resident:
+        return Resident(0, self._blocks)
+
+    def _dial(self) -> None:
+        if self.stopped:
+            return
+        if not self._coordinator.up:
+            self._clock.after(0.05 + 0.3 * self._random.random(), self._dial)
+            return
+        stream = self._stream = self._site.world.connect()
+        stream.ends[PEER].on_message = lambda command: self._obey(stream, command)
+        stream.ends[PEER].on_cut = lambda: self._detached(stream)
+        self._coordinator.replicas[self._site.index].serve_rank(stream)
+        hello = Attached(
+            rank=self.rank,
+            incarnation=self.incarnation,
+            pid=1,
+            node_id="",
+            phase=self.phase,
+            device="cpu",
+            memory_bytes=self._site.limits.kv_blocks,
+            epoch=self._epoch,
+            resident=self._resident() if self.phase == "ready" else None,
+        )
+        stream.send(SERVER, (self._epoch, hello))
+        outgoing, self._outgoing = self._outgoing, []
+        for event in outgoing:
+            self._send(event)
+
+    def _detached(self, stream: Connection) -> None:
+        if self._stream is stream:
+            self._stream = None
+            self._clock.after(0.2, self._dial)
+
+    def _send(self, event: RankEvent) -> None:
+        if self._stream:
+            self._stream.send(SERVER, (self._epoch, event))
+        else:
+            self._outgoing.append(event)
+
+    def _beat(self) -> None:
+        if not self.stopped:
+            if self._stream:
+                self._send(Beat(self.rank, self.incarnation, self.phase, 0))
+            self._clock.after(HEARTBEAT_S, self._beat)
+
+    def _obey(self, stream: Connection, tell: Tell) -> None:
+        if self.stopped or self._stream is not stream or tell.fence.term < self._term:
+            return
+        self._term = tell.fence.term
+        if self.leader:
+            self.leader.term = self._term
+        match tell.command:
+            case OpenStore():
+                self._epoch, self.phase = tell.fence.epoch, "store"  # told twice, it answers the same
+                self._send(StoreOpened(self.rank, self.incarnation, f"store of {self.incarnation}"))
+            case Form(_, kv_blocks):
+                require(self.phase in ("waiting", "store"), "told to form in phase {}", self.phase)
+                self._epoch, self.phase, self._blocks = tell.fence.epoch, "loading", kv_blocks
+                self._site.form(self.incarnation)
+            case Refuse():
+                self.die()
+
+
+class Leader:
+    """The engine of one epoch, its device, and a link that it dials again and again."""
+
+    def __init__(self, site: Site, coordinator: Coordinator, fence: Fence, kv_blocks: int) -> None:
+        limits = replace(site.limits, kv_blocks=kv_blocks)
+        self.core = EngineCore(fence, limits)
+        self.stopped = False
+        self.term = fence.term
+        self._site = site
+        self._coordinator = coordinator
+        self._incarnation = str(fence.epoch)
+        self._clock = site.world.clock
+        self._device = Device(limits.block_tokens, site.world.random if site.noisy else None)
+        self._step_s = site.world.random.choice((0.01, 0.05, 0.2))
+        self._busy_until = 0.0
+        self._link: Connection | None = None
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.cut()
+
+    def cut(self) -> None:
+        if self._link:
+            self._link.cut()
+
+    def dial(self) -> None:
+        if self.stopped:
+            return
+        if not self._coordinator.up:
+            self._clock.after(0.05 + 0.3 * self._site.world.random.random(), self.dial)
+            return
+        link = self._link = self._site.world.connect()
+        link.ends[PEER].on_message = lambda command: self._obey(link, command)
+        link.ends[PEER].on_cut = lambda: self._closed(link)
+        self._coordinator.serve_link(link)
+        self._step(LinkOpened(self.term))
+
+    def _obey(self, link: Connection, command: Command) -> None:
+        if self._link is link:
+            self._step(Commanded(command))
+
+    def _closed(self, link: Connection) -> None:
+        if self._link is link:
+            self._link = None
+            self._step(LinkClosed())
+            self._clock.after(0.2, self.dial)
+
+    def _step(self, event: Event) -> None:
+        if self.stopped:
+            return
+        for effect in self.core.step(self._clock.now, event):
+            match effect:
+                case RunPlan(plan):
+                    result = self._device.run(plan)
+                    self._busy_until = max(self._busy_until, self._clock.now) + self._step_s
+                    self._clock.after(self._busy_until - self._clock.now, self._completed, Completed(result))
+                case SendReport(report):
+                    assert self._link is not None
+                    self._link.send(SERVER, report)
+
+    def _completed(self, event: Completed) -> None:
+        if self._site.computes(self._incarnation):
+            self._step(event)
