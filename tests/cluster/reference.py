@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,10 @@ class Reference:
             logprobs.append(float(row.max()))
             fed = torch.tensor([[ids[-1]]])
         return Answer(tuple(ids[prompt:]), tuple(logprobs))
+
+    @torch.no_grad()
+    def after_each(self, text: str, ids: Sequence[int]) -> Answer:
+        """The likeliest id after each beginning of an answer, in one pass; the answer itself if it is greedy."""
+        prompt = list(self.tokenizer(text)["input_ids"])
+        rows = self._model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return Answer(tuple(rows.argmax(-1).tolist()), tuple(rows.max(-1).values.tolist()))

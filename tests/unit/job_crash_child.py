@@ -14,7 +14,7 @@ from pathlib import Path
 from coordinator.frontend import GenerateFields
 from coordinator.job_service import JobService
 from coordinator.jobs import JobConfig
-from coordinator.requests import Final, StreamEvent
+from coordinator.requests import Shown
 from echelon.errors import InvalidRequestError
 from echelon.types import Completion, FinishReason
 
@@ -25,17 +25,15 @@ JSONL = b'{"custom_id": "a", "prompt": "x"}\n{"custom_id": "b", "prompt": "y"}\n
 
 
 class Generation:
-    async def submit(self, fields: GenerateFields) -> AsyncIterator[StreamEvent]:
+    async def submit(self, fields: GenerateFields) -> AsyncIterator[Shown]:
         if fields.prompt == "bad":
             raise InvalidRequestError("bad")
-        yield Final(
-            Completion(
-                request_id=fields.request_id,
-                model=fields.model,
-                text=f"{fields.prompt} {fields.sampling.seed}",
-                token_ids=(1,),
-                finish_reason=FinishReason.STOP,
-            )
+        yield Completion(
+            request_id=fields.request_id,
+            model=fields.model,
+            text=f"{fields.prompt} {fields.sampling.seed}",
+            token_ids=(1,),
+            finish_reason=FinishReason.STOP,
         )
 
     def cancel(self, request_ids: Sequence[str]) -> Sequence[str]:

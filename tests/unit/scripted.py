@@ -131,13 +131,13 @@ def tokens(first: int, last: int, *, end: bool = False, then: Callable[[Any], No
 
     def handler(request: Any, context: Any) -> Iterator[Message]:
         request_id = request.request_id
-        yield convert.stream_to_proto(request_id, Admitted(request_id, 3, 99))
+        yield convert.stream_to_proto(Admitted(request_id, 3, 99))
         for index in range(first, last):
             delta = StreamEvent(request_id, 0, index, WORDS[index], (IDS[index],))
-            yield convert.stream_to_proto(request_id, delta)
+            yield convert.stream_to_proto(delta)
         if then is not None:
             then(context)
         if end:
-            yield convert.stream_to_proto(request_id, completion(request_id))
+            yield convert.stream_to_proto(completion(request_id))
 
     return handler

@@ -103,6 +103,21 @@ def test_bad_input_is_one_line_and_exit_2(server: ScriptedServer) -> None:
     assert echelon("status", address="nowhere").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (("generate", "-"), b"\xe9t\xe9", "standard input is not UTF-8 at byte 0"),
+        (("generate", "caf\udce9"), b"", "prompt must be text, but its character 3 is half of a surrogate pair"),
+        (("generate", "--chat", "caf\udce9"), b"", "content must be text, but its character 3 is half"),
+        (("events", "--after", "-1"), b"", "after must be 0 or more, got -1"),
+    ],
+)
+def test_what_no_message_can_carry_is_wrong_use(arguments: tuple[str, ...], stdin: bytes, message: str) -> None:
+    result = CliRunner().invoke(app, arguments, input=stdin)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"echelon: error: {message}") and result.stderr.count("\n") == 1
+
+
 def test_the_servers_error_is_one_line_with_the_request(server: ScriptedServer) -> None:
     error = NotFoundError("model x is not served", request_id="r-7")
     server.on("StreamGenerate", tokens(0, 0, then=lambda context: fail(context, error)))

@@ -7,36 +7,32 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from coordinator.core import CoordinatorCore, CoreConfig, Counts
-from coordinator.detokenizer import Detokenizer
-from coordinator.journal import JournalState, Record
-from coordinator.lives import REATTACH_S
-from coordinator.requests import (
-    Admitted,
+from coordinator.core_events import (
     Append,
     Cancel,
     Deliver,
-    Delta,
     Drain,
     Effect,
     Emit,
     Event,
-    Failed,
-    Final,
     LinkClosed,
     LinkOpened,
     ReplicaEnded,
     Reported,
-    Request,
     Send,
     StreamClosed,
-    StreamEvent,
     Submit,
     Tick,
 )
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal import JournalState, Record
+from coordinator.lives import REATTACH_S
+from coordinator.requests import Request, Shown
 from echelon.errors import (
     CancelledError,
     ConflictError,
     DeadlineError,
+    EchelonError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
@@ -57,7 +53,7 @@ from echelon.internal.link import (
     Sampling,
     TokenRun,
 )
-from echelon.types import FinishReason, TokenLogprob
+from echelon.types import Admitted, Completion, FinishReason, StreamEvent, TokenLogprob
 
 WINDOW_S = 30.0
 STOP_ID = 999
@@ -80,7 +76,7 @@ class Shell:
     now: float = 100.0
     max_queue_tokens: int = 1000
     records: list[Record] = field(default_factory=list)
-    shown: dict[int, list[StreamEvent]] = field(default_factory=dict)
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
     told: list[Emit] = field(default_factory=list)
     report_seq: int = 0
@@ -128,12 +124,12 @@ class Shell:
         return [abandon for command in self.commands for abandon in command.abandons]
 
     def ids(self, stream: int) -> list[int]:
-        return [i for event in self.shown[stream] if isinstance(event, Delta) for i in event.ids]
+        return [i for event in self.shown[stream] if isinstance(event, StreamEvent) for i in event.token_ids]
 
     def last_error(self, stream: int) -> Exception:
         last = self.shown[stream][-1]
-        assert isinstance(last, Failed), last
-        return last.error
+        assert isinstance(last, EchelonError), last
+        return last
 
 
 @pytest.fixture
@@ -152,13 +148,12 @@ def test_a_request_from_submit_to_final(shell: Shell) -> None:
     effects = shell.report(runs=(TokenRun("r", 0, 1, 1, (6, 7), finish=Finish.LENGTH),), released=(Released("r", 1),))
     admitted, first, second, final = shell.shown[1]
     assert admitted == Admitted("r", 3, 7)
-    assert (first, second) == (Delta(0, 0, "<5>", (5,)), Delta(0, 1, "<6><7>", (6, 7)))
-    assert isinstance(final, Final)
-    completion = final.completion
-    assert (completion.text, completion.token_ids) == ("<5><6><7>", (5, 6, 7))
-    assert completion.finish_reason is FinishReason.LENGTH
-    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (3, 3)
-    assert (completion.timing.queue_s, completion.timing.ttft_s, completion.timing.total_s) == (0.0, 1.0, 3.0)
+    assert (first, second) == (StreamEvent("r", 0, 0, "<5>", (5,)), StreamEvent("r", 0, 1, "<6><7>", (6, 7)))
+    assert isinstance(final, Completion)
+    assert (final.text, final.token_ids) == ("<5><6><7>", (5, 6, 7))
+    assert final.finish_reason is FinishReason.LENGTH
+    assert (final.usage.prompt_tokens, final.usage.completion_tokens) == (3, 3)
+    assert (final.timing.queue_s, final.timing.ttft_s, final.timing.total_s) == (0.0, 1.0, 3.0)
     assert [type(effect) for effect in effects] == [Append, Append, Deliver, Deliver, Send, Emit]
     assert shell.commands[-1].acked_report == 2
 
@@ -170,16 +165,16 @@ def test_logprobs_stand_beside_ids(shell: Shell) -> None:
     shell.report(runs=(TokenRun("r", 0, 1, 0, (5, STOP_ID), logprobs, Finish.STOP),))
     told = (TokenLogprob(5, -0.5, ((5, -0.5),)), TokenLogprob(STOP_ID, -1.5, ((4, -1.0),)))
     delta, final = shell.shown[1][1:]
-    assert isinstance(delta, Delta)
-    assert isinstance(final, Final)
-    assert delta.logprobs == final.completion.logprobs == told
+    assert isinstance(delta, StreamEvent)
+    assert isinstance(final, Completion)
+    assert delta.logprobs == final.logprobs == told
 
 
 def test_the_coordinator_alone_fixes_the_last_token(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     shell.run(0, 5, STOP_ID, 6, 7)
     assert shell.ids(1) == [5, STOP_ID]
-    assert isinstance(shell.shown[1][-1], Final)
+    assert isinstance(shell.shown[1][-1], Completion)
     assert shell.abandons() == [Abandon("r", 1)]  # its leader has not seen the end
 
 
@@ -209,7 +204,7 @@ def test_a_second_stream_takes_over_and_is_shown_what_it_lacks(shell: Shell) -> 
     shell.run(0, 5, 6)
     shell.post(Submit(2, request(), received=(5,)))
     assert isinstance(shell.last_error(1), StreamTakenOverError)
-    assert shell.shown[2] == [Admitted("r", 3, 7), Delta(0, 1, "<6>", (6,))]
+    assert shell.shown[2] == [Admitted("r", 3, 7), StreamEvent("r", 0, 1, "<6>", (6,))]
     shell.run(2, 8)
     assert shell.ids(2) == [6, 8]
     assert len(shell.assigns()) == 1
@@ -233,16 +228,16 @@ def test_an_unknown_request_continues_from_the_ids_its_client_holds(shell: Shell
     shell.post(Submit(1, request(), received=(5, 6)))
     assert shell.assigns()[0].generated == (5, 6)
     shell.run(2, 7, finish=Finish.STOP)
-    assert shell.shown[1][:2] == [Admitted("r", 3, 7), Delta(0, 2, "<7>", (7,))]
+    assert shell.shown[1][:2] == [Admitted("r", 3, 7), StreamEvent("r", 0, 2, "<7>", (7,))]
     final = shell.shown[1][2]
-    assert isinstance(final, Final)
-    assert final.completion.text == "<5><6><7>"
+    assert isinstance(final, Completion)
+    assert final.text == "<5><6><7>"
 
 
 def test_received_ids_that_are_the_whole_answer_need_no_replica() -> None:
     shell = Shell()
     shell.post(Submit(1, request(), received=(5, STOP_ID)))
-    assert isinstance(shell.shown[1][-1], Final)
+    assert isinstance(shell.shown[1][-1], Completion)
 
 
 @pytest.mark.parametrize("received", [(STOP_ID, 5), (5,) * 9])
@@ -295,7 +290,7 @@ def test_a_finished_answer_is_replayed_within_the_window_then_forgotten(shell: S
     successor = shell.restart()
     successor.post(Submit(3, request(), received=(5,)))
     assert successor.ids(3) == [STOP_ID]
-    assert isinstance(successor.shown[3][-1], Final)
+    assert isinstance(successor.shown[3][-1], Completion)
     shell.now += WINDOW_S
     shell.post(Tick())
     assert not shell.state.entries
@@ -375,7 +370,7 @@ def test_draining_refuses_the_new_and_finishes_the_known(shell: Shell) -> None:
     shell.post(Submit(2, request("b")))
     assert isinstance(shell.last_error(2), UnavailableError)
     shell.run(0, STOP_ID, finish=Finish.STOP, name="a")
-    assert isinstance(shell.shown[1][-1], Final)
+    assert isinstance(shell.shown[1][-1], Completion)
 
 
 def test_the_end_of_an_epoch_replays_its_requests_first_and_in_order(shell: Shell) -> None:
@@ -390,9 +385,9 @@ def test_the_end_of_an_epoch_replays_its_requests_first_and_in_order(shell: Shel
     assert [(assign.request, assign.attempt, assign.generated) for assign in again] == [("a", 2, ()), ("b", 2, (5, 6))]
     shell.post(Reported(Report(Fence(1, 0, 2), 1, (TokenRun("b", 0, 2, 2, (STOP_ID,), finish=Finish.STOP),))))
     final = shell.shown[2][-1]
-    assert isinstance(final, Final)
-    assert final.completion.token_ids == (5, 6, STOP_ID)
-    assert final.completion.usage.recomputed_tokens == 5
+    assert isinstance(final, Completion)
+    assert final.token_ids == (5, 6, STOP_ID)
+    assert final.usage.recomputed_tokens == 5
 
 
 def test_an_epoch_that_is_over_cannot_come_back(shell: Shell) -> None:
@@ -461,5 +456,5 @@ def test_a_crash_between_the_last_token_and_its_end_is_healed(shell: Shell) -> N
     successor = shell.restart()
     successor.post(ReplicaEnded(FENCE, "gone too"))
     successor.post(Submit(2, request(), received=(5, STOP_ID)))
-    assert isinstance(successor.shown[2][-1], Final)
+    assert isinstance(successor.shown[2][-1], Completion)
     assert successor.assigns() == []

@@ -11,10 +11,12 @@ import pytest
 
 from coordinator import job_service
 from coordinator.frontend import GenerateFields
+from coordinator.job_events import CancelItem
 from coordinator.job_service import JobService
 from coordinator.jobs import JobConfig, item_seed
-from coordinator.requests import Admitted, Failed, Final, StreamEvent
+from coordinator.requests import Shown
 from echelon.errors import (
+    CancelledError,
     ConflictError,
     DeadlineError,
     EchelonError,
@@ -24,9 +26,9 @@ from echelon.errors import (
     OverloadedError,
     UnavailableError,
 )
-from echelon.types import Completion, FinishReason, ItemCounts, ItemResult, JobState, SamplingParams
+from echelon.types import Admitted, Completion, FinishReason, ItemCounts, ItemResult, JobState, SamplingParams
 
-Answer = Callable[[GenerateFields], Awaitable[StreamEvent | None]]
+Answer = Callable[[GenerateFields], Awaitable[Shown | None]]
 
 
 class Generation:
@@ -39,7 +41,7 @@ class Generation:
         self.cancelled: list[str] = []
         self.cancelled_too_early: list[str] = []  # while a stream could still submit them
 
-    async def submit(self, fields: GenerateFields) -> AsyncGenerator[StreamEvent, None]:
+    async def submit(self, fields: GenerateFields) -> AsyncGenerator[Shown, None]:
         self.submitted.append(fields)
         try:
             yield Admitted(fields.request_id, 1, 0)
@@ -66,11 +68,11 @@ def completion(fields: GenerateFields) -> Completion:
     )
 
 
-async def echo(fields: GenerateFields) -> StreamEvent:
-    return Final(completion(fields))
+async def echo(fields: GenerateFields) -> Shown:
+    return completion(fields)
 
 
-async def never(fields: GenerateFields) -> StreamEvent:
+async def never(fields: GenerateFields) -> Shown:
     await asyncio.Event().wait()
     raise AssertionError("never")
 
@@ -126,7 +128,7 @@ def test_a_job_runs_to_its_end(path: Path) -> None:
 def test_errors_are_results_and_refusals_are_tried_again(path: Path) -> None:
     tries: dict[str, int] = {}
 
-    async def answer(fields: GenerateFields) -> StreamEvent | None:
+    async def answer(fields: GenerateFields) -> Shown | None:
         prompt = str(fields.prompt)
         tries[prompt] = tries.get(prompt, 0) + 1
         errors: dict[str, EchelonError] = {"late": DeadlineError("too late"), "bad": InvalidRequestError("no")}
@@ -135,12 +137,12 @@ def test_errors_are_results_and_refusals_are_tried_again(path: Path) -> None:
         if prompt == "bad":
             raise errors[prompt]
         if prompt == "late":
-            return Failed(errors[prompt])
+            return errors[prompt]
         if prompt == "busy" and tries[prompt] == 1:
             raise OverloadedError("full")
         if prompt == "away" and tries[prompt] == 1:
-            return Failed(UnavailableError("no replica"))
-        return None if prompt == "cut" and tries[prompt] == 1 else Final(completion(fields))
+            return UnavailableError("no replica")
+        return None if prompt == "cut" and tries[prompt] == 1 else completion(fields)
 
     async def test() -> None:
         async with opened(path, Generation(answer)) as service:
@@ -199,7 +201,7 @@ def test_watchers_see_each_state_and_the_last_one(path: Path) -> None:
     async def test() -> None:
         gate = asyncio.Event()
 
-        async def answer(fields: GenerateFields) -> StreamEvent:
+        async def answer(fields: GenerateFields) -> Shown:
             await gate.wait()
             return await echo(fields)
 
@@ -220,7 +222,7 @@ def test_results_are_followed_or_only_those_so_far(path: Path) -> None:
     async def test() -> None:
         gate = asyncio.Event()
 
-        async def answer(fields: GenerateFields) -> StreamEvent:
+        async def answer(fields: GenerateFields) -> Shown:
             if fields.prompt == "slow":
                 await gate.wait()
             return await echo(fields)
@@ -252,7 +254,7 @@ def test_more_results_than_one_read_takes_are_all_yielded(path: Path, monkeypatc
 
 def test_cancel_leaves_the_streams_cancels_the_requests_and_keeps_results(path: Path) -> None:
     async def test() -> None:
-        async def answer(fields: GenerateFields) -> StreamEvent:
+        async def answer(fields: GenerateFields) -> Shown:
             return await (echo if fields.prompt == "x" else never)(fields)
 
         generation = Generation(answer)
@@ -275,9 +277,30 @@ def test_cancel_leaves_the_streams_cancels_the_requests_and_keeps_results(path: 
     asyncio.run(test())
 
 
+def test_an_answer_that_comes_with_the_cancel_is_not_taken(path: Path) -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+
+        async def answer(fields: GenerateFields) -> Shown:
+            await gate.wait()
+            return await echo(fields)
+
+        generation = Generation(answer)
+        async with opened(path, generation) as service:
+            await service.create("a", "tiny", jsonl("x"))
+            while not generation.submitted:
+                await asyncio.sleep(0)
+            gate.set()  # the item's task is about to go on
+            service._execute(CancelItem("a", 0))
+            assert [type(item.error) for item in await all_results(service)] == [CancelledError]
+        assert generation.left == ["job.a.0"]
+
+    asyncio.run(test())
+
+
 def test_a_restart_runs_what_is_left_under_the_same_ids_and_seeds(path: Path) -> None:
     async def test() -> None:
-        async def answer(fields: GenerateFields) -> StreamEvent:
+        async def answer(fields: GenerateFields) -> Shown:
             return await (echo if fields.prompt == "x" else never)(fields)
 
         before = Generation(answer)

@@ -232,10 +232,11 @@ def test_cancelling_ends_running_items_keeps_results_and_starts_nothing_more() -
     world.commit()  # 0 is on disk and 4 has started
     world.end("a", 2)  # on its way to the disk
     world.tell(CancelRequested("a"))
-    assert world.cancels == [("a", 3), ("a", 4)]
-    world.end("a", 3, CancelledError("cancelled"))
+    assert world.cancels == []
+    world.end("a", 3, UnavailableError("retry later"))
     world.commit()
     assert world.status().state is JobState.CANCELLING
+    assert world.cancels == [("a", 4)]
     world.end("a", 4)  # answered just before the cancel arrived: kept
     world.commit()
     assert world.commit() == [StateChanged("a", JobState.CANCELLED, 10.0)]
@@ -250,9 +251,21 @@ def test_a_cancelled_item_leaves_no_result_and_is_not_retried(error: EchelonErro
     world = World()
     world.tell(Loaded((stored(total=1),)))
     world.tell(CancelRequested("a"))
+    world.commit()
     world.end("a", 0, error)
     assert world.records(world.commit()) == []
     assert world.status().state is JobState.CANCELLED
+
+
+def test_no_item_is_cancelled_before_the_cancel_is_on_disk() -> None:
+    """A successor that knows nothing of the cancel would find the item's request cancelled, and record that."""
+    world = World()
+    world.tell(Loaded((stored(total=1),)))
+    world.tell(CancelRequested("a"))
+    world.commit(1)  # RUNNING alone
+    assert world.cancels == []
+    world.commit()
+    assert world.cancels == [("a", 0)]
 
 
 def test_cancelling_twice_or_after_the_end_changes_nothing() -> None:

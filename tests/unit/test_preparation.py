@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from coordinator.preparation import prepare, temporary_folder
@@ -44,12 +47,25 @@ def test_what_is_given_is_kept(model: Path, tmp_path: Path) -> None:
         ({"tensor": 3}, "tensor=3 does not divide"),
         ({"max_context": 10**9}, "max-context=1000000000 is more than the model's max_position_embeddings"),
         ({"state_dir": "/proc/nope"}, "state-dir /proc/nope cannot be made"),
-        ({"model": "/nowhere"}, "/nowhere"),
+        ({"state_dir": "/sys/kernel"}, "state-dir /sys/kernel cannot be written: "),
+        ({"model": "/nowhere"}, "model directory /nowhere does not exist"),
+        ({"model": "/proc/self/status"}, "is not a directory"),
+        ({"address": "127.0.0.1:9", "metrics_address": "127.0.0.1:9"}, "address and metrics-address are both"),
     ],
 )
 def test_bad_settings_are_refused(model: Path, tmp_path: Path, values: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         prepare(config(model, **values), tmp_path)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    (directory / "tokenizer_config.json").write_text("no JSON")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read as JSON"):
+        prepare(config(directory), tmp_path)
+    (directory / "tokenizer.json").write_text(json.dumps({"no": "tokenizer"}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        prepare(config(directory), tmp_path)
 
 
 def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
@@ -62,15 +78,40 @@ def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
                 prepare(config(model, **{flag: f"127.0.0.1:{port}"}), tmp_path)
 
 
-def test_a_ray_to_join_must_be_there_and_none_of_ours_is_made_then(model: Path, tmp_path: Path) -> None:
+def test_a_ray_to_join_must_be_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.preparation.CONNECT_TIMEOUT_S", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(UnavailableError, match=f"no Ray answers at --ray-address {address}"):
+        with pytest.raises(UnavailableError, match=f"no Ray answers at --ray-address {address}: Connection refused"):
             prepare(config(model, ray_address=address), tmp_path)
-        listener.listen()
+        listener.listen()  # and says nothing
+        with pytest.raises(UnavailableError, match=f"no Ray answers at --ray-address {address}: timed out"):
+            prepare(config(model, ray_address=address), tmp_path)
+
+
+def test_what_is_joined_must_speak_rays_protocol_and_none_of_ours_is_made_then(model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(answer_http, listener)
+            with pytest.raises(UnavailableError, match="what listens there is no Ray"):
+                prepare(config(model, ray_address=address), tmp_path)
+            answered.result()
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
         settled, head = prepare(config(model, ray_address=address), tmp_path)
+    finally:
+        server.stop(None).wait()
     assert head is None and settled.ray_address == address
+
+
+def answer_http(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def test_the_temporary_folder_is_short_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

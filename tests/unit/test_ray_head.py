@@ -125,8 +125,8 @@ async def live(address: str) -> None:
             device="cpu", heartbeat_s=0.5, term=1,
         )  # fmt: skip
 
-    cluster = Cluster("c0ffee", lease_s=30.0)
-    await cluster.connect(address)
+    cluster = Cluster("c0ffee", address, lease_s=30.0)
+    await cluster.connect()
     assert await cluster.survivors(0) == frozenset()
     first, second = await asyncio.gather(cluster.launch(spec(0, "1")), cluster.launch(spec(1, "1")))
     assert await cluster.survivors(0) == {(0, "1"), (1, "1")}
@@ -137,15 +137,38 @@ async def live(address: str) -> None:
     await deaths.aclose()
     await cluster.disconnect()
 
-    successor = Cluster("c0ffee", lease_s=30.0)
-    await successor.connect(address)
+    successor = Cluster("c0ffee", address, lease_s=30.0)
+    await successor.connect()
     assert await successor.survivors(0) == {(0, "1")}
     await successor.kill(0, suspect=1)
     assert not alive(first)
     again = await successor.launch(spec(1, "2"))
     assert await successor.survivors(0) == {(1, "2")}
+
+    # An agent that dies takes nothing with it: the next renewal brings another, which sees what is launched from then.
+    deaths = successor.deaths()
+    waiting = asyncio.ensure_future(anext(deaths))
+    await asyncio.sleep(0.5)
+    os.kill(agent_pid(again), signal.SIGKILL)
+    await asyncio.sleep(1.5)
+    assert not waiting.done(), waiting.result()
+    await successor.renew()
+    other = await successor.launch(spec(0, "3"))
+    os.kill(other, signal.SIGKILL)
+    assert await asyncio.wait_for(waiting, 30) == (0, 0, "3")
+    await deaths.aclose()
     await successor.remove()
     assert not alive(again)
+
+
+def agent_pid(neighbour: int) -> int:
+    """The agent that runs in the same session of Ray; Ray names a worker after its actor."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or not (entry / "cmdline").read_bytes().startswith(b"ray::AgentActor"):
+            continue
+        if os.getsid(int(entry.name)) == os.getsid(neighbour):
+            return int(entry.name)
+    raise AssertionError("no agent runs")
 
 
 def alive(pid: int) -> bool:

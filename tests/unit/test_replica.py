@@ -216,6 +216,26 @@ def test_survivors_that_do_not_serve_or_do_not_come_are_replaced() -> None:
     assert Kill(5, suspect=1) in core.step(10.1, Tick())
 
 
+def test_a_rank_that_comes_back_before_it_forms_is_told_again() -> None:
+    core = make()
+    name = launch(core)
+    core.step(1.0, hello(1, name))
+    core.step(1.0, hello(0, name))
+
+    def told_again(rank: int, phase: str) -> list[object]:
+        effects = core.step(1.0, hello(rank, name, phase))
+        assert effects[0] == Tell(core.fence, rank, name, Accept())
+        assert all(isinstance(tell, Tell) and (tell.rank, tell.incarnation) == (rank, name) for tell in effects)
+        return [tell.command for tell in effects[1:] if isinstance(tell, Tell)]
+
+    assert told_again(0, "waiting") == [OpenStore()]
+    assert told_again(0, "store") == [OpenStore()], "its answer may be lost; it gives the same again"
+    assert told_again(1, "waiting") == []
+    core.step(1.0, StoreOpened(0, name, "h:1"))
+    assert told_again(0, "store") == told_again(1, "waiting") == [Form("h:1", 8)]
+    assert told_again(0, "loading") == told_again(1, "loading") == []
+
+
 def test_a_start_that_keeps_failing_ends_with_its_last_error() -> None:
     core = make()
     launch(core)

@@ -1,0 +1,125 @@
+"""ReplicaService: epochs wait for the disk, strangers end nobody's stream, and what breaks is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from coordinator import replica_service
+from coordinator.events import EventLog
+from coordinator.metrics import Metrics
+from coordinator.placement import ReplicaPlan
+from coordinator.replica import ReplicaConfig, ReplicaCore
+from coordinator.replica_events import Accept, Attached, Refuse
+from coordinator.replica_service import Callbacks, Outbox, ReplicaService
+from coordinator.service import Service
+
+PLAN = ReplicaPlan(
+    tensor=1,
+    parameter_bytes=(100,),
+    block_bytes=10,
+    block_tokens=16,
+    max_context=32,
+    max_running=4,
+    memory_fraction=0.5,
+    shared_memory=True,
+)
+
+
+class Site:
+    """Processes, disk and coordinator around one replica. full: the disk refuses."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.persisted: list[int] = []
+        self.launched: list[str] = []
+        self.failures: list[Exception] = []
+        core = ReplicaCore(ReplicaConfig(replica=0, term=1, epoch=0, plan=PLAN))
+        service = cast(Service, SimpleNamespace(events=EventLog(1), metrics=Metrics.create()))
+        callbacks = Callbacks(
+            persist_epoch=self.persist,
+            loading=lambda loaded, total: None,
+            serving=lambda serving: None,
+            fail=self.failures.append,
+        )
+        self.replica = ReplicaService(0, core, self, service, callbacks)
+
+    def persist(self, epoch: int) -> None:
+        if self.full:
+            raise OSError("no space left on device")
+        self.persisted.append(epoch)
+
+    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+        self.launched.append(incarnation)
+
+    async def kill(self, replica: int, suspect: int | None) -> None: ...
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 10.0))
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0.01)
+
+
+def hello(incarnation: str) -> Attached:
+    return Attached(
+        rank=0, incarnation=incarnation, pid=1, node_id="n", phase="waiting", device="cpu", memory_bytes=10_000, epoch=0
+    )
+
+
+def told(outbox: Outbox) -> list[object]:
+    return [None if (next_ := outbox.get_nowait()) is None else next_.command for _ in range(outbox.qsize())]
+
+
+def test_an_epoch_begins_once_it_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_service, "RETRY_S", 0.01)
+
+    async def work() -> None:
+        site = Site()
+        site.full = True
+        running = asyncio.create_task(site.replica.run(frozenset()))
+        await settled()
+        assert (site.launched, site.persisted) == ([], [])
+        site.full = False
+        await settled()
+        assert (site.persisted, site.launched, site.failures) == ([1], ["1"], [])
+        running.cancel()
+
+    run(work())
+
+
+def test_a_stranger_is_refused_and_ends_nobody_s_stream() -> None:
+    async def work() -> None:
+        site = Site()
+        running = asyncio.create_task(site.replica.run(frozenset()))
+        await settled()
+        ours = site.replica.attach(hello("1"))
+        stranger = site.replica.attach(hello("another cluster's"))
+        assert [type(command) for command in told(stranger)] == [Refuse]
+        assert None not in told(ours)
+        again = site.replica.attach(hello("1"))
+        assert told(ours) == [None], "its own next stream takes its place"
+        assert Accept() in told(again)
+        running.cancel()
+
+    run(work())
+
+
+def test_what_breaks_beside_the_loop_fails_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core waits for the answer of every order; one that never comes would leave it waiting for ever."""
+
+    async def work() -> None:
+        site = Site()
+        monkeypatch.setattr(site.replica, "_persist", lambda: 1 // 0)
+        site.replica._spawn(site.replica._kill(1, None))
+        await settled()
+        assert [type(error) for error in site.failures] == [ZeroDivisionError]
+
+    run(work())
