@@ -23,9 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
 from coordinator.core import CoordinatorCore, CoreConfig
+from coordinator.core_events import Append, Deliver, Event, LinkOpened, Reported, Submit
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal_file import JournalFile
-from coordinator.requests import Append, Deliver, Event, LinkOpened, Reported, Request, StreamEvent, Submit
+from coordinator.requests import Request, Shown
 from coordinator.tokenizer import Tokenizer
 from echelon.internal import wire
 from echelon.internal.link import Fence, ReplicaHello, Report, Sampling, TokenRun
@@ -44,7 +45,7 @@ class Shell:
         self.core = CoordinatorCore(
             CoreConfig(1, 60.0, 2**31), lambda: Detokenizer(tokenizer.decode), self.journal.state
         )
-        self.queues: dict[int, asyncio.Queue[StreamEvent]] = {}
+        self.queues: dict[int, asyncio.Queue[Shown]] = {}
 
     def post(self, now: float, event: Event) -> None:
         effects = self.core.step(now, event)

@@ -18,8 +18,11 @@ import structlog
 from coordinator.process import Coordinator
 from echelon.config import CoordinatorConfig
 from echelon.errors import EchelonError
+from echelon.internal.logs import configure_logs
 
 BEAT_S = 1.0
+
+log = structlog.get_logger("coordinator")
 
 
 class Supervisor:
@@ -54,47 +57,44 @@ class Supervisor:
 async def run(config: CoordinatorConfig, supervisor: Supervisor) -> None:
     """Serve until SIGTERM (drain, end the ranks), SIGHUP (leave at once, ranks stay) or the supervisor's end."""
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[str] = loop.create_future()
+    ended: asyncio.Future[bool] = loop.create_future()  # whether to drain
 
     coordinator = Coordinator(config, supervisor.tell)
 
-    def end(reason: str) -> None:
+    def end(drain: bool) -> None:
         if ended.done():
             coordinator.hurry()
         else:
-            ended.set_result(reason)
+            ended.set_result(drain)
 
     def watch_stdin() -> None:
         sys.stdin.read()
-        loop.call_soon_threadsafe(end, "the supervisor is gone")
+        loop.call_soon_threadsafe(end, False)
 
-    loop.add_signal_handler(signal.SIGTERM, end, "SIGTERM")
+    loop.add_signal_handler(signal.SIGTERM, end, True)
     loop.add_signal_handler(signal.SIGHUP, os._exit, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor until we can heed it
     threading.Thread(target=watch_stdin, name="stdin", daemon=True).start()
     beats = loop.create_task(supervisor.beat())
     serving = loop.create_task(coordinator.run())
     try:
-        waits: list[asyncio.Future[None] | asyncio.Future[str]] = [serving, ended]
+        waits: list[asyncio.Future[None] | asyncio.Future[bool]] = [serving, ended]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
-        await coordinator.close(drain=ended.done() and ended.result() == "SIGTERM")
-    finally:
+        if not serving.done() and ended.result():
+            await coordinator.drain()
         serving.cancel()
+        await asyncio.wait([serving])
+        if ended.done() or isinstance(serving.exception(), EchelonError):
+            await coordinator.close()  # after a defect the ranks are left to a successor
+        if not serving.cancelled():
+            serving.result()
+    finally:
         beats.cancel()
 
 
 def main() -> int:
     """Exit codes: 0 ended as told, 1 failed."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    configure_logs()
     supervisor = Supervisor()
     config = CoordinatorConfig.model_validate_json(sys.stdin.readline())
     try:
@@ -102,8 +102,11 @@ def main() -> int:
     except EchelonError as error:
         supervisor.tell(failed=error.message)
         return 1
+    except Exception as error:
+        log.critical("the coordinator broke", exc_info=error)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # as if killed: threads that still wait for Ray must keep nobody waiting

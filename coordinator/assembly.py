@@ -17,6 +17,7 @@ from coordinator.placement import plan_replica
 from coordinator.service import Parts, Service
 from coordinator.tokenizer import Tokenizer
 from echelon.config import CoordinatorConfig
+from echelon.errors import ConfigError
 from echelon.internal.v1 import control_pb2
 from models.config import ModelConfig, read_model_config
 from worker.spec import RankSpec
@@ -50,7 +51,11 @@ class RankLauncher:
 def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences) -> Service:
     """The service over the state directory's journal."""
     tokenizer = Tokenizer.from_directory(config.model)
-    journal = JournalFile(config.state_dir / "journal", fences.term, fsync=config.journal == "fsync")
+    folder = config.state_dir / "journal"
+    try:
+        journal = JournalFile(folder, fences.term, fsync=config.journal == "fsync")
+    except OSError as error:
+        raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
     core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
     parts = Parts(
         core=CoordinatorCore(core_config, lambda: Detokenizer(tokenizer.decode), journal.state),

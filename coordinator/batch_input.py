@@ -117,10 +117,10 @@ def _prompt(value: _Object, ids_key: str) -> Prompt:
     given = [key for key in ("prompt", "messages", ids_key) if value.get(key) is not None]
     if len(given) != 1:
         known = [key for key in ("prompt", ids_key, "messages") if key]
-        value.refuse(
-            given[1] if given else known[0],
-            f"give one of {', '.join(known)}, got {' and '.join(given) if given else 'none'}",
-        )
+        one = f"give one of {', '.join(known)}"
+        if given:
+            value.refuse(given[1], f"cannot go with {given[0]}; {one}")
+        value.refuse(known[0], f"is missing; {one}")
     key = given[0]
     raw = value[key]
     if key != "messages" and value.get("template_args") is not None:

@@ -25,6 +25,7 @@ from worker.actor import AgentActor, RankActor, remove_slots, slot_name
 from worker.spec import RankSpec, parse_rank_name, replica_prefix
 
 NAMESPACE = "echelon"
+JOIN_TIMEOUT_S = 25.0
 SLOT_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 30.0
 DEATH_POLL_S = 10.0
@@ -36,34 +37,46 @@ log = structlog.get_logger("cluster")
 
 
 class Cluster:
-    """One per coordinator, connected until `disconnect` or `remove`."""
+    """One per coordinator, connected from `connect` to `remove` or `disconnect`. address: of the Ray to join."""
 
-    def __init__(self, cluster: str, lease_s: float) -> None:
+    def __init__(self, cluster: str, address: str, lease_s: float) -> None:
         self._cluster = cluster
+        self._address = address
         self._lease_s = lease_s
+        self._joining: asyncio.Task[None] | None = None
         self._agents: dict[str, Agent] = {}
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="ray")
 
-    async def connect(self, address: str) -> None:
-        """Join the Ray at host:port as a driver, and have an agent on every node. Raises InternalError."""
+    async def connect(self) -> None:
+        """Join Ray as a driver, and have an agent on every node. Raises InternalError. Whoever is first does it."""
+        if self._joining is None:
+            self._joining = asyncio.create_task(self._join())
+        await asyncio.shield(self._joining)
+
+    async def _join(self) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
-            await self._call(
-                ray.init,
-                address=address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-            await self.renew()
+            async with asyncio.timeout(JOIN_TIMEOUT_S):  # its own attempts go on for minutes
+                await self._call(
+                    ray.init,
+                    address=self._address,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            await self._find_agents()
+        except TimeoutError:
+            raise InternalError(f"Ray at {self._address} does not answer within {JOIN_TIMEOUT_S:g} s") from None
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise InternalError(f"Ray at {address} cannot be used: {error}") from error
+            raise InternalError(f"Ray at {self._address} cannot be used: {error}") from error
 
     async def survivors(self, replica: int) -> frozenset[tuple[int, str]]:
-        """(rank, incarnation) of a replica's processes that live."""
-        found = await asyncio.gather(*(self._ask(agent.living) for agent in self._agents.values()))
+        """(rank, incarnation) of a replica's processes that live and have a master: an agent that answers."""
+        asked = (self._ask(agent.living) for agent in self._agents.values())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        living = [name for part in found if not isinstance(part, BaseException) for name in part]
         prefix = replica_prefix(self._cluster, replica)
-        names = [parse_rank_name(name) for part in found for name in part if name.startswith(prefix)]
+        names = [parse_rank_name(name) for name in living if name.startswith(prefix)]
         return frozenset((rank, incarnation) for _, _, rank, incarnation in names)
 
     async def launch(self, spec: RankSpec) -> int:
@@ -74,7 +87,7 @@ class Cluster:
                 actor = await self._call(self._create_rank, spec, slot)
                 node_id = await _result(actor.node_id.remote())
                 if node_id not in self._agents:
-                    await self.renew()
+                    await self._find_agents()
                 pid = await _result(actor.start.remote(spec.to_json(), self._agents[node_id]))
         except (TimeoutError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[-1:] or [f"no answer within {CALL_TIMEOUT_S:g} s"]
@@ -100,6 +113,9 @@ class Cluster:
                 for node, agent in self._agents.items():
                     if node not in polls.values():
                         polls[_result(agent.deaths.remote(DEATH_POLL_S))] = node
+                if not polls:  # every agent is gone, until the next renewal finds new ones
+                    await asyncio.sleep(1.0)
+                    continue
                 done, _ = await asyncio.wait(polls, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 for poll in done:
                     node = polls.pop(poll)
@@ -115,16 +131,35 @@ class Cluster:
                 poll.cancel()
 
     async def renew(self) -> None:
-        """Extend the lease on every node; a node that is new or has lost its agent gets one."""
+        """Extend the lease on every node; a node that is new or has lost its agent gets one.
+
+        Waits for no answer longer than the lease can spare: one agent that is stuck must not cost the others theirs.
+        """
+        try:
+            async with asyncio.timeout(self._lease_s / 3):
+                await self._find_agents()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("Ray does not tell its nodes", error=str(error))
+            await self._renew_known()
+
+    async def _find_agents(self) -> None:
         nodes = await self._call(ray.nodes)
         for node_id in [node["NodeID"] for node in nodes if node["Alive"]]:
             if node_id not in self._agents:
                 self._agents[node_id] = await self._call(self._create_agent, node_id)
-        lease = [self._ask(agent.renew, self._lease_s) for agent in self._agents.values()]
+        await self._renew_known()
+
+    async def _renew_known(self) -> None:
+        lease = [self._ask(agent.renew, self._lease_s, timeout_s=self._lease_s / 6) for agent in self._agents.values()]
         await asyncio.gather(*lease, return_exceptions=True)
 
     async def remove(self) -> None:
-        """End all ranks and agents, give the slots back, and leave Ray."""
+        """End all ranks and agents, a predecessor's too, give the slots back, and leave Ray."""
+        try:
+            await self.connect()
+        except InternalError as error:
+            log.warning("nothing is ended", error=error.message)
+            return
         for node, agent in list(self._agents.items()):
             await self._kill_on(node, agent, "rank/", "")
         with contextlib.suppress(ray.exceptions.RayError):
@@ -207,8 +242,8 @@ class Cluster:
                 return
             log.warning("processes do not end; trying again", node=node, left=left)
 
-    async def _ask(self, method: Any, *arguments: object) -> Any:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
+    async def _ask(self, method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        async with asyncio.timeout(timeout_s):
             return await _result(method.remote(*arguments))
 
     async def _call(self, function: Callable[..., Result], *positional: object, **named: object) -> Result:

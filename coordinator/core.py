@@ -11,12 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.detokenizer import Detokenizer
-from coordinator.journal import Assigned, JournalState
-from coordinator.life import Life, Phase
-from coordinator.lives import CoreConfig as CoreConfig
-from coordinator.lives import Lives
-from coordinator.requests import (
+from coordinator.core_events import (
     Cancel,
     Drain,
     Effect,
@@ -30,6 +25,11 @@ from coordinator.requests import (
     Submit,
     Tick,
 )
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal import Assigned, JournalState
+from coordinator.life import Life, Phase
+from coordinator.lives import CoreConfig as CoreConfig
+from coordinator.lives import Lives
 from coordinator.router import Link, Router, choose, too_large
 from echelon.errors import InternalError, InvalidRequestError
 from echelon.internal.link import Assign, Fence, Released, ReplicaHello, Report, TokenRun

@@ -52,6 +52,9 @@ class Fences:
             numbers = _read(directory)
             fences = cls(directory, lock, numbers)
             fences._write(replace(numbers, term=numbers.term + 1))
+        except OSError as error:
+            os.close(lock)
+            raise ConfigError(f"state-dir {directory} cannot be written: {error}", field="state_dir") from None
         except BaseException:
             os.close(lock)
             raise

@@ -80,6 +80,19 @@ def check_client_request_id(request_id: str) -> None:
         )
 
 
+def check_model(model: str, facts: ModelFacts) -> None:
+    """Refuses any name but the served one; the empty name stands for it."""
+    if model not in ("", facts.name):
+        raise NotFoundError(
+            f"model {model!r} is not served; {facts.name!r} is", reason="MODEL_NOT_FOUND", field="model"
+        )
+
+
+def check_received(received: tuple[int, ...], facts: ModelFacts) -> None:
+    """Refuses ids that no answer of this model can hold: a client says that it got them, and they are computed on."""
+    _check_vocabulary(received, facts, "resume.received")
+
+
 def resolve(
     fields: GenerateFields, facts: ModelFacts, tokenizer: Tokenizer, now: float, drawn_seed: int, drawn_id: str
 ) -> Request:
@@ -87,10 +100,7 @@ def resolve(
 
     Raises InvalidRequestError or NotFoundError naming the field.
     """
-    if fields.model not in ("", facts.name):
-        raise NotFoundError(
-            f"model {fields.model!r} is not served; {facts.name!r} is", reason="MODEL_NOT_FOUND", field="model"
-        )
+    check_model(fields.model, facts)
     prompt = _prompt_ids(fields.prompt, tokenizer)
     sampling = settle_sampling(fields.sampling, facts, drawn_seed)
     _check_vocabulary(prompt, facts, "token_ids" if isinstance(fields.prompt, tuple) else "text")
@@ -147,6 +157,9 @@ def _prompt_ids(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
     if isinstance(prompt, ChatPrompt):
         if not prompt.messages:
             raise InvalidRequestError("messages is empty; send at least one message", field="messages")
+        for place, message in enumerate(prompt.messages):
+            if not message.role:
+                raise InvalidRequestError(f"messages[{place}] has no role; set one, such as 'user'", field="messages")
         ids = tokenizer.chat(prompt.messages, prompt.template_args)
     elif isinstance(prompt, str):
         if not prompt:

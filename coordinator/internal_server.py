@@ -61,9 +61,10 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
         try:
             while (told := await outbox.get()) is not None:
                 yield self._command(told)
+            await ended(reader)
         finally:
             reader.cancel()
-            replica.detach(first.hello.rank, outbox)
+            replica.detach(first.hello.rank, first.hello.incarnation, outbox)
 
     async def _read(
         self,
@@ -122,6 +123,7 @@ class ReplicaLinkServicer(link_pb2_grpc.ReplicaLinkServicer):
         try:
             while (command := await outbox.get()) is not None:
                 yield wire.command_to_proto(command)
+            await ended(reader)
         finally:
             reader.cancel()
             self._service.close_link(first.fence, send)
@@ -144,6 +146,12 @@ class ReplicaLinkServicer(link_pb2_grpc.ReplicaLinkServicer):
             log.debug("link closed under its reader")
         finally:
             outbox.put_nowait(None)
+
+
+async def ended(reader: asyncio.Task[None]) -> None:
+    """Raise what a reader broke on, for gRPC to log; swallowed, its rank would dial again and again unheard."""
+    if reader.done():
+        await reader
 
 
 def attached_of(message: control_pb2.RankMessage) -> Attached:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from echelon.errors import EchelonError
-from echelon.types import Completion, JobState, JobStatus
-
-Outcome = Completion | EchelonError
+from coordinator.requests import Outcome as Outcome
+from echelon.types import JobState, JobStatus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from coordinator.batch_input import batch_digest, check_job_id, parse_batch, par
 from coordinator.frontend import GenerateFields
 from coordinator.job_store import JobStore, NewItem, NewJob
 from coordinator.jobs import JobConfig, JobRunner, item_request_id, item_sampling, parse_item_request_id
-from coordinator.requests import Failed, Final, StreamEvent
+from coordinator.requests import Shown
 from echelon.errors import (
     CancelledError,
     EchelonError,
@@ -49,8 +49,8 @@ _T = TypeVar("_T")
 class Generation(Protocol):
     """What jobs need of the service that answers requests."""
 
-    def submit(self, fields: GenerateFields) -> AsyncIterator[StreamEvent]:
-        """Admits the request and yields its events. A refusal is a Failed event or a raised EchelonError.
+    def submit(self, fields: GenerateFields) -> AsyncIterator[Shown]:
+        """Admits the request and yields its events. A refusal is the only one, or is raised.
 
         A known request_id with the same content attaches again. Leaving the iterator closes the stream.
         """
@@ -222,6 +222,7 @@ class JobService:
                 if started is None:
                     self._generation.cancel([item_request_id(job_id, index)])
                 else:
+                    started.cancel()  # at once: an answer that has come meanwhile is not taken any more
                     task = asyncio.create_task(self._cancel_item(job_id, index, started))
                     self._cancels.add(task)
                     task.add_done_callback(self._cancels.discard)
@@ -253,11 +254,8 @@ class JobService:
         line = await self._on_store(self._store.item_line, job_id, index)
         outcome: events.Outcome = UnavailableError(f"the stream of item {index} ended without an answer")
         async for event in self._generation.submit(self._fields(job_id, index, line)):
-            match event:
-                case Final(completion):
-                    outcome = completion
-                case Failed(error):
-                    outcome = error
+            if isinstance(event, events.Outcome):
+                outcome = event
         return outcome
 
     def _fields(self, job_id: str, index: int, line: str) -> GenerateFields:
@@ -272,7 +270,6 @@ class JobService:
 
     async def _cancel_item(self, job_id: str, index: int, started: asyncio.Task[None]) -> None:
         # First the stream, so that nothing submits the request after it was cancelled.
-        started.cancel()
         await asyncio.wait([started])
         request_id = item_request_id(job_id, index)
         self._generation.cancel([request_id])

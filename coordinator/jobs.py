@@ -36,7 +36,7 @@ from coordinator.job_events import (
     Write,
 )
 from echelon.errors import EchelonError
-from echelon.types import Completion, ItemCounts, JobState, JobStatus, SamplingParams, Usage
+from echelon.types import Completion, ItemCounts, JobState, JobStatus, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,6 @@ def backoff_s(failures: int, error: EchelonError, config: JobConfig) -> float:
     """How long to wait after so many failures in a row; never less than the error asks for."""
     doubled = config.first_backoff_s * 2.0 ** min(failures - 1, 32)
     return max(min(doubled, config.max_backoff_s), error.retry_after_s or 0.0)
-
-
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(
-        one.prompt_tokens + other.prompt_tokens,
-        one.completion_tokens + other.completion_tokens,
-        one.recomputed_tokens + other.recomputed_tokens,
-    )
 
 
 class _Phase(enum.Enum):
@@ -205,13 +197,18 @@ class JobRunner:
         if job.pending:
             job.pending.clear()
             self._turns.remove(job)
+        self._end_if_done(now, job, effects)
+
+    def _recall(self, job: _Job, effects: list[Effect]) -> None:
+        """End what is in flight. Not before the cancel is on disk: a successor that does not know of it would start
+        the items again, find their requests cancelled, and record them as failed.
+        """
         for index, flight in list(job.flights.items()):
             if flight.phase is _Phase.WAITING:
                 self._land(job, index)
             elif flight.phase is _Phase.RUNNING:
                 flight.phase = _Phase.CANCELLING
                 effects.append(CancelItem(job.status.job_id, index))
-        self._end_if_done(now, job, effects)
 
     def _commit(self, now: float, write: Write, effects: list[Effect]) -> None:
         job = self._jobs[write.job_id]
@@ -221,9 +218,11 @@ class JobRunner:
                 started = unix_s if state is JobState.RUNNING else status.start_unix_s
                 ended = unix_s if state.ended else status.end_unix_s
                 job.status = replace(status, state=state, start_unix_s=started, end_unix_s=ended)
+                if state is JobState.CANCELLING:
+                    self._recall(job, effects)
             case ItemRecorded(_, index, _, Completion(usage=usage)):
                 counts = replace(counts, succeeded=counts.succeeded + 1)
-                job.status = replace(status, counts=counts, usage=_sum(status.usage, usage))
+                job.status = replace(status, counts=counts, usage=status.usage + usage)
                 self._land(job, index)
             case ItemRecorded(_, index, _, _):
                 job.status = replace(status, counts=replace(counts, failed=counts.failed + 1))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal import Entry, Finished
-from coordinator.requests import Admitted, Delta, Failed, Final, StreamEvent
+from coordinator.requests import Outcome, Shown
 from echelon.errors import WIRE_ERRORS, EchelonError, InternalError, InvalidRequestError
 from echelon.internal.link import Finish, Logprob
-from echelon.types import Completion, FinishReason, Timing, TokenLogprob, Usage
+from echelon.types import Admitted, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage
 
 _FINISH_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 _ERRORS = {error.default_reason: error for error in WIRE_ERRORS} | {"CONTEXT_TOO_LONG": InvalidRequestError}
@@ -90,7 +90,7 @@ class Life:
             ids = ids[: end + 1]
         return ids
 
-    def attach(self, stream: int, detokenizer: Detokenizer, received: int) -> list[StreamEvent]:
+    def attach(self, stream: int, detokenizer: Detokenizer, received: int) -> list[Shown]:
         """Take a stream whose client holds the first `received` ids: what it has to be shown at once."""
         request = self.entry.request
         self.stream = stream
@@ -105,35 +105,33 @@ class Life:
         self._detokenizer = None
         self._text = []
 
-    def delta(self, first: int) -> Delta:
+    def delta(self, first: int) -> StreamEvent:
         """The ids from this place on, with the text that they settle. To be called once for each id."""
         assert self._detokenizer is not None
         ids = tuple(self.entry.ids[first:])
         text = self._detokenizer.push(ids)
         self._text.append(text)
         if self.entry.request.sampling.logprobs is None:
-            return Delta(0, first, text, ids)
-        return Delta(0, first, text, ids, _token_logprobs(ids, self.entry.logprobs[first:]))
+            return StreamEvent(self.request_id, 0, first, text, ids)
+        return StreamEvent(self.request_id, 0, first, text, ids, _token_logprobs(ids, self.entry.logprobs[first:]))
 
-    def terminal(self) -> Final | Failed:
+    def outcome(self) -> Outcome:
         """The one event that ends the attached stream of an ended request. Its text has what deltas held back."""
         assert self.entry.finished is not None
         assert self._detokenizer is not None
         finished, request = self.entry.finished, self.entry.request
         if finished.finish is None:
-            return Failed(error_of(finished))
+            return error_of(finished)
         text = "".join(self._text) + self._detokenizer.flush()
-        return Final(
-            Completion(
-                request_id=request.request_id,
-                model=request.model,
-                text=text,
-                token_ids=tuple(self.entry.ids),
-                finish_reason=_FINISH_REASONS[finished.finish],
-                logprobs=_token_logprobs(self.entry.ids, self.entry.logprobs),
-                usage=Usage(len(request.prompt), len(self.entry.ids), self.entry.recomputed_tokens),
-                timing=self._timing(finished),
-            )
+        return Completion(
+            request_id=request.request_id,
+            model=request.model,
+            text=text,
+            token_ids=tuple(self.entry.ids),
+            finish_reason=_FINISH_REASONS[finished.finish],
+            logprobs=_token_logprobs(self.entry.ids, self.entry.logprobs),
+            usage=Usage(len(request.prompt), len(self.entry.ids), self.entry.recomputed_tokens),
+            timing=self._timing(finished),
         )
 
     def _timing(self, finished: Finished) -> Timing:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.admission import refuse_attach, refuse_open
+from coordinator.core_events import Append, Deliver, Effect, Emit, Submit
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal import Finished, Forgotten, JournalState, Opened, Record, Tokens
 from coordinator.life import Due, Life, Phase
-from coordinator.requests import Append, Deliver, Effect, Emit, Failed, Request, StreamEvent, Submit
+from coordinator.requests import Outcome, Request, Shown
 from coordinator.router import Router
 from echelon.errors import (
     CancelledError,
@@ -111,7 +112,7 @@ class Lives:
         else:
             refusal = refuse_open(request, received, self._queued_tokens, self._config.max_queue_tokens, self.draining)
         if refusal:
-            self._deliveries.append(Deliver(submit.stream, Failed(refusal)))
+            self._deliveries.append(Deliver(submit.stream, refusal))
             return
         if life is None:
             life = self._open(now, request, received)
@@ -136,23 +137,23 @@ class Lives:
         """Show the stream what it lacks, and see that the request goes on."""
         if life.stream is not None:
             taken_over = StreamTakenOverError("another stream attached to this request", request_id=life.request_id)
-            self._end_stream(life, Failed(taken_over))
+            self._end_stream(life, taken_over)
         self._streams[stream] = life
         for shown in life.attach(stream, self._new_detokenizer(), received):
             self._deliver(life, shown)
         if life.phase is Phase.ENDED:
-            self._end_stream(life, life.terminal())
+            self._end_stream(life, life.outcome())
         elif life.phase is Phase.PARKED:
             self._enqueue(now, life)
 
-    def _deliver(self, life: Life, event: StreamEvent) -> None:
+    def _deliver(self, life: Life, event: Shown) -> None:
         assert life.stream is not None
         self._deliveries.append(Deliver(life.stream, event))
 
-    def _end_stream(self, life: Life, event: StreamEvent) -> None:
-        """The terminal event: the stream is known no more."""
+    def _end_stream(self, life: Life, outcome: Outcome) -> None:
+        """The last that it is shown: the stream is known no more."""
         assert life.stream is not None
-        self._deliver(life, event)
+        self._deliver(life, outcome)
         del self._streams[life.stream]
         life.stream = None
 
@@ -209,7 +210,7 @@ class Lives:
         self._look_at(life, finished.finished_unix_s + self._config.resume_window_s)
         self.move(life, Phase.ENDED)
         if life.stream is not None:
-            self._end_stream(life, life.terminal())
+            self._end_stream(life, life.outcome())
 
     def _forget(self, life: Life) -> None:
         self.record(Forgotten(life.request_id))

@@ -17,14 +17,17 @@ from pathlib import Path
 from shutil import rmtree
 from typing import cast
 
+from tokenizers import Tokenizer
+
 from coordinator.placement import plan_replica
 from coordinator.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_json_object, read_model_config
 from models.files import check_model_directory
 
 LOCAL_HOST = "127.0.0.1"
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty SETTINGS
 MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
 CONNECT_TIMEOUT_S = 5.0
 
@@ -43,9 +46,12 @@ def temporary_folder() -> Iterator[Path]:
 def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHead | None]:
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
     check_model_directory(config.model)
+    _check_tokenizer(config.model)
     model = read_model_config(config.model)
     device = _device(config)
     host, port = split_address(config.address)
+    if port != 0 and config.metrics_address == config.address:
+        raise ConfigError(f"address and metrics-address are both {config.address}; choose two", field="metrics_address")
     public = join_address(host, _claim(host, port, "--address"))
     if config.metrics_address:
         _claim(*split_address(config.metrics_address), "--metrics-address")
@@ -66,6 +72,18 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     )
     plan_replica(settled, model)
     return settled, None if config.ray_address else _own_ray(settled, folder)
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """By the parser alone: what reads its companions too takes seconds to import, and is the coordinator's."""
+    file = directory / "tokenizer.json"
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the parser raises bare Exception
+        raise ConfigError(f"{file} cannot be read as a tokenizer: {error}", field="model") from error
+    companion = directory / "tokenizer_config.json"
+    if companion.exists():
+        read_json_object(companion)
 
 
 def _device(config: ServeConfig) -> Device:
@@ -104,11 +122,13 @@ def _state_folder(given: Path | None, folder: Path) -> Path:
     state = (given or folder / "state").resolve()
     try:
         state.mkdir(parents=True, exist_ok=True)
-        writable = os.access(state, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ConfigError(f"state-dir {state} cannot be made: {error}", field="state_dir") from None
-    if not writable:
-        raise ConfigError(f"state-dir {state} is not writable", field="state_dir")
+        raise ConfigError(f"state-dir {state} cannot be made: {error.strerror}", field="state_dir") from None
+    try:
+        with tempfile.TemporaryFile(dir=state) as probe:  # permissions alone do not tell of a read-only disk
+            probe.write(b"x")
+    except OSError as error:
+        raise ConfigError(f"state-dir {state} cannot be written: {error.strerror}", field="state_dir") from None
     return state
 
 
@@ -128,9 +148,15 @@ def _claim(host: str, port: int, what: str) -> int:
 
 
 def _reach_ray(address: str) -> str:
-    """The address of this host that reaches that Ray: ranks on its nodes will dial it."""
+    """The address of this host that reaches that Ray: ranks on its nodes will dial it.
+
+    Ray itself would wait for minutes on a port that is open and speaks no gRPC; so we greet it first.
+    """
     try:
         with socket.create_connection(split_address(address), timeout=CONNECT_TIMEOUT_S) as connection:
+            connection.sendall(HTTP2_GREETING)
+            if connection.recv(9)[3:4] != b"\x04":
+                raise ConnectionError("what listens there is no Ray")
             return str(connection.getsockname()[0])
     except OSError as error:
         raise UnavailableError(

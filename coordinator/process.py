@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.assembly import RankLauncher, build_service, epoch_settings
 from coordinator.cluster import Cluster
+from coordinator.core_events import Drain
 from coordinator.fences import Fences
 from coordinator.health import HealthLimits
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
@@ -30,11 +31,10 @@ from coordinator.placement import plan_replica
 from coordinator.replica import ReplicaConfig, ReplicaCore
 from coordinator.replica_events import Died
 from coordinator.replica_service import Callbacks, ReplicaService
-from coordinator.requests import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from echelon import types
 from echelon.config import CoordinatorConfig
-from echelon.errors import ConfigError, EchelonError
+from echelon.errors import ConfigError
 from echelon.internal.channel import SERVER_OPTIONS
 from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
 from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
@@ -48,7 +48,7 @@ log = structlog.get_logger("coordinator")
 
 
 class Coordinator:
-    """One coordinator. `run` serves until it is cancelled or fails; `close` ends what it owns."""
+    """One coordinator. `run` serves until it is cancelled or fails; then `close` ends what it owns."""
 
     def __init__(self, config: CoordinatorConfig, tell: Callable[..., None]) -> None:
         self._config = config
@@ -56,7 +56,7 @@ class Coordinator:
         self._fences = Fences.open(config.state_dir)
         self._model = read_model_config(config.model)
         self._service = build_service(config, self._model, self._fences)
-        self._cluster = Cluster(self._fences.cluster, config.lease_s)
+        self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
         self._replica = self._build_replica()
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
@@ -76,7 +76,7 @@ class Coordinator:
         await self._set_serving(False)
         await self._serve_public(self._jobs)
         await self._serve_internal()
-        await self._cluster.connect(config.ray_address)
+        await self._cluster.connect()
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         survivors = await self._cluster.survivors(REPLICA)
@@ -84,20 +84,31 @@ class Coordinator:
             self._replica.run(survivors), self._service.tick(), self._jobs.run(), self._deaths(), self._renew()
         )
 
-    async def close(self, drain: bool) -> None:
-        """Drain if asked, then end servers, ranks and slots; the state directory stays for a successor."""
+    async def drain(self) -> None:
+        """Let what runs finish while `run` goes on, and refuse what is new."""
         await self._set_serving(False)
-        self._service.events.emit("coordinator.stopping", "coordinator", {"drain": drain})
-        if drain:
-            await self._drain()
+        self._service.post(Drain())
+        deadline_s = time.monotonic() + self._config.drain_timeout_s
+        while time.monotonic() < deadline_s and not self._hurried:
+            counts = self._service.core.counts
+            if counts.queued + counts.running == 0:
+                return
+            await asyncio.sleep(DRAIN_POLL_S)
+        log.warning("the drain has ended early; what still runs is interrupted and can be resumed")
+
+    async def close(self) -> None:
+        """End servers, ranks and slots; the state directory stays for a successor. `run` must have ended."""
+        self._service.events.emit("coordinator.stopping", "coordinator")
         self._replica.close()
-        for server in self._servers:
-            await server.stop(STOP_GRACE_S)
-        if self._jobs is not None:
-            await self._jobs.close()
-        await self._cluster.remove()
-        self._service.close()
-        self._fences.close()
+        try:
+            await self._set_serving(False)
+            await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+            if self._jobs is not None:
+                await self._jobs.close()
+        finally:
+            await self._cluster.remove()
+            self._service.close()
+            self._fences.close()
 
     def hurry(self) -> None:
         """End the drain now."""
@@ -147,6 +158,7 @@ class Coordinator:
                 term=fences.term,
                 epoch=fences.epoch(REPLICA),
                 plan=plan_replica(config, self._model),
+                incarnation_prefix=f"{fences.cluster}-",
                 limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
         )
@@ -154,7 +166,7 @@ class Coordinator:
             persist_epoch=lambda epoch: fences.persist_epoch(REPLICA, epoch),
             loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
             serving=self._on_serving,
-            give_up=self._give_up,
+            fail=self._fail,
         )
         launcher = RankLauncher(self._cluster, config, fences)
         return ReplicaService(REPLICA, core, launcher, self._service, callbacks)
@@ -163,7 +175,7 @@ class Coordinator:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         cluster = ClusterServicer(self.describe, self._service)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
-        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs), server)
+        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs, self._service.facts), server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
         cluster_pb2_grpc.add_ModelServiceServicer_to_server(cluster, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -210,17 +222,6 @@ class Coordinator:
             await asyncio.sleep(self._config.lease_s / 6)
             await self._cluster.renew()
 
-    async def _drain(self) -> None:
-        """Let what runs finish, refuse what is new."""
-        self._service.post(Drain())
-        deadline_s = time.monotonic() + self._config.drain_timeout_s
-        while time.monotonic() < deadline_s and not self._hurried:
-            counts = self._service.core.counts
-            if counts.queued + counts.running == 0:
-                return
-            await asyncio.sleep(DRAIN_POLL_S)
-        log.warning("the drain has ended early; what still runs is interrupted and can be resumed")
-
     def _on_serving(self, serving: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._set_serving(serving))
         task.add_done_callback(lambda done: done.result())
@@ -232,7 +233,7 @@ class Coordinator:
         for name in ("", *service_names()):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
-    def _give_up(self, error: EchelonError) -> None:
+    def _fail(self, error: Exception) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from echelon.errors import InternalError
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 25.0  # an error within 30 s, ours and the stop included
 STOP_TIMEOUT_S = 5.0
 STARTED_MARK = "Ray runtime started."
 OBJECT_STORE_BYTES = 80_000_000  # nothing large goes through Ray; its smallest store is about this

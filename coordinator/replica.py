@@ -191,7 +191,7 @@ class ReplicaCore:
         effects: list[Effect] = [Tell(self.fence, event.rank, event.incarnation, Accept())]
         if not again:
             effects.append(self._emit("rank.attached", event.rank, pid=event.pid, epoch=self._epoch))
-        if self._state is State.FORMING and event.phase == "waiting":
+        if self._state is State.FORMING and event.phase in ("waiting", "store"):
             return effects + self._repeat_command(event)
         if self._state is State.LAUNCHING and all(rank.hello for rank in self._attempt.ranks.values()):
             self._state = State.FORMING
@@ -199,7 +199,7 @@ class ReplicaCore:
         return effects + self._serve_when_all_ready(now)
 
     def _repeat_command(self, event: Attached) -> list[Effect]:
-        """A rank that attached again and still waits may have missed what it was told."""
+        """A rank that attached again and has not begun to form may have missed what it was told."""
         if self._attempt.store_address:
             form = Form(self._attempt.store_address, self._attempt.kv_blocks)
             return [Tell(self.fence, event.rank, event.incarnation, form)]

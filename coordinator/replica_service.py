@@ -1,17 +1,19 @@
 """The shell of one ReplicaCore: its effects executed in order, the ranks' streams, and the leader's right to link.
 
-Runs on the coordinator's loop. Launching and killing take their time on tasks of their own and come back as events;
-persisting an epoch happens at once, for everything after it relies on it. It decides nothing.
+Runs on the coordinator's loop. Launching and killing take their time on tasks of their own and come back as events.
+An epoch is persisted before anything else of it is done; while the disk refuses, it does not begin. It decides
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Protocol
 
+from coordinator.core_events import ReplicaEnded
 from coordinator.replica import ReplicaCore
 from coordinator.replica_events import (
     Accept,
@@ -35,12 +37,11 @@ from coordinator.replica_events import (
     Tell,
     Tick,
 )
-from coordinator.requests import ReplicaEnded
 from coordinator.service import Service
-from echelon.errors import EchelonError
 from echelon.internal.link import Fence
 
 TICK_S = 0.25
+RETRY_S = 1.0
 
 Command = Accept | OpenStore | Form | Refuse
 
@@ -68,18 +69,12 @@ class RankProcesses(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Callbacks:
-    """What the coordinator's edges do about a replica."""
+    """What the coordinator's edges do about a replica. fail: it cannot be served, or what served it is defective."""
 
     persist_epoch: Callable[[int], None]
     loading: Callable[[int, int], None]
     serving: Callable[[bool], None]
-    give_up: Callable[[EchelonError], None]
-
-
-@dataclass(slots=True)
-class _Attachment:
-    incarnation: str
-    outbox: Outbox = field(default_factory=asyncio.Queue)
+    fail: Callable[[Exception], None]
 
 
 class ReplicaService:
@@ -93,7 +88,8 @@ class ReplicaService:
         self._processes = processes
         self._service = service
         self._callbacks = callbacks
-        self._attachments: dict[int, _Attachment] = {}
+        self._outboxes: dict[tuple[int, str], Outbox] = {}  # by rank and incarnation: a stranger ends nobody's stream
+        self._unpersisted: int | None = None
         self._serving: Fence | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -120,19 +116,18 @@ class ReplicaService:
 
     def attach(self, hello: Attached) -> Outbox:
         """A rank's new stream; what it is told comes out of the outbox. An older stream of the rank ends."""
-        if older := self._attachments.pop(hello.rank, None):
-            older.outbox.put_nowait(None)
-        attachment = _Attachment(hello.incarnation)
-        self._attachments[hello.rank] = attachment
+        rank = hello.rank, hello.incarnation
+        if older := self._outboxes.pop(rank, None):
+            older.put_nowait(None)
+        outbox = self._outboxes[rank] = asyncio.Queue()
         self.post(hello)
-        return attachment.outbox
+        return outbox
 
-    def detach(self, rank: int, outbox: Outbox) -> None:
+    def detach(self, rank: int, incarnation: str, outbox: Outbox) -> None:
         """A rank's stream ended."""
-        attachment = self._attachments.get(rank)
-        if attachment is not None and attachment.outbox is outbox:
-            del self._attachments[rank]
-            self.post(Detached(rank, attachment.incarnation))
+        if self._outboxes.get((rank, incarnation)) is outbox:
+            del self._outboxes[rank, incarnation]
+            self.post(Detached(rank, incarnation))
 
     def post(self, event: Event) -> None:
         """One event through the core; its effects in order."""
@@ -145,8 +140,8 @@ class ReplicaService:
                 case Kill(epoch, suspect):
                     self._spawn(self._kill(epoch, suspect))
                 case PersistEpoch(epoch):
-                    self._callbacks.persist_epoch(epoch)
-                    self._service.metrics.epoch.labels(str(self._replica)).set(epoch)
+                    self._unpersisted = epoch
+                    self._persist()
                 case Tell(fence, rank, incarnation, command):
                     self._tell(rank, incarnation, Told(fence, command))
                 case ReplicaUp(fence):
@@ -161,12 +156,24 @@ class ReplicaService:
                 case Emit(kind, subject, detail):
                     self._service.events.emit(kind, subject, detail)
                 case GiveUp(error):
-                    self._callbacks.give_up(error)
+                    self._callbacks.fail(error)
 
     def _tell(self, rank: int, incarnation: str, told: Told) -> None:
-        attachment = self._attachments.get(rank)
-        if attachment is not None and attachment.incarnation == incarnation:
-            attachment.outbox.put_nowait(told)
+        if outbox := self._outboxes.get((rank, incarnation)):
+            outbox.put_nowait(told)
+
+    def _persist(self) -> bool:
+        """Whether the epoch is on disk."""
+        if self._unpersisted is None:
+            return True
+        try:
+            self._callbacks.persist_epoch(self._unpersisted)
+        except OSError as error:
+            self._emit("replica.not_persisted", error)
+            return False
+        self._service.metrics.epoch.labels(str(self._replica)).set(self._unpersisted)
+        self._unpersisted = None
+        return True
 
     async def _launch(self, rank: int, incarnation: str) -> None:
         try:
@@ -175,23 +182,29 @@ class ReplicaService:
             self.post(LaunchFailed(rank, incarnation, f"{type(error).__name__}: {error}"))
 
     async def _kill(self, epoch: int, suspect: int | None) -> None:
-        await retried(lambda: self._processes.kill(self._replica, suspect), self._kill_failed)
+        """An epoch must not begin before its predecessor is confirmed dead, nor before it is on disk."""
+        while not await self._killed(suspect) or not self._persist():
+            await asyncio.sleep(RETRY_S)
         self.post(Killed(epoch))
 
-    def _kill_failed(self, error: Exception) -> None:
-        self._service.events.emit("replica.kill_failed", f"replica/{self._replica}", {"error": str(error)})
+    async def _killed(self, suspect: int | None) -> bool:
+        try:
+            await self._processes.kill(self._replica, suspect)
+        except Exception as error:  # noqa: BLE001 - told, and tried again
+            self._emit("replica.kill_failed", error)
+            return False
+        return True
+
+    def _emit(self, kind: str, error: Exception) -> None:
+        self._service.events.emit(kind, f"replica/{self._replica}", {"error": str(error)})
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
 
-
-async def retried(call: Callable[[], Awaitable[None]], tell: Callable[[Exception], None]) -> None:
-    """Until it succeeds, once a second: an epoch must not begin before its predecessor is confirmed dead."""
-    while True:
-        try:
-            return await call()
-        except Exception as error:  # noqa: BLE001 - told, and tried again
-            tell(error)
-        await asyncio.sleep(1.0)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What breaks here leaves the core waiting for an answer that never comes: the coordinator must end."""
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._callbacks.fail(error)

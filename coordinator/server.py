@@ -14,15 +14,13 @@ from typing import NoReturn, TypeVar
 import grpc.aio
 import structlog
 
-from coordinator.frontend import ChatPrompt, GenerateFields, Prompt, check_client_request_id
+from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, Prompt, check_client_request_id, check_model
 from coordinator.job_service import JobService
-from coordinator.requests import Admitted, Delta, Failed, Final
 from coordinator.service import Service
 from echelon import convert, convert_cluster
 from echelon.errors import EchelonError, InternalError, InvalidRequestError
 from echelon.status import abort_status
-from echelon.types import Cluster
-from echelon.types import StreamEvent as PublicEvent
+from echelon.types import Admitted, Cluster, Completion, StreamEvent
 from echelon.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -87,17 +85,6 @@ def received_of(message: generation_pb2.GenerateRequest) -> tuple[int, ...] | No
     return tuple(message.resume.received[0].ids) if message.resume.received else ()
 
 
-def public(request_id: str, event: Admitted | Delta | Final) -> generation_pb2.StreamGenerateResponse:
-    """What a client sees of a stream event."""
-    match event:
-        case Admitted():
-            return convert.stream_to_proto(request_id, event)
-        case Delta(index, sequence, text, ids, logprobs):
-            return convert.stream_to_proto(request_id, PublicEvent(request_id, index, sequence, text, ids, logprobs))
-        case Final(completion):
-            return convert.stream_to_proto(request_id, completion)
-
-
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """GenerationService over the coordinator's service."""
 
@@ -109,13 +96,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.StreamGenerateResponse],
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
-        request_id = request.request_id
         try:
             async with aclosing(self._events(request, context.time_remaining())) as events:
                 async for event in events:
-                    if isinstance(event, Admitted):
-                        request_id = event.request_id
-                    yield public(request_id, event)
+                    yield convert.stream_to_proto(event)
         except Exception as error:  # noqa: BLE001 - every error leaves as a status
             await refuse(context, error)
 
@@ -127,9 +111,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         async def call() -> generation_pb2.GenerateResponse:
             async with aclosing(self._events(request, context.time_remaining())) as events:
                 async for event in events:
-                    if isinstance(event, Final):
-                        return convert.completion_to_proto(event.completion)
-            raise AssertionError("a stream ends with Final or Failed")
+                    if isinstance(event, Completion):
+                        return convert.completion_to_proto(event)
+            raise AssertionError("a stream ends with an outcome")
 
         return await answered(context, call)
 
@@ -145,20 +129,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _events(
         self, request: generation_pb2.GenerateRequest, remaining_s: float | None
-    ) -> AsyncGenerator[Admitted | Delta | Final]:
+    ) -> AsyncGenerator[Admitted | StreamEvent | Completion]:
         """The request's events but for a failure, which is raised."""
         async with aclosing(self._service.submit(fields_of(request, remaining_s), received_of(request))) as events:
             async for event in events:
-                if isinstance(event, Failed):
-                    raise event.error
+                if isinstance(event, EchelonError):
+                    raise event
                 yield event
 
 
 class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
     """BatchJobService over the job service."""
 
-    def __init__(self, jobs: JobService) -> None:
+    def __init__(self, jobs: JobService, facts: ModelFacts) -> None:
         self._jobs = jobs
+        self._facts = facts
 
     async def CreateBatchJob(
         self,
@@ -166,6 +151,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.CreateBatchJobRequest, jobs_pb2.BatchJob],
     ) -> jobs_pb2.BatchJob:
         async def call() -> jobs_pb2.BatchJob:
+            check_model(request.model, self._facts)
             job = await self._jobs.create(request.batch_job_id, request.model, request.source.jsonl)
             return convert.job_to_proto(job)
 

@@ -16,32 +16,30 @@ from dataclasses import dataclass, replace
 import structlog
 
 from coordinator.core import CoordinatorCore
-from coordinator.events import EventLog
-from coordinator.frontend import GenerateFields, ModelFacts, resolve
-from coordinator.journal import Record
-from coordinator.journal_file import JournalFile
-from coordinator.metrics import Metrics
-from coordinator.requests import (
+from coordinator.core_events import (
     Append,
     Cancel,
     Deliver,
-    Delta,
     Emit,
     Event,
-    Failed,
-    Final,
     LinkClosed,
     LinkOpened,
     Reported,
     Send,
     StreamClosed,
-    StreamEvent,
     Submit,
     Tick,
 )
+from coordinator.events import EventLog
+from coordinator.frontend import GenerateFields, ModelFacts, check_received, resolve
+from coordinator.journal import Finished, Record, Tokens
+from coordinator.journal_file import JournalFile
+from coordinator.metrics import Metrics
+from coordinator.requests import Outcome, Shown
 from coordinator.tokenizer import Tokenizer
-from echelon.errors import OverloadedError
+from echelon.errors import EchelonError, OverloadedError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report
+from echelon.types import Completion, StreamEvent
 
 TICK_S = 0.25
 
@@ -52,7 +50,7 @@ log = structlog.get_logger("service")
 class Stream:
     """One reader of one request, and what its latency is measured from."""
 
-    queue: asyncio.Queue[StreamEvent]
+    queue: asyncio.Queue[Shown]
     opened_s: float
     last_delta_s: float | None = None
 
@@ -94,15 +92,15 @@ class Service:
         self._journal_failed = False
         self._engines: dict[int, Engine] = {}
 
-    async def submit(
-        self, fields: GenerateFields, received: tuple[int, ...] | None = None
-    ) -> AsyncGenerator[StreamEvent]:
+    async def submit(self, fields: GenerateFields, received: tuple[int, ...] | None = None) -> AsyncGenerator[Shown]:
         """A request's events, ending with its one terminal event. Leaving early parks the request.
 
         Raises EchelonError when the request is refused before the core knows it.
         """
         seed, drawn_id = secrets.randbits(63), secrets.token_hex(16)
         request = await asyncio.to_thread(resolve, fields, self.facts, self._tokenizer, time.time(), seed, drawn_id)
+        if received is not None:
+            check_received(received, self.facts)
         if self._journal_failed and not self.core.is_open(request.request_id):
             raise OverloadedError(
                 "the journal cannot be written, so no new request is taken; free space in the state directory",
@@ -113,12 +111,12 @@ class Service:
         number = next(self._stream_ids)
         stream = Stream(asyncio.Queue(), time.monotonic())
         self._streams[number] = stream
-        self.post(Submit(number, request, received))
         try:
+            self.post(Submit(number, request, received))
             while True:
                 event = await stream.queue.get()
                 yield event
-                if isinstance(event, Final | Failed):
+                if isinstance(event, Outcome):
                     return
         finally:
             if self._streams.pop(number, None) is not None:
@@ -177,7 +175,9 @@ class Service:
     def post(self, event: Event) -> None:
         """One event through the core: its records in one write(), then its other effects in order."""
         effects = self.core.step(time.time(), event)
-        self._append([effect.record for effect in effects if isinstance(effect, Append)])
+        records = [effect.record for effect in effects if isinstance(effect, Append)]
+        self._append(records)
+        self._count(records)
         for effect in effects:
             match effect:
                 case Deliver(stream, stream_event):
@@ -204,26 +204,30 @@ class Service:
             self._journal_failed = False
         self.metrics.journal_durable.set(0 if self._journal_failed else 1)
 
-    def _deliver(self, number: int, event: StreamEvent) -> None:
+    def _count(self, records: list[Record]) -> None:
+        """From records, which are written once: an answer is delivered as often as a client asks for it again."""
+        for record in records:
+            match record:
+                case Tokens(attempt=attempt, ids=ids) if attempt > 0:
+                    self.metrics.generated_tokens.inc(len(ids))
+                case Finished(finish=finish, error_reason=reason):
+                    self.metrics.requests_ended.labels(reason if finish is None else finish.name.lower()).inc()
+
+    def _deliver(self, number: int, event: Shown) -> None:
         stream = self._streams.get(number)
         match event:
-            case Final(completion):
-                self.metrics.requests_ended.labels(completion.finish_reason.value).inc()
+            case Completion() | EchelonError():
                 self._streams.pop(number, None)
-            case Failed(error):
-                self.metrics.requests_ended.labels(error.reason).inc()
-                self._streams.pop(number, None)
-            case Delta() if stream is not None:
+            case StreamEvent() if stream is not None:
                 self._measure(stream, event)
         if stream is None:
             return
         stream.queue.put_nowait(event)
 
-    def _measure(self, stream: Stream, delta: Delta) -> None:
+    def _measure(self, stream: Stream, delta: StreamEvent) -> None:
         now = time.monotonic()
-        self.metrics.generated_tokens.inc(len(delta.ids))
         if stream.last_delta_s is not None:
-            self.metrics.inter_token.observe((now - stream.last_delta_s) / max(len(delta.ids), 1))
+            self.metrics.inter_token.observe((now - stream.last_delta_s) / max(len(delta.token_ids), 1))
         elif delta.sequence == 0:
             self.metrics.time_to_first_token.observe(now - stream.opened_s)
         stream.last_delta_s = now

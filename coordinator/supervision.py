@@ -11,7 +11,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-BEAT_TIMEOUT_S = 15.0
+BEAT_TIMEOUT_S = 10.0  # a successor must renew the lease before the ranks are ended
 FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing
 MAX_DEATHS = 5
 DEATHS_WINDOW_S = 60.0

@@ -47,15 +47,20 @@ class CoordinatorProcess:
     """One coordinator: its pipes and its end."""
 
     def __init__(self, config: CoordinatorConfig, folder: Path, environment: Mapping[str, str]) -> None:
-        # An empty working folder: Ray puts a driver's at the front of its workers' import path.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "coordinator"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=folder,
-            env={**environment, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,
-        )
+        # An empty working folder: Ray puts a driver's at the front of its workers' import path. Ray must never start
+        # another Ray when it is called too late. A SIGTERM waits until the coordinator can end its ranks.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "coordinator"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=folder,
+                env={**environment, "PYTHONSAFEPATH": "1", "RAY_ENABLE_AUTO_CONNECT": "0"},
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin is not None and self._process.stdout is not None
         self.stdout = self._process.stdout
         self._partial = b""

@@ -178,5 +178,5 @@ def _config_error(error: ValidationError, sources: Mapping[str, str]) -> ConfigE
         return ConfigError(message)
     name = str(first["loc"][0])
     if first["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+        message = f"{message.replace('Input should', 'must')}, got {first['input']!r}"
     return ConfigError(f"{sources.get(name, flag_of(name))}: {message}", field=name)

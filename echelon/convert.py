@@ -118,10 +118,8 @@ def completion_from_proto(message: generation_pb2.GenerateResponse) -> Completio
     )
 
 
-def stream_to_proto(
-    request_id: str, event: Admitted | StreamEvent | Completion
-) -> generation_pb2.StreamGenerateResponse:
-    response = generation_pb2.StreamGenerateResponse(request_id=request_id)
+def stream_to_proto(event: Admitted | StreamEvent | Completion) -> generation_pb2.StreamGenerateResponse:
+    response = generation_pb2.StreamGenerateResponse(request_id=event.request_id)
     match event:
         case Admitted(prompt_tokens=prompt_tokens, seed=seed):
             response.admitted.CopyFrom(generation_pb2.Admitted(prompt_tokens=prompt_tokens, seed=seed))

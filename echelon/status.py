@@ -97,7 +97,7 @@ def from_rpc(error: grpc.RpcError, address: str) -> EchelonError:
 
 
 def _unreachable(address: str, details: str) -> UnavailableError:
-    return UnavailableError(f"cannot reach {address}: {details.rsplit(': ', 1)[-1] or 'connection lost'}")
+    return UnavailableError(f"cannot reach {address}: {details.rsplit(': ', 1)[-1].rstrip(']') or 'connection lost'}")
 
 
 def _any(message: error_details_pb2.ErrorInfo) -> any_pb2.Any:

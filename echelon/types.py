@@ -7,9 +7,10 @@ transport: `echelon/convert.py` translates. Units stand in the names; times are 
 from __future__ import annotations
 
 import enum
+import operator
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from echelon.errors import InvalidRequestError
 
@@ -85,10 +86,26 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a chat: role is system, user or assistant."""
+    """One message of a chat: role is system, user or assistant. Raises InvalidRequestError for what is no text."""
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        check_text("role", self.role, "messages")
+        check_text("content", self.content, "messages")
+
+
+def check_text(name: str, value: object, field: str) -> str:
+    """The value, unless no message can carry it: no string, or half of a surrogate pair, as misread bytes have."""
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a string, got {value!r}", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        rule = f"must be text, but its character {error.start} is half of a surrogate pair"
+        raise InvalidRequestError(f"{name} {rule}", field=field) from None
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,9 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     recomputed_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,10 +182,8 @@ def _architecture(source: _Source) -> str:
     names = source.get("architectures", [])
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
-        found = repr(name) if name is not None else "none is named under 'architectures'"
-        raise ConfigError(
-            f"{source.path}: architecture {found} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+        found = "'architectures' names none" if name is None else f"architecture {name!r} is not supported"
+        raise ConfigError(f"{source.path}: {found}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
     return name
 
 

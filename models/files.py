@@ -36,7 +36,8 @@ class StoredTensor:
 def check_model_directory(directory: Path) -> None:
     """Raises ConfigError, naming file and cause, unless the directory can be served."""
     if not directory.is_dir():
-        raise ConfigError(f"model directory {directory} does not exist; give a directory in Hugging Face format")
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise ConfigError(f"model directory {directory} {what}; give a directory in Hugging Face format", field="model")
     config = read_model_config(directory)
     read_json_object(directory / "tokenizer.json")
     index = checkpoint_index(directory)

@@ -35,14 +35,17 @@ class RankHandler(Protocol):
         """A coordinator of this term has taken the rank in."""
 
     async def open_store(self) -> str:
-        """Open the rendezvous of the next epoch; answers host:port."""
+        """Open the rendezvous of the next epoch, once; answers host:port. Told again, it answers the same."""
 
     def form(self, epoch: int, command: control_pb2.FormEpoch) -> None:
         """Start to serve an epoch; reports follow through `ControlLink.send`."""
 
 
 class ControlLink:
-    """Keeps a rank attached. `send` queues a message; what was queued while detached is sent after the next hello."""
+    """Keeps a rank attached. `send` queues a message; what was queued while detached is sent after the next hello.
+
+    A message can be lost with its stream: what must not be is told again, in the hello or when accepted.
+    """
 
     def __init__(self, spec: RankSpec, handler: RankHandler) -> None:
         self._spec = spec

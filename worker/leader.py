@@ -21,6 +21,8 @@ from worker.control import REDIAL_S
 from worker.engine import Commanded, Completed, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
 from worker.plan import StepResult, encode
 
+Call = grpc.aio.StreamStreamCall[link_pb2.ReplicaReport, link_pb2.ReplicaCommand]
+
 log = structlog.get_logger("leader")
 
 
@@ -46,8 +48,8 @@ class Leader:
             try:
                 async with grpc.aio.insecure_channel(self._address, options=CLIENT_OPTIONS) as channel:
                     await self._serve(channel)
-            except grpc.aio.AioRpcError as error:
-                log.debug("link lost", code=error.code().name)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the latter: written to after its end
+                log.debug("link lost", error=str(error))
             await asyncio.sleep(REDIAL_S)
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
@@ -55,17 +57,23 @@ class Leader:
         self._reports = asyncio.Queue()
         call = link_pb2_grpc.ReplicaLinkStub(channel).Serve()
         self._post(LinkOpened(self._term()))
-        writer = asyncio.create_task(self._write(call))
+        tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
         try:
-            async for command in call:
-                self._post(Commanded(wire.command_from_proto(command)))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             call.cancel()
             self._post(LinkClosed())
+        for task in done:
+            task.result()
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[link_pb2.ReplicaReport, link_pb2.ReplicaCommand]) -> None:
+    async def _read(self, call: Call) -> None:
+        async for command in call:
+            self._post(Commanded(wire.command_from_proto(command)))
+
+    async def _write(self, call: Call) -> None:
         while True:
             await call.write(wire.report_to_proto(await self._reports.get()))
 

@@ -8,8 +8,6 @@ outlives its epoch; the node agent ends it.
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -18,6 +16,7 @@ import structlog
 import torch
 
 from echelon.internal.link import PROTOCOL_VERSION, Fence
+from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
 from parallel import mesh
 from worker.control import ControlLink
@@ -35,16 +34,7 @@ log = structlog.get_logger("rank")
 
 def main(spec: RankSpec) -> None:
     """Run a rank in this thread until the coordinator refuses it or the process is killed."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    configure_logs()
     torch.set_num_threads(THREADS_ON_CPU if spec.device == "cpu" else THREADS_BESIDE_CUDA)
     torch.set_grad_enabled(False)
     asyncio.run(RankProcess(spec).run())
@@ -61,7 +51,8 @@ class RankProcess:
         self._epoch: Epoch | None = None
         self._steps: Steps | None = None
         self._leader: Leader | None = None
-        self._store: object | None = None  # kept alive: the rendezvous lives in this process
+        self._store: tuple[object, str] | None = None  # kept alive: the rendezvous lives in this process
+        self._fault: control_pb2.RankFault | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,11 +81,14 @@ class RankProcess:
 
     def accepted(self, term: int) -> None:
         log.info("accepted", rank=self._spec.rank, term=term)
+        if self._fault is not None:
+            self._control.send(fault=self._fault)
 
     async def open_store(self) -> str:
-        self._phase = "store"
-        self._store, address = mesh.open_store(private_host(self._spec.coordinator_address))
-        return address
+        if self._store is None:
+            self._phase = "store"
+            self._store = mesh.open_store(private_host(self._spec.coordinator_address))
+        return self._store[1]
 
     def form(self, epoch: int, command: control_pb2.FormEpoch) -> None:
         assert self._phase in ("waiting", "store"), "a rank serves one epoch in its life"
@@ -162,7 +156,8 @@ class RankProcess:
 
     def _tell_fault(self, error: Exception) -> None:
         log.error("fault", phase=self._phase, exc_info=error)
-        self._control.send(fault=control_pb2.RankFault(phase=self._phase, error=f"{type(error).__name__}: {error}"))
+        self._fault = control_pb2.RankFault(phase=self._phase, error=f"{type(error).__name__}: {error}")
+        self._control.send(fault=self._fault)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -5,14 +5,17 @@ Runs in the user's terminal. Knows no verb's options, and imports nothing of the
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from echelon.cli import batch, cluster, generate
-from echelon.cli.output import error_line, exit_code
+from echelon.cli.output import error_line, exit_code, forget_output
 from echelon.errors import ConfigError, EchelonError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class Commands(TyperGroup):
@@ -32,6 +35,12 @@ class Commands(TyperGroup):
         except EchelonError as error:
             error_line(error)
             raise typer.Exit(exit_code(error)) from error
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            typer.echo(f"echelon: error: the output cannot be written: {error.strerror}", err=True)
+            forget_output()
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(

@@ -15,6 +15,7 @@ import typer
 from echelon.aio import AsyncClient
 from echelon.cli import output
 from echelon.client import DEFAULT_TIMEOUT_S
+from echelon.errors import InvalidRequestError
 from echelon.internal.calls import GenerateOptions
 from echelon.types import Completion, SamplingParams
 
@@ -39,7 +40,7 @@ def generate(
 
     Example: echelon generate "Once upon a time" --max-tokens 64 --temperature 0
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     sampling = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -57,6 +58,13 @@ def generate(
         output.json_line(output.openai_completion(completion))
     else:
         typer.echo("" if stream else completion.text)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"standard input is not UTF-8 at byte {error.start}", field="prompt") from None
 
 
 async def _run(address: str, prompt: str | None, options: GenerateOptions, *, show: bool) -> Completion:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -37,6 +38,13 @@ def error_line(error: EchelonError) -> None:
     """One line on stderr, with the request's id where a log can be searched for it."""
     request = f" (request {error.request_id})" if error.request_id else ""
     typer.echo(f"echelon: error: {error.message}{request}", err=True)
+
+
+def forget_output() -> None:
+    """Drop what is still to be written to stdout, where writing fails: the interpreter would try again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def json_line(value: object, file: TextIO | None = None) -> None:

@@ -32,6 +32,7 @@ from echelon.types import (
     Model,
     SamplingParams,
     StreamEvent,
+    check_text,
 )
 from echelon.v1 import cluster_pb2, generation_pb2, jobs_pb2
 
@@ -243,6 +244,8 @@ def _feed(
     after: int = 0,
     timeout_s: float | None,
 ) -> Feed[M]:
+    if not 0 <= after < 2**63:
+        raise InvalidRequestError(f"after must be 0 or more, got {after}", field="after")
     session: FeedSession[M] = FeedSession(uuid.uuid4().hex, after, timeout_s, settings.timeout_s, settings.retry)
     return Call(method, request, response, decode, session, streams=True)
 
@@ -266,7 +269,7 @@ def _with_input(
         raise InvalidRequestError("template_args are for messages alone", field="template_args")
     request = generation_pb2.GenerateRequest()
     if text is not None:
-        request.text = text
+        request.text = check_text("prompt", text, "prompt")
     elif token_ids is not None:
         for index, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or not 0 <= token_id < 2**31:
@@ -288,7 +291,7 @@ def _chat_message(index: int, message: ChatMessage | Mapping[str, str]) -> gener
         found = ", ".join(f"{key}: {type(value).__name__}" for key, value in message.items())
         rule = f"messages[{index}] must have a role and a content, both strings, got {found or 'nothing'}"
         raise InvalidRequestError(rule, field="messages")
-    return generation_pb2.ChatMessage(role=message["role"], content=message["content"])
+    return convert.message_to_proto(ChatMessage(message["role"], message["content"]))
 
 
 def check_timeout(timeout_s: float) -> None:
