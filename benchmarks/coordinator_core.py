@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
-from coordinator.core import CoordinatorCore, CoreConfig
-from coordinator.core_events import Append, Deliver, Event, LinkOpened, Reported, Submit
 from coordinator.detokenizer import Detokenizer
-from coordinator.journal_file import JournalFile
-from coordinator.requests import Request, Shown
+from coordinator.journal.file import JournalFile
+from coordinator.requests.core import CoordinatorCore, CoreConfig
+from coordinator.requests.events import Append, Deliver, Event, LinkOpened, Reported, Submit
+from coordinator.requests.nouns import Request, Shown
 from coordinator.tokenizer import Tokenizer
 from echelon.internal import wire
 from echelon.internal.link import Fence, ReplicaHello, Report, Sampling, TokenRun

@@ -21,12 +21,12 @@ import grpc.aio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
-from coordinator.core import CoordinatorCore, CoreConfig
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.frontend import ModelFacts
-from coordinator.journal_file import JournalFile
+from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
+from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.server import GenerationServicer
 from coordinator.service import Parts, Service
 from coordinator.tokenizer import Tokenizer

@@ -6,14 +6,14 @@ In the coordinator process, once, by `coordinator/process.py`. Nothing here runs
 from __future__ import annotations
 
 from coordinator.cluster import Cluster
-from coordinator.core import CoordinatorCore, CoreConfig
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.fences import Fences
 from coordinator.frontend import ModelFacts
-from coordinator.journal_file import JournalFile
+from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
 from coordinator.placement import plan_replica
+from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.service import Parts, Service
 from coordinator.tokenizer import Tokenizer
 from echelon.config import CoordinatorConfig

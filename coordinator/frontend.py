@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from coordinator.requests import Request
+from coordinator.requests.nouns import Request
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.internal.link import Sampling

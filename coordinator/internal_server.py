@@ -13,7 +13,7 @@ from typing import assert_never
 import grpc.aio
 import structlog
 
-from coordinator.replica_events import (
+from coordinator.replica.events import (
     Accept,
     Attached,
     Beat,
@@ -27,7 +27,7 @@ from coordinator.replica_events import (
     Resident,
     StoreOpened,
 )
-from coordinator.replica_service import Outbox, ReplicaService, Told
+from coordinator.replica.service import Outbox, ReplicaService, Told
 from coordinator.service import Service
 from echelon.internal import wire
 from echelon.internal.link import PROTOCOL_VERSION, Command

@@ -21,16 +21,16 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.assembly import RankLauncher, build_service, epoch_settings
 from coordinator.cluster import Cluster
-from coordinator.core_events import Drain
 from coordinator.fences import Fences
-from coordinator.health import HealthLimits
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
-from coordinator.job_service import JobService
-from coordinator.jobs import JobConfig
+from coordinator.jobs.runner import JobConfig
+from coordinator.jobs.service import JobService
 from coordinator.placement import plan_replica
-from coordinator.replica import ReplicaConfig, ReplicaCore
-from coordinator.replica_events import Died
-from coordinator.replica_service import Callbacks, ReplicaService
+from coordinator.replica.core import ReplicaConfig, ReplicaCore
+from coordinator.replica.events import Died
+from coordinator.replica.health import HealthLimits
+from coordinator.replica.service import Callbacks, ReplicaService
+from coordinator.requests.events import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from echelon import types
 from echelon.config import CoordinatorConfig

@@ -15,12 +15,13 @@ import grpc.aio
 import structlog
 
 from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, Prompt, check_client_request_id, check_model
-from coordinator.job_service import JobService
+from coordinator.jobs.service import JobService
+from coordinator.requests.nouns import Shown
 from coordinator.service import Service
 from echelon import convert, convert_cluster
 from echelon.errors import EchelonError, InternalError, InvalidRequestError
 from echelon.status import abort_status
-from echelon.types import Admitted, Cluster, Completion, StreamEvent
+from echelon.types import Cluster, Completion
 from echelon.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -97,8 +98,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.StreamGenerateResponse],
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         try:
-            async with aclosing(self._events(request, context.time_remaining())) as events:
+            # One generator inside another for each token is what most of a token's cost would be.
+            async with aclosing(self._submit(request, context)) as events:
                 async for event in events:
+                    if isinstance(event, EchelonError):
+                        raise event
                     yield convert.stream_to_proto(event)
         except Exception as error:  # noqa: BLE001 - every error leaves as a status
             await refuse(context, error)
@@ -109,8 +113,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse],
     ) -> generation_pb2.GenerateResponse:
         async def call() -> generation_pb2.GenerateResponse:
-            async with aclosing(self._events(request, context.time_remaining())) as events:
+            async with aclosing(self._submit(request, context)) as events:
                 async for event in events:
+                    if isinstance(event, EchelonError):
+                        raise event
                     if isinstance(event, Completion):
                         return convert.completion_to_proto(event)
             raise AssertionError("a stream ends with an outcome")
@@ -127,15 +133,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         cancelled = self._service.cancel(request.request_ids)
         return generation_pb2.CancelGenerationResponse(cancelled_request_ids=cancelled)
 
-    async def _events(
-        self, request: generation_pb2.GenerateRequest, remaining_s: float | None
-    ) -> AsyncGenerator[Admitted | StreamEvent | Completion]:
-        """The request's events but for a failure, which is raised."""
-        async with aclosing(self._service.submit(fields_of(request, remaining_s), received_of(request))) as events:
-            async for event in events:
-                if isinstance(event, EchelonError):
-                    raise event
-                yield event
+    def _submit(
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, Response],
+    ) -> AsyncGenerator[Shown]:
+        return self._service.submit(fields_of(request, context.time_remaining()), received_of(request))
 
 
 class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):

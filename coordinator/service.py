@@ -15,8 +15,13 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from coordinator.core import CoordinatorCore
-from coordinator.core_events import (
+from coordinator.events import EventLog
+from coordinator.frontend import GenerateFields, ModelFacts, check_received, resolve
+from coordinator.journal.file import JournalFile
+from coordinator.journal.state import Finished, Record, Tokens
+from coordinator.metrics import Metrics
+from coordinator.requests.core import CoordinatorCore
+from coordinator.requests.events import (
     Append,
     Cancel,
     Deliver,
@@ -30,12 +35,7 @@ from coordinator.core_events import (
     Submit,
     Tick,
 )
-from coordinator.events import EventLog
-from coordinator.frontend import GenerateFields, ModelFacts, check_received, resolve
-from coordinator.journal import Finished, Record, Tokens
-from coordinator.journal_file import JournalFile
-from coordinator.metrics import Metrics
-from coordinator.requests import Outcome, Shown
+from coordinator.requests.nouns import Outcome, Shown
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import EchelonError, OverloadedError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report

@@ -119,18 +119,19 @@ def completion_from_proto(message: generation_pb2.GenerateResponse) -> Completio
 
 
 def stream_to_proto(event: Admitted | StreamEvent | Completion) -> generation_pb2.StreamGenerateResponse:
-    response = generation_pb2.StreamGenerateResponse(request_id=event.request_id)
+    response = generation_pb2.StreamGenerateResponse
     match event:
-        case Admitted(prompt_tokens=prompt_tokens, seed=seed):
-            response.admitted.CopyFrom(generation_pb2.Admitted(prompt_tokens=prompt_tokens, seed=seed))
-        case StreamEvent():
-            delta = response.delta
-            delta.index, delta.sequence, delta.text = event.index, event.sequence, event.text
-            delta.token_ids.extend(event.token_ids)
-            delta.logprobs.extend(logprob_to_proto(logprob) for logprob in event.logprobs)
+        case StreamEvent(request_id, index, sequence, text, token_ids, logprobs):
+            told = [logprob_to_proto(logprob) for logprob in logprobs]
+            delta = generation_pb2.TokenDelta(
+                index=index, sequence=sequence, text=text, token_ids=token_ids, logprobs=told
+            )
+            return response(request_id=request_id, delta=delta)
+        case Admitted(request_id, prompt_tokens, seed):
+            admitted = generation_pb2.Admitted(prompt_tokens=prompt_tokens, seed=seed)
+            return response(request_id=request_id, admitted=admitted)
         case Completion():
-            response.final.CopyFrom(completion_to_proto(event))
-    return response
+            return response(request_id=event.request_id, final=completion_to_proto(event))
 
 
 def stream_from_proto(message: generation_pb2.StreamGenerateResponse) -> Admitted | StreamEvent | Completion:

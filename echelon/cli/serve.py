@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from coordinator.preparation import prepare, temporary_folder
-from coordinator.supervisor import Supervisor
+from coordinator.supervisor.preparation import prepare, temporary_folder
+from coordinator.supervisor.process import Supervisor
 from echelon.config import ServeConfig, flag_of, resolve_config
 from echelon.errors import ConfigError
 

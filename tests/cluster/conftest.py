@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.ray_head import RayHead, RayHeadConfig
+from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.testing import LocalCluster
 from tests.cluster.reference import Reference
 from tests.tiny import LLAMA3_ROPE, make_checkpoint

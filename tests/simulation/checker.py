@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from coordinator.journal import Finished, JournalState, Opened, Record, Tokens
-from coordinator.requests import Outcome, Shown
+from coordinator.journal.state import Finished, JournalState, Opened, Record, Tokens
+from coordinator.requests.nouns import Outcome, Shown
 from echelon.types import Completion, StreamEvent
 from tests.simulation.device import STOP_IDS, decode, ends, follows
 

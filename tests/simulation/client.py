@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.core_events import Cancel
-from coordinator.requests import Request, Shown
+from coordinator.requests.events import Cancel
+from coordinator.requests.nouns import Request, Shown
 from echelon import session
 from echelon.errors import (
     CancelledError,

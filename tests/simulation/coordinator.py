@@ -11,8 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.core import CoordinatorCore, CoreConfig
-from coordinator.core_events import (
+from coordinator.detokenizer import Detokenizer
+from coordinator.jobs.runner import JobConfig
+from coordinator.journal.codec import frame, unframe
+from coordinator.journal.state import JournalState, Record
+from coordinator.replica.events import Event as ReplicaEvent
+from coordinator.requests.core import CoordinatorCore, CoreConfig
+from coordinator.requests.events import (
     Append,
     Deliver,
     Emit,
@@ -25,12 +30,7 @@ from coordinator.core_events import (
     Submit,
     Tick,
 )
-from coordinator.detokenizer import Detokenizer
-from coordinator.jobs import JobConfig
-from coordinator.journal import JournalState, Record
-from coordinator.journal_codec import frame, unframe
-from coordinator.replica_events import Event as ReplicaEvent
-from coordinator.requests import Request, Shown
+from coordinator.requests.nouns import Request, Shown
 from echelon.internal.link import Fence, Report
 from tests.simulation.checker import require
 from tests.simulation.device import decode

@@ -1,7 +1,7 @@
 """Simulated batch jobs: the real JobRunner in the coordinator, a durable table, and users who submit.
 
-Like `coordinator/job_service.py` and `coordinator/job_store.py`: items run as streams of the core, writes gather while
-one commit is on its way, and a crash loses what had not arrived. The table is the judge: it refuses a second result, an
+Like `coordinator/jobs/{service,store}.py`: items run as streams of the core, writes gather while one
+commit is on its way, and a crash loses what had not arrived. The table is the judge: it refuses a second result, an
 outcome that the model did not give, and whatever is shown before it is durable.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from coordinator import job_events as events
-from coordinator.core_events import Cancel, StreamClosed
-from coordinator.jobs import JobConfig, JobRunner, item_request_id, item_seed, parse_item_request_id
-from coordinator.requests import Request, Shown
+from coordinator.jobs import events
+from coordinator.jobs.runner import JobConfig, JobRunner, item_request_id, item_seed, parse_item_request_id
+from coordinator.requests.events import Cancel, StreamClosed
+from coordinator.requests.nouns import Request, Shown
 from echelon.errors import CancelledError, InvalidRequestError
 from echelon.internal.link import Sampling
 from echelon.types import Completion, ItemCounts, JobState, JobStatus, Usage

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from coordinator.replica_events import (
+from coordinator.replica.events import (
     Attached,
     Beat,
     Died,

@@ -1,6 +1,6 @@
 """The coordinator's side of a replica: the real ReplicaCore, its effects executed on a site of simulated processes.
 
-Like `coordinator/replica_service.py` with `coordinator/internal_server.py`. Orders to launch and to kill take their
+Like `coordinator/replica/service.py` with `coordinator/internal_server.py`. Orders to launch and to kill take their
 time; a crash of the coordinator may leave some of them undone.
 """
 
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.core_events import ReplicaEnded
 from coordinator.placement import ReplicaPlan
-from coordinator.replica import ReplicaConfig, ReplicaCore
-from coordinator.replica_events import (
+from coordinator.replica.core import ReplicaConfig, ReplicaCore
+from coordinator.replica.events import (
     Attached,
     Detached,
     Emit,
@@ -29,6 +28,7 @@ from coordinator.replica_events import (
     Tell,
     Tick,
 )
+from coordinator.requests.events import ReplicaEnded
 from echelon.internal.link import Fence
 from tests.simulation.checker import require
 from tests.simulation.network import Connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
-from coordinator.jobs import JobConfig
+from coordinator.jobs.runner import JobConfig
 from tests.simulation.checker import Checker, require
 from tests.simulation.client import Order, User
 from tests.simulation.coordinator import Coordinator, Settings

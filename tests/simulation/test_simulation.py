@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from coordinator import job_events, replica_events
-from coordinator.core import CoordinatorCore
-from coordinator.core_events import Append, Effect
-from coordinator.job_events import StoredJob
-from coordinator.jobs import JobRunner
-from coordinator.life import Life, Phase
-from coordinator.lives import Lives
-from coordinator.replica import ReplicaCore
-from coordinator.replica_events import PersistEpoch, ReplicaDown
-from coordinator.router import Link
+from coordinator.jobs import events as job_events
+from coordinator.jobs.events import StoredJob
+from coordinator.jobs.runner import JobRunner
+from coordinator.replica import events as replica_events
+from coordinator.replica.core import ReplicaCore
+from coordinator.replica.events import PersistEpoch, ReplicaDown
+from coordinator.requests.core import CoordinatorCore
+from coordinator.requests.events import Append, Effect
+from coordinator.requests.life import Life, Phase
+from coordinator.requests.lives import Lives
+from coordinator.requests.router import Link
 from echelon.errors import OverloadedError
 from echelon.internal.link import TokenRun
 from tests.simulation.client import answered

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from coordinator.frontend import GenerateFields
-from coordinator.job_service import JobService
-from coordinator.jobs import JobConfig
-from coordinator.requests import Shown
+from coordinator.jobs.runner import JobConfig
+from coordinator.jobs.service import JobService
+from coordinator.requests.nouns import Shown
 from echelon.errors import InvalidRequestError
 from echelon.types import Completion, FinishReason
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.batch_input import batch_digest, check_job_id, parse_batch
 from coordinator.frontend import ChatPrompt
+from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch
 from echelon.errors import InvalidRequestError
 from echelon.types import ChatMessage, SamplingParams
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from coordinator.core import CoordinatorCore, CoreConfig, Counts
-from coordinator.core_events import (
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal.state import JournalState, Record
+from coordinator.requests.core import CoordinatorCore, CoreConfig, Counts
+from coordinator.requests.events import (
     Append,
     Cancel,
     Deliver,
@@ -24,10 +26,8 @@ from coordinator.core_events import (
     Submit,
     Tick,
 )
-from coordinator.detokenizer import Detokenizer
-from coordinator.journal import JournalState, Record
-from coordinator.lives import REATTACH_S
-from coordinator.requests import Request, Shown
+from coordinator.requests.lives import REATTACH_S
+from coordinator.requests.nouns import Request, Shown
 from echelon.errors import (
     CancelledError,
     ConflictError,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.batch_input import parse_batch
+from coordinator.jobs.batch_input import parse_batch
 from coordinator.tokenizer import Tokenizer
 from examples import make_checkpoint
 from examples.make_checkpoint import PROMPTS, small_config, write_checkpoint

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, check_client_request_id, digest_of, resolve
-from coordinator.requests import Request
+from coordinator.requests.nouns import Request
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.internal.link import Sampling

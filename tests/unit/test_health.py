@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.health import STEPPING, HealthLimits, Observation, judge
+from coordinator.replica.health import STEPPING, HealthLimits, Observation, judge
 
 LIMITS = HealthLimits(heartbeat_s=0.5)
 

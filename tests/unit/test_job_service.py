@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import job_service
 from coordinator.frontend import GenerateFields
-from coordinator.job_events import CancelItem
-from coordinator.job_service import JobService
-from coordinator.jobs import JobConfig, item_seed
-from coordinator.requests import Shown
+from coordinator.jobs import service as job_service
+from coordinator.jobs.events import CancelItem
+from coordinator.jobs.runner import JobConfig, item_seed
+from coordinator.jobs.service import JobService
+from coordinator.requests.nouns import Shown
 from echelon.errors import (
     CancelledError,
     ConflictError,

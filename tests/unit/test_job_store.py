@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from coordinator import job_codec
-from coordinator.job_events import ItemInterrupted, ItemRecorded, StateChanged
-from coordinator.job_store import CRASH_POINTS, JobStore, NewItem, NewJob
+from coordinator.jobs import codec as job_codec
+from coordinator.jobs.events import ItemInterrupted, ItemRecorded, StateChanged
+from coordinator.jobs.store import CRASH_POINTS, JobStore, NewItem, NewJob
 from echelon.errors import ConfigError, ConflictError, OverloadedError, UnavailableError
 from echelon.types import Completion, FinishReason, ItemCounts, JobState, Timing, TokenLogprob, Usage
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.job_events import (
+from coordinator.jobs.events import (
     CancelItem,
     CancelRequested,
     Changed,
@@ -30,7 +30,7 @@ from coordinator.job_events import (
     Wake,
     Write,
 )
-from coordinator.jobs import (
+from coordinator.jobs.runner import (
     JobConfig,
     JobRunner,
     backoff_s,

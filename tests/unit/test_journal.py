@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.journal import Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
-from coordinator.journal_codec import FRAME, frame, unframe
-from coordinator.requests import Request
+from coordinator.journal.codec import FRAME, frame, unframe
+from coordinator.journal.state import Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
+from coordinator.requests.nouns import Request
 from echelon.internal.link import Finish, Logprob, Sampling
 
 SAMPLING = Sampling(0.7, 0.9, 40, 16, -(2**63), (2, 7), 0)

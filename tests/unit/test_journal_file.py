@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.journal import Forgotten, Opened, Record, Tokens
-from coordinator.journal_file import JournalFile
-from coordinator.requests import Request
+from coordinator.journal.file import JournalFile
+from coordinator.journal.state import Forgotten, Opened, Record, Tokens
+from coordinator.requests.nouns import Request
 from echelon.internal.link import Sampling
 
 
@@ -128,8 +128,8 @@ def test_appended_records_survive_sigkill(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from coordinator.journal import Forgotten
-from coordinator.journal_file import JournalFile
+from coordinator.journal.state import Forgotten
+from coordinator.journal.file import JournalFile
 from tests.unit.test_journal_file import append, opened
 journal = JournalFile(Path({str(tmp_path)!r}), term=1)
 append(journal, opened("a"), opened("b"), Forgotten("b"))

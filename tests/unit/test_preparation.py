@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from coordinator.preparation import prepare, temporary_folder
+from coordinator.supervisor.preparation import prepare, temporary_folder
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
 from tests.tiny import make_checkpoint
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_ray_to_join_must_be_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.preparation.CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("coordinator.supervisor.preparation.CONNECT_TIMEOUT_S", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"

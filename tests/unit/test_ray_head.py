@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import ray_head
 from coordinator.cluster import Cluster
-from coordinator.ray_head import STARTED_MARK, RayHead, RayHeadConfig, session_members
+from coordinator.supervisor import ray_head
+from coordinator.supervisor.ray_head import STARTED_MARK, RayHead, RayHeadConfig, session_members
 from echelon.errors import InternalError
 from worker.spec import RankSpec, parse_rank_name
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.attempt import MAX_BACKOFF_S, State, backoff_s
 from coordinator.placement import RankMemory, ReplicaPlan
-from coordinator.replica import START_ATTEMPTS, ReplicaConfig, ReplicaCore
-from coordinator.replica_events import (
+from coordinator.replica.attempt import MAX_BACKOFF_S, State, backoff_s
+from coordinator.replica.core import START_ATTEMPTS, ReplicaConfig, ReplicaCore
+from coordinator.replica.events import (
     Accept,
     Attached,
     Beat,

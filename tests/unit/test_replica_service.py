@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator import replica_service
 from coordinator.events import EventLog
 from coordinator.metrics import Metrics
 from coordinator.placement import ReplicaPlan
-from coordinator.replica import ReplicaConfig, ReplicaCore
-from coordinator.replica_events import Accept, Attached, Refuse
-from coordinator.replica_service import Callbacks, Outbox, ReplicaService
+from coordinator.replica import service as replica_service
+from coordinator.replica.core import ReplicaConfig, ReplicaCore
+from coordinator.replica.events import Accept, Attached, Refuse
+from coordinator.replica.service import Callbacks, Outbox, ReplicaService
 from coordinator.service import Service
 
 PLAN = ReplicaPlan(

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from coordinator.supervision import (
+from coordinator.supervisor.core import (
     BEAT_TIMEOUT_S,
     CLEAN_UP_S,
     FIRST_BEAT_TIMEOUT_S,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.supervision import Exit
-from coordinator.supervisor import Supervisor
+from coordinator.supervisor.core import Exit
+from coordinator.supervisor.process import Supervisor
 from echelon.config import CoordinatorConfig
 
 # Read like the real one: configuration on stdin, messages on stdout. {script} runs with `tell`, `line` and `folder`.

@@ -1,7 +1,7 @@
 """SupervisorCore: when Ray and the coordinator are started, replaced and ended, as `step(now, event) -> effects`.
 
-Sans-IO, in the supervisor's process (`coordinator/supervisor.py` is its shell). A coordinator that dies or falls
-silent is replaced while its ranks stay; one that keeps dying, or says that it failed, ends everything.
+Sans-IO, in the supervisor's process (`coordinator/supervisor/process.py` is its shell). A coordinator that dies or
+falls silent is replaced while its ranks stay; one that keeps dying, or says that it failed, ends everything.
 """
 
 from __future__ import annotations

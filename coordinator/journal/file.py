@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from coordinator.journal import JournalState, Record
-from coordinator.journal_codec import frame, unframe
+from coordinator.journal.codec import frame, unframe
+from coordinator.journal.state import JournalState, Record
 
 SEGMENT_BYTES = 64 * 2**20
 

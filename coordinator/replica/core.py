@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from coordinator import health
-from coordinator.attempt import Attempt, RankState, State, backoff_s
-from coordinator.health import HealthLimits, Observation
 from coordinator.placement import RankMemory, ReplicaPlan
-from coordinator.replica_events import (
+from coordinator.replica import health
+from coordinator.replica.attempt import Attempt, RankState, State, backoff_s
+from coordinator.replica.events import (
     Accept,
     Attached,
     Beat,
@@ -45,6 +44,7 @@ from coordinator.replica_events import (
     Tell,
     Tick,
 )
+from coordinator.replica.health import HealthLimits, Observation
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank

@@ -20,7 +20,7 @@ from typing import cast
 from tokenizers import Tokenizer
 
 from coordinator.placement import plan_replica
-from coordinator.ray_head import RayHead, RayHeadConfig
+from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_json_object, read_model_config

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coordinator.detokenizer import Detokenizer
-from coordinator.journal import Entry, Finished
-from coordinator.requests import Outcome, Shown
+from coordinator.journal.state import Entry, Finished
+from coordinator.requests.nouns import Outcome, Shown
 from echelon.errors import WIRE_ERRORS, EchelonError, InternalError, InvalidRequestError
 from echelon.internal.link import Finish, Logprob
 from echelon.types import Admitted, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage

@@ -1,4 +1,4 @@
-"""What the coordinator's core hears and answers: the events and effects of `coordinator/core.py`.
+"""What the coordinator's core hears and answers: the events and effects of `coordinator/requests/core.py`.
 
 Frozen values without behaviour. The shell turns gRPC calls and link messages into events, and executes effects in
 order: every `Append` of a step stands before its `Deliver`s and `Send`s, so one write() makes a step durable
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from coordinator.journal import Record
-from coordinator.requests import Request, Shown
+from coordinator.journal.state import Record
+from coordinator.requests.nouns import Request, Shown
 from echelon.internal.link import Command, Fence, ReplicaHello, Report
 
 # What the core is told.

@@ -1,4 +1,4 @@
-"""What a replica's core hears and answers: the events and effects of `coordinator/replica.py`.
+"""What a replica's core hears and answers: the events and effects of `coordinator/replica/core.py`.
 
 Frozen values between the core and its shell in the coordinator process. Events named after a rank carry the
 incarnation of the process they speak of, so that a late word of a dead one is recognised.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coordinator.journal import Entry
-from coordinator.requests import Request
+from coordinator.journal.state import Entry
+from coordinator.requests.nouns import Request
 from echelon.errors import ConflictError, EchelonError, InvalidRequestError, OverloadedError, UnavailableError
 from echelon.internal.link import Sampling
 

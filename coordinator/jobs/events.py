@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.requests import Outcome as Outcome
+from coordinator.requests.nouns import Outcome as Outcome
 from echelon.types import JobState, JobStatus
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from coordinator.requests import Request
+from coordinator.requests.nouns import Request
 from echelon.internal.link import Finish, Logprob
 
 

@@ -1,8 +1,8 @@
 """Journal records as bytes: u32 length, u32 CRC-32C, then a JournalRecord; little-endian.
 
-Pure translation between `coordinator.journal` and protobuf, used by the journal file and by the simulator. Reading
-stops cleanly at a torn tail: a process that dies inside write() leaves the start of a frame, and no one has heard of
-what it held.
+Pure translation between `coordinator.journal.state` and protobuf, used by the journal file and by the simulator.
+Reading stops cleanly at a torn tail: a process that dies inside write() leaves the start of a frame, and no one has
+heard of what it held.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import google_crc32c
 
-from coordinator.journal import Assigned, Finished, Forgotten, Opened, Record, Tokens
-from coordinator.requests import Request
+from coordinator.journal.state import Assigned, Finished, Forgotten, Opened, Record, Tokens
+from coordinator.requests.nouns import Request
 from echelon.internal import wire
 from echelon.internal.v1 import journal_pb2
 

@@ -2,7 +2,7 @@
 
 Small on purpose: one thread, no gRPC, no Ray, nothing that could hang or grow. The coordinator gets its configuration
 on stdin, whose end tells it that the supervisor is gone, and answers JSON lines on stdout. Decisions are
-`coordinator/supervision.py`'s; this shell executes them.
+`coordinator/supervisor/core.py`'s; this shell executes them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from coordinator import supervision
-from coordinator.ray_head import RayHead
-from coordinator.supervision import Effect, Event, SupervisorCore
+from coordinator.supervisor import core as supervision
+from coordinator.supervisor.core import Effect, Event, SupervisorCore
+from coordinator.supervisor.ray_head import RayHead
 from echelon.config import CoordinatorConfig
 from echelon.errors import InternalError
 

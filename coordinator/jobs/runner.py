@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from coordinator.job_events import (
+from coordinator.jobs.events import (
     CancelItem,
     CancelRequested,
     Changed,

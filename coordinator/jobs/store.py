@@ -17,8 +17,8 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.exc import DBAPIError
 
-from coordinator import job_codec
-from coordinator.job_events import ItemInterrupted, ItemRecorded, Outcome, StateChanged, StoredJob, Write
+from coordinator.jobs import codec as job_codec
+from coordinator.jobs.events import ItemInterrupted, ItemRecorded, Outcome, StateChanged, StoredJob, Write
 from echelon.errors import ConfigError, ConflictError, OverloadedError
 from echelon.types import Completion, ItemCounts, ItemResult, JobState, JobStatus, Usage
 

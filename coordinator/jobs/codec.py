@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from coordinator.job_events import Outcome
+from coordinator.jobs.events import Outcome
 from echelon.errors import EchelonError, error_of
 from echelon.types import Completion, FinishReason, Timing, TokenLogprob, Usage
 

@@ -12,13 +12,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.admission import refuse_attach, refuse_open
-from coordinator.core_events import Append, Deliver, Effect, Emit, Submit
 from coordinator.detokenizer import Detokenizer
-from coordinator.journal import Finished, Forgotten, JournalState, Opened, Record, Tokens
-from coordinator.life import Due, Life, Phase
-from coordinator.requests import Outcome, Request, Shown
-from coordinator.router import Router
+from coordinator.journal.state import Finished, Forgotten, JournalState, Opened, Record, Tokens
+from coordinator.requests.admission import refuse_attach, refuse_open
+from coordinator.requests.events import Append, Deliver, Effect, Emit, Submit
+from coordinator.requests.life import Due, Life, Phase
+from coordinator.requests.nouns import Outcome, Request, Shown
+from coordinator.requests.router import Router
 from echelon.errors import (
     CancelledError,
     DeadlineError,

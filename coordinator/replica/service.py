@@ -13,9 +13,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
-from coordinator.core_events import ReplicaEnded
-from coordinator.replica import ReplicaCore
-from coordinator.replica_events import (
+from coordinator.replica.core import ReplicaCore
+from coordinator.replica.events import (
     Accept,
     Attached,
     Detached,
@@ -37,6 +36,7 @@ from coordinator.replica_events import (
     Tell,
     Tick,
 )
+from coordinator.requests.events import ReplicaEnded
 from coordinator.service import Service
 from echelon.internal.link import Fence
 

@@ -1,6 +1,6 @@
 """What a replica's core remembers between events: the ranks of the current attempt at an epoch.
 
-Plain mutable state of `coordinator/replica.py`; it decides nothing.
+Plain mutable state of `coordinator/replica/core.py`; it decides nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from coordinator.health import Observation
 from coordinator.placement import ReplicaPlan
-from coordinator.replica_events import Attached, Resident
+from coordinator.replica.events import Attached, Resident
+from coordinator.replica.health import Observation
 from echelon.internal.link import Fence
 from echelon.types import Rank
 

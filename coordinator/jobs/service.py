@@ -19,12 +19,12 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import structlog
 
-from coordinator import job_events as events
-from coordinator.batch_input import batch_digest, check_job_id, parse_batch, parse_item
 from coordinator.frontend import GenerateFields
-from coordinator.job_store import JobStore, NewItem, NewJob
-from coordinator.jobs import JobConfig, JobRunner, item_request_id, item_sampling, parse_item_request_id
-from coordinator.requests import Shown
+from coordinator.jobs import events
+from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch, parse_item
+from coordinator.jobs.runner import JobConfig, JobRunner, item_request_id, item_sampling, parse_item_request_id
+from coordinator.jobs.store import JobStore, NewItem, NewJob
+from coordinator.requests.nouns import Shown
 from echelon.errors import (
     CancelledError,
     EchelonError,

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.core_events import (
+from coordinator.detokenizer import Detokenizer
+from coordinator.journal.state import Assigned, JournalState
+from coordinator.requests.events import (
     Cancel,
     Drain,
     Effect,
@@ -25,12 +27,10 @@ from coordinator.core_events import (
     Submit,
     Tick,
 )
-from coordinator.detokenizer import Detokenizer
-from coordinator.journal import Assigned, JournalState
-from coordinator.life import Life, Phase
-from coordinator.lives import CoreConfig as CoreConfig
-from coordinator.lives import Lives
-from coordinator.router import Link, Router, choose, too_large
+from coordinator.requests.life import Life, Phase
+from coordinator.requests.lives import CoreConfig as CoreConfig
+from coordinator.requests.lives import Lives
+from coordinator.requests.router import Link, Router, choose, too_large
 from echelon.errors import InternalError, InvalidRequestError
 from echelon.internal.link import Assign, Fence, Released, ReplicaHello, Report, TokenRun
 
