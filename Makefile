@@ -43,6 +43,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/scheduler.py
 	$(BIN)/python benchmarks/coordinator_core.py
+	$(BIN)/python benchmarks/coordinator_stream.py
 
 proto: $(STAMP)
 	$(BIN)/python protos/generate.py .

@@ -18,7 +18,7 @@ import structlog
 from coordinator.events import EventLog
 from coordinator.frontend import GenerateFields, ModelFacts, check_received, resolve
 from coordinator.journal.file import JournalFile
-from coordinator.journal.state import Finished, Record, Tokens
+from coordinator.journal.state import Finished, Opened, Record, Tokens
 from coordinator.metrics import Metrics
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import (
@@ -208,6 +208,8 @@ class Service:
         """From records, which are written once: an answer is delivered as often as a client asks for it again."""
         for record in records:
             match record:
+                case Opened():
+                    self.metrics.requests.inc()
                 case Tokens(attempt=attempt, ids=ids) if attempt > 0:
                     self.metrics.generated_tokens.inc(len(ids))
                 case Finished(finish=finish, error_reason=reason):
@@ -233,8 +235,6 @@ class Service:
         stream.last_delta_s = now
 
     def _emit(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
-        if kind == "request.opened":
-            self.metrics.requests.inc()
         if kind == "request.replayed":
             self.metrics.replayed_requests.inc()
             self._interrupted(subject)

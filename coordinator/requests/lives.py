@@ -130,7 +130,6 @@ class Lives:
         self._lives[life.request_id] = life
         self.phases[life.phase] += 1
         self._look_at(life, request.deadline_unix_s)
-        self.emit("request.opened", request.request_id)
         return life
 
     def _attach(self, now: float, life: Life, stream: int, received: int) -> None:
@@ -198,7 +197,6 @@ class Lives:
 
     def _finish(self, now: float, life: Life, finish: Finish) -> None:
         self._end(life, Finished(life.request_id, now, finish))
-        self.emit("request.finished", life.request_id, finish=finish.name.lower(), tokens=len(life.entry.ids))
 
     def fail(self, now: float, life: Life, error: EchelonError) -> None:
         self._withdraw(life)

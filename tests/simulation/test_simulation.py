@@ -171,6 +171,7 @@ def blocks_not_freed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockPool, "check_integrity", lambda self, tables: None)
 
 
+MUTANT_SEEDS = 2_000  # most are caught within ten
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     deliver_before_journal,
     any_attempt,
@@ -195,9 +196,9 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_checker_bites(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
-    for seed in range(200):
+    for seed in range(MUTANT_SEEDS):
         try:
             Simulation(seed).run()
         except AssertionError:  # the checker's, or the cores' own
             return
-    pytest.fail(f"200 seeds went well under {mutate.__name__}")
+    pytest.fail(f"{MUTANT_SEEDS} seeds went well under {mutate.__name__}")

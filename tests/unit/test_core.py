@@ -154,7 +154,7 @@ def test_a_request_from_submit_to_final(shell: Shell) -> None:
     assert final.finish_reason is FinishReason.LENGTH
     assert (final.usage.prompt_tokens, final.usage.completion_tokens) == (3, 3)
     assert (final.timing.queue_s, final.timing.ttft_s, final.timing.total_s) == (0.0, 1.0, 3.0)
-    assert [type(effect) for effect in effects] == [Append, Append, Deliver, Deliver, Send, Emit]
+    assert [type(effect) for effect in effects] == [Append, Append, Deliver, Deliver, Send]
     assert shell.commands[-1].acked_report == 2
 
 
