@@ -8,6 +8,7 @@ as they are. Encoding lives here beside the layout it must agree with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +38,8 @@ class Admit:
     top_k: int
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Consecutive tokens of one slot: positions first .. first + tokens - 1.
+class Row(NamedTuple):
+    """Consecutive tokens of one slot: positions first .. first + tokens - 1. One a request a step, so it must be cheap.
 
     given: their ids (a prefill chunk), or None for a decode row, whose one id is the slot's last sampled one.
     sampled: draw the id of position first + tokens. logprobs: None, or how many alternatives beside its own.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 PROTOCOL_VERSION = 1
 
@@ -80,9 +81,11 @@ class Command:
     abandons: tuple[Abandon, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRun:
-    """Consecutive new ids of one choice. first_token = ids of this choice before them, replayed ones included."""
+class TokenRun(NamedTuple):
+    """Consecutive new ids of one choice. first_token = ids of this choice before them, replayed ones included.
+
+    One a request a step, so it must be cheap.
+    """
 
     request: str
     choice: int

@@ -83,7 +83,7 @@ def any_first_token(patch: pytest.MonkeyPatch) -> None:
     original = Lives.accept
 
     def accept(self: Lives, now: float, life: Life, run: TokenRun) -> None:
-        original(self, now, life, replace(run, first_token=len(life.entry.ids)))
+        original(self, now, life, run._replace(first_token=len(life.entry.ids)))
 
     patch.setattr(Lives, "accept", accept)
 
