@@ -266,7 +266,10 @@ def test_help_names_every_verb() -> None:
 
 def interrupt(server: ScriptedServer, entered: threading.Event, *arguments: str) -> tuple[int, str, str]:
     """The command in a process of its own, with Ctrl-C while the server keeps it waiting."""
-    command = [sys.executable, "-m", "echelon", *arguments, "--address", server.address]
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    # The tests may run where SIGINT is ignored, as a shell's background jobs do, and children inherit that.
+    through = [sys.executable, "-S", "-c", heed]
+    command = [*through, sys.executable, "-m", "echelon", *arguments, "--address", server.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         try:
             assert entered.wait(30)
