@@ -29,15 +29,21 @@ class PagedCache(Protocol):
 
 
 class PagedAttention:
-    """Attention of one batch. Call it once per layer: it stores the new keys and values, then reads."""
+    """Attention of one batch. Call it once per layer: it stores the new keys and values, then reads.
 
-    def __init__(self, batch: ForwardBatch, cache: PagedCache) -> None:
+    With a window, each token sees itself and the window - 1 before it; the cache keeps all of them.
+    """
+
+    def __init__(self, batch: ForwardBatch, cache: PagedCache, window: int | None = None) -> None:
         self._batch = batch
         self._cache = cache
         slots = batch.decode_block_tables.shape[1] * cache.block_tokens
         offsets = torch.arange(slots, device=batch.decode_context_lens.device)
-        self._decode_written = offsets < batch.decode_context_lens[:, None]  # [D, slots]
-        self._prefill_masks = [_causal_mask(row) for row in batch.prefill]
+        ends = batch.decode_context_lens[:, None]
+        self._decode_visible = offsets < ends  # [D, slots]
+        if window is not None:
+            self._decode_visible &= offsets >= ends - window
+        self._prefill_masks = [_causal_mask(row, window) for row in batch.prefill]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim]."""
@@ -57,14 +63,14 @@ class PagedAttention:
         """All decode rows at once, over their blocks gathered side by side."""
         rows, _, head_dim = query.shape
         grouped = query.reshape(rows, keys.shape[2], -1, head_dim)  # query heads by the key/value head they share
-        unwritten = ~self._decode_written[:, :, None, None]
+        hidden = ~self._decode_visible[:, :, None, None]
 
         def gather(paged: Tensor) -> Tensor:
             tokens = paged[self._batch.decode_block_tables].flatten(1, 2)  # [D, slots, key/value heads, head_dim]
             # A block keeps what its last owner wrote; zeros keep a NaN of theirs out of this row's sums.
-            return tokens.masked_fill_(unwritten, 0).transpose(1, 2)
+            return tokens.masked_fill_(hidden, 0).transpose(1, 2)
 
-        mask = self._decode_written[:, None, None, :]
+        mask = self._decode_visible[:, None, None, :]
         return F.scaled_dot_product_attention(grouped, gather(keys), gather(values), attn_mask=mask).flatten(1, 2)
 
 
@@ -83,9 +89,10 @@ def _prefill(row: PrefillRow, mask: Tensor | None, query: Tensor, keys: Tensor, 
     return attended.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _causal_mask(row: PrefillRow) -> Tensor | None:
-    """[tokens, context]: each token sees itself and all before it. None for a whole prompt, which is plainly causal."""
-    if row.tokens == row.context_len:
+def _causal_mask(row: PrefillRow, window: int | None) -> Tensor | None:
+    """[tokens, context]: what each token sees. None for a whole prompt within the window, which is plainly causal."""
+    if row.tokens == row.context_len and (window is None or row.tokens <= window):
         return None
-    everything = torch.ones(row.tokens, row.context_len, dtype=torch.bool, device=row.block_table.device)
-    return everything.tril(row.context_len - row.tokens)
+    before = row.context_len - row.tokens
+    seen = torch.ones(row.tokens, row.context_len, dtype=torch.bool, device=row.block_table.device).tril(before)
+    return seen if window is None else seen.triu(before - window + 1)

@@ -1,4 +1,4 @@
-"""DecoderModel: the pre-norm transformer decoder that the Llama and Qwen3 families share.
+"""DecoderModel: the pre-norm transformer decoder that the families share.
 
 In rank processes. It turns a batch into hidden states of the sampled tokens, and those into logits; where tensors
 are shared between ranks is settled by the table and the parallel layers. It knows no request and no sampling rule.
@@ -49,6 +49,7 @@ class DecoderModel:
 
     embedding: VocabularyEmbedding
     rotary: RotaryEmbedding
+    sliding_window: int | None
     layers: Sequence[DecoderLayer]
     norm: RMSNorm
     head: VocabularyHead
@@ -58,7 +59,7 @@ class DecoderModel:
         """Normalized hidden states of the sampled tokens, [S, hidden]; keys and values of all tokens are stored."""
         hidden = self.embedding(batch.token_ids)
         rotation = self.rotary(batch.positions, hidden.dtype)
-        attend = PagedAttention(batch, kv_cache)
+        attend = PagedAttention(batch, kv_cache, self.sliding_window)
         for layer in self.layers:
             hidden = layer(hidden, rotation, attend)
         return self.norm(hidden.index_select(0, batch.sample_index))
@@ -83,7 +84,10 @@ def build_decoder(config: ModelConfig, context: ParallelContext) -> DecoderModel
     head = embedding if config.tie_word_embeddings else weights.take(HEAD)
     return DecoderModel(
         embedding=VocabularyEmbedding(embedding, context.tensor),
-        rotary=RotaryEmbedding(rotary_frequencies(config.head_dim, config.rope).to(context.device)),
+        rotary=RotaryEmbedding(
+            rotary_frequencies(config.head_dim, config.rope).to(context.device), config.rope.attention_factor
+        ),
+        sliding_window=config.sliding_window,
         layers=layers,
         norm=norm,
         head=VocabularyHead(head, config.vocab_size, context.tensor),
@@ -97,8 +101,8 @@ def _build_layer(config: ModelConfig, context: ParallelContext, weights: Weights
     def norm(name: str) -> RMSNorm:
         return RMSNorm(weights.take(f"{prefix}.{name}.weight"), config.rms_norm_eps)
 
-    def bias(*names: str) -> Tensor | None:
-        return weights.take(*(f"{prefix}.self_attn.{name}.bias" for name in names)) if config.attention_bias else None
+    def bias(held: bool, *names: str) -> Tensor | None:
+        return weights.take(*(f"{prefix}.self_attn.{name}.bias" for name in names)) if held else None
 
     def column(*names: str) -> Tensor:
         return weights.take(*(f"{prefix}.{name}.weight" for name in names))
@@ -109,11 +113,12 @@ def _build_layer(config: ModelConfig, context: ParallelContext, weights: Weights
         head_dim=config.head_dim,
         head_counts=[heads, kv_heads, kv_heads],
         qkv=ColumnLinear(
-            column("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), bias("q_proj", "k_proj", "v_proj")
+            column("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            bias(config.qkv_bias, "q_proj", "k_proj", "v_proj"),
         ),
         query_norm=norm("self_attn.q_norm") if config.normalizes_heads else None,
         key_norm=norm("self_attn.k_norm") if config.normalizes_heads else None,
-        output=RowLinear(column("self_attn.o_proj"), bias("o_proj"), context.tensor),
+        output=RowLinear(column("self_attn.o_proj"), bias(config.output_bias, "o_proj"), context.tensor),
     )
     mlp = GatedMlp(
         gate_up=ColumnLinear(column("mlp.gate_proj", "mlp.up_proj")),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echelon.errors import ConfigError
-from models.config import read_json_object, read_model_config
+from models.config import read_model_config
+from models.json_source import read_json_object
 from models.tables import parameter_table
 
 SINGLE_FILE = "model.safetensors"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import Rope
+from models.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel.context import ParallelContext
 from parallel.tensor import ColumnLinear, RowLinear
@@ -74,22 +74,32 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class RotaryEmbedding:
-    """Makes the rotation of a batch's positions; frequencies [head_dim / 2] float32 on the device."""
+    """Makes the rotation of a batch's positions, scaled; frequencies [head_dim / 2] float32 on the device."""
 
     frequencies: Tensor
+    scale: float
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         angles = positions[:, None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+        return Rotation((angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype))
 
 
 def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
     """Radians per position of each pair of dimensions: [head_dim / 2] float32 on the CPU."""
-    frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies
+    periods = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    match rope.scaling:
+        case None:
+            return 1.0 / periods
+        case LinearScaling(factor):
+            return 1.0 / periods / factor
+        case Llama3Scaling() as scaling:
+            return _llama3_frequencies(1.0 / periods, scaling)
+        case YarnScaling() as scaling:
+            return _yarn_frequencies(periods, rope.theta, scaling)
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     wavelengths = 2 * math.pi / frequencies
     short = scaling.original_max_position_embeddings / scaling.high_freq_factor
     long = scaling.original_max_position_embeddings / scaling.low_freq_factor
@@ -98,6 +108,23 @@ def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
     blended = (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
     stretched = torch.where(wavelengths > long, frequencies / scaling.factor, blended)
     return torch.where(wavelengths < short, frequencies, stretched)
+
+
+def _yarn_frequencies(periods: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
+    head_dim = 2 * len(periods)
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair turns so often in the original context, as a fraction between pairs."""
+        wavelength = scaling.original_max_position_embeddings / (times * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    span = last - first or 0.001
+    kept = 1 - ((torch.arange(len(periods), dtype=torch.float32) - first) / span).clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 class Attend(Protocol):

@@ -1,6 +1,6 @@
 """The registry: which code computes which architecture.
 
-In rank processes. `models.config.SUPPORTED_ARCHITECTURES` lists the same names for processes without torch.
+In rank processes. `models.config.FAMILIES` lists the same names for processes without torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from parallel.context import ParallelContext
 
 BUILDERS: Mapping[str, Callable[[ModelConfig, ParallelContext], DecoderModel]] = {
     "LlamaForCausalLM": build_decoder,
+    "MistralForCausalLM": build_decoder,
+    "Qwen2ForCausalLM": build_decoder,
     "Qwen3ForCausalLM": build_decoder,
 }
 

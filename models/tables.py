@@ -76,13 +76,13 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield parameter("input_layernorm", (hidden,), Replicated())
     for name, count in heads.items():
         yield parameter(f"self_attn.{name}_proj", (count * head_dim, hidden), Split(0, count))
-        if config.attention_bias:
+        if config.qkv_bias:
             yield Parameter(f"{prefix}.self_attn.{name}_proj.bias", (count * head_dim,), Split(0, count), layer)
     if config.normalizes_heads:
         yield parameter("self_attn.q_norm", (head_dim,), Replicated())
         yield parameter("self_attn.k_norm", (head_dim,), Replicated())
     yield parameter("self_attn.o_proj", (hidden, heads["q"] * head_dim), Split(1, heads["q"]))
-    if config.attention_bias:
+    if config.output_bias:
         yield Parameter(f"{prefix}.self_attn.o_proj.bias", (hidden,), Replicated(), layer)
     yield parameter("post_attention_layernorm", (hidden,), Replicated())
     yield parameter("mlp.gate_proj", (intermediate, hidden), Split(0, intermediate))

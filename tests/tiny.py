@@ -1,7 +1,7 @@
 """Tiny random checkpoints in Hugging Face format, tokenizer included, written in well under two seconds.
 
 Weights are float32 (or what `dtype` says) and scaled so that log-probabilities vary and depend on the whole prompt.
-Any key of config.json can be overridden; keys set to None are left out.
+Any key of config.json can be overridden; keys overridden by None are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from models.tables import EMBEDDING, Parameter, parameter_table
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"
 TOKENIZER_VOCABULARY = 320
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -40,6 +41,8 @@ The quick brown fox jumps over the lazy dog. Der schnelle braune Fuchs springt. 
 
 _FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
 }
 
@@ -72,7 +75,8 @@ def make_checkpoint(
         "eos_token_id": end_id,
         **overrides,
     }
-    _write_json(directory / "config.json", {key: value for key, value in config.items() if value is not None})
+    config = {key: value for key, value in config.items() if value is not None or key not in overrides}
+    _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": [end_id]})
     _write_json(
         directory / "tokenizer_config.json",

@@ -23,8 +23,9 @@ from coordinator.placement import plan_replica
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
-from models.config import ModelConfig, read_json_object, read_model_config
+from models.config import ModelConfig, read_model_config
 from models.files import check_model_directory
+from models.json_source import read_json_object
 
 LOCAL_HOST = "127.0.0.1"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty SETTINGS

@@ -63,6 +63,8 @@ LAYOUTS = {
     "llama-3-odd": Layout("llama", 3, ODD | {"num_key_value_heads": 3, "intermediate_size": 90}, long=True),
     "qwen3-1": Layout("qwen3", 1, TIED_ODD, long=True),
     "qwen3-2-chunked": Layout("qwen3", 2, TIED_ODD, CHUNKED, long=True),
+    "qwen2-2": Layout("qwen2", 2, {"tie_word_embeddings": True}, long=True),
+    "mistral-2-chunked": Layout("mistral", 2, {"sliding_window": 24}, CHUNKED, long=True),
     "qwen3-4": Layout("qwen3", 4, {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }
 PARAMETERS = [

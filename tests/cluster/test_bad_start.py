@@ -90,7 +90,7 @@ def test_what_is_wrong_with_the_command_or_a_file_is_wrong_use(model: Path, tmp_
     os.truncate(broken, size - 1)
     other = make_checkpoint(tmp_path / "other") / "config.json"
     other.write_text(other.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
-    supported = "supported: LlamaForCausalLM, Qwen3ForCausalLM"
+    supported = "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     cases = {
         ("--model", "/nowhere"): "model directory /nowhere does not exist",
         ("--model", str(tmp_path)): f"{tmp_path}/config.json: no such file",

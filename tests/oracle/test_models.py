@@ -15,7 +15,7 @@ import transformers
 from models.config import ModelConfig, read_model_config
 from models.tables import kv_bytes_per_block, parameter_bytes
 from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
-from tests.tiny import LLAMA3_ROPE, make_checkpoint
+from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
 
 PROMPT_TOKENS = (23, 40)
 GREEDY_TOKENS = 12
@@ -35,6 +35,22 @@ CASES: dict[str, dict[str, Any]] = {
         "vocab_size": 331,
         "tie_word_embeddings": True,
         "attention_bias": True,
+    },
+    "linear-rope": {"family": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "dynamic-rope": {  # to the very end of what it may serve
+        "family": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": max(PROMPT_TOKENS) + GREEDY_TOKENS,
+    },
+    "yarn-rope": {"family": "llama", "rope_parameters": YARN_ROPE},
+    "mistral": {"family": "mistral"},
+    "mistral-window": {"family": "mistral", "sliding_window": 9},  # ends within chunks and within blocks
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen2-yarn": {
+        "family": "qwen2",
+        "rope_parameters": YARN_ROPE | {"attention_factor": 1.5, "beta_fast": 24.0, "truncate": False},
+        "num_key_value_heads": 1,
+        "vocab_size": 331,
     },
     "llama-one-kv-head": {"family": "llama", "num_key_value_heads": 1},
     "qwen3": {"family": "qwen3", "tie_word_embeddings": True},
@@ -150,6 +166,7 @@ def _header(file: Path) -> dict[str, Any]:
 def _replicated_numbers(config: ModelConfig, tensor: int) -> int:
     """What every rank reads: norms, the output bias, and keys and values if they have fewer heads than ranks."""
     norms = 2 * config.hidden_size + (2 * config.head_dim if config.normalizes_heads else 0)
-    bias = config.hidden_size if config.attention_bias else 0
-    shared = 2 * config.head_dim * config.hidden_size if config.num_key_value_heads == 1 else 0
+    bias = config.hidden_size if config.output_bias else 0
+    head = config.head_dim * (config.hidden_size + (1 if config.qkv_bias else 0))
+    shared = 2 * head if config.num_key_value_heads == 1 else 0
     return config.num_hidden_layers * (norms + bias + shared) + config.hidden_size

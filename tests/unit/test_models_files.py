@@ -23,7 +23,7 @@ def refusal(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_whole_checkpoint_passes(tmp_path: Path, family: str, shards: int) -> None:
     check_model_directory(make_checkpoint(tmp_path, family, shards=shards))
 

@@ -72,12 +72,13 @@ def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
     assert parameter_bytes(untied, 0, 1, 2) - parameter_bytes(tied, 0, 1, 2) == 2 * 320 * 64
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_table_lists_the_checkpoint(tmp_path: Path, family: str) -> None:
     config = read_model_config(make_checkpoint(tmp_path, family, attention_bias=True))
     names = [parameter.name for parameter in parameter_table(config)]
     assert len(names) == len(set(names))
-    per_layer = 9 + 4 + (2 if family == "qwen3" else 0)
+    biases_and_norms = {"llama": 4, "mistral": 0, "qwen2": 3, "qwen3": 4 + 2}
+    per_layer = 9 + biases_and_norms[family]
     assert len(names) == 3 + 2 * per_layer
     assert {p.layer for p in parameter_table(config)} == {None, 0, 1}
     assert all(math.prod(p.shape) > 0 for p in parameter_table(config))
