@@ -62,6 +62,7 @@ class Coordinator:
         self._servers: list[grpc.aio.Server] = []
         self._jobs: JobService | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._health_changes: set[asyncio.Task[None]] = set()
         self._hurried = False
 
     async def run(self) -> None:
@@ -224,7 +225,8 @@ class Coordinator:
 
     def _on_serving(self, serving: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._set_serving(serving))
-        task.add_done_callback(lambda done: done.result())
+        self._health_changes.add(task)
+        task.add_done_callback(self._health_changes.discard)
         if serving:
             self._tell(ready=self._config.address)
 

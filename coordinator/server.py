@@ -98,7 +98,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.StreamGenerateResponse],
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         try:
-            # One generator inside another for each token is what most of a token's cost would be.
             async with aclosing(self._submit(request, context)) as events:
                 async for event in events:
                     if isinstance(event, EchelonError):

@@ -2,7 +2,7 @@
 
 EchelonError                      code                reasons
 ├── InvalidRequestError           INVALID_ARGUMENT    INVALID_FIELD, CONTEXT_TOO_LONG
-├── NotFoundError                 NOT_FOUND           MODEL_NOT_FOUND, JOB_NOT_FOUND, REQUEST_NOT_FOUND
+├── NotFoundError                 NOT_FOUND           MODEL_NOT_FOUND, JOB_NOT_FOUND
 ├── ConflictError                 ALREADY_EXISTS      REQUEST_ID_CONFLICT, JOB_ID_CONFLICT
 ├── StreamTakenOverError          ABORTED             STREAM_TAKEN_OVER
 ├── OverloadedError               RESOURCE_EXHAUSTED  QUEUE_FULL, JOURNAL_UNAVAILABLE          (retryable)
@@ -54,7 +54,7 @@ class InvalidRequestError(EchelonError):
 
 
 class NotFoundError(EchelonError):
-    """No such model, job or request."""
+    """No such model or job."""
 
     code, default_reason = 5, "MODEL_NOT_FOUND"
 

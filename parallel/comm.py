@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
@@ -27,7 +26,6 @@ class Backend(Protocol):
     def allreduce(self, tensors: list[Tensor]) -> Work: ...
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
     def alltoall_base(self, output: Tensor, input: Tensor, output_rows: list[int], input_rows: list[int]) -> Work: ...
-    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
     def barrier(self) -> Work: ...
     def abort(self) -> None: ...
 
@@ -66,14 +64,6 @@ class Group:
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         self.backend.alltoall_base(received, tensor.contiguous(), [], []).wait()
         return received
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The source rank's tensor, in place."""
-        if self.backend is not None:
-            options = dist.BroadcastOptions()
-            options.rootRank = source
-            self.backend.broadcast([tensor], options).wait()
-        return tensor
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
