@@ -144,10 +144,10 @@ class EngineCore:
     def _hello(self) -> ReplicaHello:
         """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming."""
         last_runs = [run for report in self._unacked for run in report.runs if run.finish]
-        running = {run.request: Running(run.request, run.attempt, run.first_token + len(run.ids)) for run in last_runs}
+        running = {run.request: Running(run.request, run.attempt) for run in last_runs}
         for sequence in self._scheduler:
             assign = sequence.assign
-            running[assign.request] = Running(assign.request, assign.attempt, sequence.generated)
+            running[assign.request] = Running(assign.request, assign.attempt)
         return ReplicaHello(
             slots=self._limits.max_running,
             kv_blocks=self._limits.kv_blocks,

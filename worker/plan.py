@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from echelon.internal.link import Fence, Logprob
+from echelon.internal.link import Fence, Logprob, Sampling
 from echelon.internal.v1 import control_pb2, plan_pb2
 
 Int32Array = npt.NDArray[np.int32]
@@ -28,14 +28,23 @@ NO_LOGPROBS = -1  # sampled, no log-probabilities; k >= 0: the sampled token's a
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """A request takes a slot of the device-resident state. Noise is keyed by (seed, choice, position)."""
+    """A choice takes a slot of the device-resident state. Noise is keyed by (seed, choice, position).
+
+    Ids from position prompt_tokens on are generated ones: what penalties, bad words and a grammar look at.
+    """
 
     slot: int
     choice: int
-    seed: int
-    temperature: float
-    top_p: float
-    top_k: int
+    prompt_tokens: int
+    sampling: Sampling
+
+
+class Told(NamedTuple):
+    """Ids of positions first .. of a slot whose keys and values are in its blocks already: a cached prefix."""
+
+    slot: int
+    first: int
+    ids: tuple[int, ...]
 
 
 class Row(NamedTuple):
@@ -43,6 +52,8 @@ class Row(NamedTuple):
 
     given: their ids (a prefill chunk), or None for a decode row, whose one id is the slot's last sampled one.
     sampled: draw the id of position first + tokens. logprobs: None, or how many alternatives beside its own.
+    scored: None, or how many alternatives beside the log-probability of each token of the prompt that follows one of
+    these: given[1:], and next_id unless the prompt ends here.
     """
 
     slot: int
@@ -51,26 +62,33 @@ class Row(NamedTuple):
     given: tuple[int, ...] | None
     sampled: bool
     logprobs: int | None = None
+    scored: int | None = None
+    next_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of every rank. Applied in order: admits, then block changes, then rows; decode rows come first."""
+    """One step of every rank. Applied in order: admits, block changes, told ids, rows; decode rows come first."""
 
     fence: Fence
     step: int
     admits: tuple[Admit, ...] = ()
     blocks: tuple[tuple[int, int, int], ...] = ()
     rows: tuple[Row, ...] = ()
+    told: tuple[Told, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Ids of the plan's sampled rows in row order; logprobs beside them, None where none were asked."""
+    """Ids of the plan's sampled rows in row order; logprobs beside them, None where none were asked.
+
+    scores: of the plan's scored rows in row order, the log-probabilities of the prompt tokens that they predict.
+    """
 
     step: int
     ids: tuple[int, ...]
     logprobs: tuple[Logprob | None, ...]
+    scores: tuple[tuple[Logprob, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +144,10 @@ def _admit_table(admits: tuple[Admit, ...]) -> Int32Array:
     """[admits, ADMIT_WIDTH]; floats travel as their float32 bits, the seed as two halves."""
     table = np.zeros((len(admits), ADMIT_WIDTH), dtype="<i4")
     for index, admit in enumerate(admits):
-        seed = admit.seed & 0xFFFF_FFFF_FFFF_FFFF
+        sampling = admit.sampling
+        seed = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
         table[index, :2] = admit.slot, admit.choice
         table[index, 2:4] = np.array([seed & 0xFFFF_FFFF, seed >> 32], dtype="<u4").view("<i4")
-        table[index, 4:6] = np.array([admit.temperature, admit.top_p], dtype="<f4").view("<i4")
-        table[index, 6] = admit.top_k
+        table[index, 4:6] = np.array([sampling.temperature, sampling.top_p], dtype="<f4").view("<i4")
+        table[index, 6] = sampling.top_k
     return table

@@ -140,17 +140,17 @@ class Scheduler:
         assert not (reason := refusal(assign, self._limits)), reason
         sequence = Sequence(
             assign=assign,
-            given=assign.prompt + assign.generated,
-            generated=len(assign.generated),
+            given=assign.prompt + assign.choices[0].generated,
+            generated=len(assign.choices[0].generated),
             max_tokens=assign.sampling.max_tokens,
             end=len(assign.prompt) + assign.sampling.max_tokens,
             stop_ids=frozenset(assign.sampling.stop_token_ids),
             logprobs=assign.sampling.logprobs,
             reserved=blocks_needed(assign, self._limits.block_tokens),
         )
-        if assign.generated:
+        if assign.choices[0].generated:
             self.counters["replayed_requests"] += 1
-            if finish := sequence.finish(assign.generated[-1]):
+            if finish := sequence.finish(assign.choices[0].generated[-1]):
                 return TokenRun(assign.request, 0, assign.attempt, sequence.generated, (), finish=finish)
         self._held[assign.request] = sequence
         self._waiting.append(sequence)
@@ -241,10 +241,8 @@ class Scheduler:
             return False
         self._unreserved -= sequence.reserved
         sequence.slot = self._free_slots.pop()
-        sampling = sequence.assign.sampling
-        draft.admits.append(
-            Admit(sequence.slot, 0, sampling.seed, sampling.temperature, sampling.top_p, sampling.top_k)
-        )
+        assign = sequence.assign
+        draft.admits.append(Admit(sequence.slot, 0, len(assign.prompt), assign.sampling))
         return True
 
     def _extend(self, draft: Draft, sequence: Sequence, planned: int) -> None:

@@ -32,7 +32,11 @@ class Finish(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling with every default and the seed settled; stop_token_ids hold the model's end ids too, unless ignored."""
+    """Sampling with every default and the seed settled; what each field means stands at echelon.types.SamplingParams.
+
+    stop_token_ids hold the model's end ids too, unless ignored. stop strings are judged by the coordinator alone.
+    bad_words are token ids. grammar is llguidance's own form of a constraint, empty for any text.
+    """
 
     temperature: float
     top_p: float
@@ -41,6 +45,18 @@ class Sampling:
     seed: int
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    n: int = 1
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +69,33 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """A choice that has not ended. generated ids are already journaled: prefill them, never sample them again."""
+
+    choice: int
+    generated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Assign:
-    """Run this request. generated ids are already journaled: prefill them, never sample them again."""
+    """Run these choices of a request. Lower priority goes first; prefixes are shared under the same cache_salt only."""
 
     request: str
     attempt: int
     prompt: tuple[int, ...]
-    generated: tuple[int, ...]
+    choices: tuple[Progress, ...]
     sampling: Sampling
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Stop this attempt and release what it holds; answered by Released."""
+    """Stop this attempt, or one choice of it, and release what that holds; the last one is answered by Released."""
 
     request: str
     attempt: int
+    choice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +124,16 @@ class TokenRun(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Prompted:
+    """A prompt has been computed, cached_tokens of it by an earlier request. prompt_logprobs: of all but its first."""
+
+    request: str
+    attempt: int
+    cached_tokens: int
+    prompt_logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """The leader holds nothing of this attempt any more. error says why the leader could not run it, else empty."""
 
@@ -107,11 +144,10 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """An attempt that the leader holds, with the count of its generated ids."""
+    """An attempt that the leader holds."""
 
     request: str
     attempt: int
-    generated: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +163,12 @@ class ReplicaHello:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """Counted by the leader since its epoch began."""
+    """Counted by the leader since its epoch began; blocks as they are now: held, and kept for what may begin alike."""
 
     step: int = 0
     blocks_referenced: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
+    blocks_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +181,4 @@ class Report:
     released: tuple[Released, ...] = ()
     hello: ReplicaHello | None = None
     stats: ReplicaStats | None = None
+    prompted: tuple[Prompted, ...] = ()

@@ -26,49 +26,65 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65\x63helon/v1/generation.proto\x12\nechelon.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x8a\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x11\n\x04seed\x18\x0c \x01(\x03H\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x11 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"g\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12.\n\rtemplate_args\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"0\n\x06Resume\x12&\n\x08received\x18\x01 \x03(\x0b\x32\x14.echelon.v1.TokenIds\"\xf2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.echelon.v1.ChatPromptH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12\"\n\x06resume\x18\n \x01(\x0b\x32\x12.echelon.v1.ResumeB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.echelon.v1.TopLogprob\"T\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\"\x85\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x95\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.echelon.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.echelon.v1.FinishReason\"\xa0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x12.echelon.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.echelon.v1.Timing\"/\n\x08\x41\x64mitted\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"z\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.echelon.v1.TokenLogprob\"\xb7\x01\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x14.echelon.v1.AdmittedH\x00\x12\'\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x16.echelon.v1.TokenDeltaH\x00\x12-\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x1c.echelon.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\".\n\x17\x43\x61ncelGenerationRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"9\n\x18\x43\x61ncelGenerationResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8e\x02\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse\x12S\n\x0eStreamGenerate\x12\x1b.echelon.v1.GenerateRequest\x1a\".echelon.v1.StreamGenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.echelon.v1.CancelGenerationRequest\x1a$.echelon.v1.CancelGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65\x63helon/v1/generation.proto\x12\nechelon.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xee\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x05H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\x05H\r\x88\x01\x01\x12=\n\nlogit_bias\x18\x10 \x03(\x0b\x32).echelon.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nignore_eos\x18\x11 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x12 \x01(\x08\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12\x15\n\x0bjson_schema\x18\x14 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x15 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x16 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x17 \x01(\x08H\x00\x12*\n\x06\x63hoice\x18\x18 \x01(\x0b\x32\x18.echelon.v1.AlternativesH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x1d\n\x0c\x41lternatives\x12\r\n\x05texts\x18\x01 \x03(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"l\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.echelon.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"\x8f\x01\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12&\n\x05tools\x18\x02 \x03(\x0b\x32\x17.google.protobuf.Struct\x12.\n\rtemplate_args\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"0\n\x06Resume\x12&\n\x08received\x18\x01 \x03(\x0b\x32\x14.echelon.v1.TokenIds\"\x98\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.echelon.v1.ChatPromptH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\"\n\x06resume\x18\n \x01(\x0b\x32\x12.echelon.v1.Resume\x12\x12\n\ncache_salt\x18\x0b \x01(\tB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.echelon.v1.TopLogprob\"k\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\"\x85\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xab\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x06 \x03(\x0b\x32\x18.echelon.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.echelon.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x08 \x01(\t\"\xd3\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x12.echelon.v1.Choice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.echelon.v1.Timing\x12\x31\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x18.echelon.v1.TokenLogprob\"/\n\x08\x41\x64mitted\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"z\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.echelon.v1.TokenLogprob\"\xb7\x01\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x14.echelon.v1.AdmittedH\x00\x12\'\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x16.echelon.v1.TokenDeltaH\x00\x12-\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x1c.echelon.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\".\n\x17\x43\x61ncelGenerationRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"9\n\x18\x43\x61ncelGenerationResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t\"a\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.echelon.v1.ChatPromptH\x00\x42\x07\n\x05input\":\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa2\x03\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse\x12S\n\x0eStreamGenerate\x12\x1b.echelon.v1.GenerateRequest\x1a\".echelon.v1.StreamGenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.echelon.v1.CancelGenerationRequest\x1a$.echelon.v1.CancelGenerationResponse\x12\x45\n\x08Tokenize\x12\x1b.echelon.v1.TokenizeRequest\x1a\x1c.echelon.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.echelon.v1.DetokenizeRequest\x1a\x1e.echelon.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1985
-  _globals['_FINISHREASON']._serialized_end=2080
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=3179
+  _globals['_FINISHREASON']._serialized_end=3274
   _globals['_SAMPLINGPARAMS']._serialized_start=106
-  _globals['_SAMPLINGPARAMS']._serialized_end=372
-  _globals['_TOKENIDS']._serialized_start=374
-  _globals['_TOKENIDS']._serialized_end=397
-  _globals['_CHATMESSAGE']._serialized_start=399
-  _globals['_CHATMESSAGE']._serialized_end=443
-  _globals['_CHATPROMPT']._serialized_start=445
-  _globals['_CHATPROMPT']._serialized_end=548
-  _globals['_RESUME']._serialized_start=550
-  _globals['_RESUME']._serialized_end=598
-  _globals['_GENERATEREQUEST']._serialized_start=601
-  _globals['_GENERATEREQUEST']._serialized_end=843
-  _globals['_TOPLOGPROB']._serialized_start=845
-  _globals['_TOPLOGPROB']._serialized_end=892
-  _globals['_TOKENLOGPROB']._serialized_start=894
-  _globals['_TOKENLOGPROB']._serialized_end=980
-  _globals['_USAGE']._serialized_start=982
-  _globals['_USAGE']._serialized_end=1066
-  _globals['_TIMING']._serialized_start=1069
-  _globals['_TIMING']._serialized_end=1202
-  _globals['_CHOICE']._serialized_start=1205
-  _globals['_CHOICE']._serialized_end=1354
-  _globals['_GENERATERESPONSE']._serialized_start=1357
-  _globals['_GENERATERESPONSE']._serialized_end=1517
-  _globals['_ADMITTED']._serialized_start=1519
-  _globals['_ADMITTED']._serialized_end=1566
-  _globals['_TOKENDELTA']._serialized_start=1568
-  _globals['_TOKENDELTA']._serialized_end=1690
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1693
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1876
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1878
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1924
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1926
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1983
-  _globals['_GENERATIONSERVICE']._serialized_start=2083
-  _globals['_GENERATIONSERVICE']._serialized_end=2353
+  _globals['_SAMPLINGPARAMS']._serialized_end=984
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=732
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=780
+  _globals['_ALTERNATIVES']._serialized_start=986
+  _globals['_ALTERNATIVES']._serialized_end=1015
+  _globals['_TOKENIDS']._serialized_start=1017
+  _globals['_TOKENIDS']._serialized_end=1040
+  _globals['_TOOLCALL']._serialized_start=1042
+  _globals['_TOOLCALL']._serialized_end=1102
+  _globals['_CHATMESSAGE']._serialized_start=1104
+  _globals['_CHATMESSAGE']._serialized_end=1212
+  _globals['_CHATPROMPT']._serialized_start=1215
+  _globals['_CHATPROMPT']._serialized_end=1358
+  _globals['_RESUME']._serialized_start=1360
+  _globals['_RESUME']._serialized_end=1408
+  _globals['_GENERATEREQUEST']._serialized_start=1411
+  _globals['_GENERATEREQUEST']._serialized_end=1691
+  _globals['_TOPLOGPROB']._serialized_start=1693
+  _globals['_TOPLOGPROB']._serialized_end=1740
+  _globals['_TOKENLOGPROB']._serialized_start=1742
+  _globals['_TOKENLOGPROB']._serialized_end=1828
+  _globals['_USAGE']._serialized_start=1830
+  _globals['_USAGE']._serialized_end=1937
+  _globals['_TIMING']._serialized_start=1940
+  _globals['_TIMING']._serialized_end=2073
+  _globals['_CHOICE']._serialized_start=2076
+  _globals['_CHOICE']._serialized_end=2247
+  _globals['_GENERATERESPONSE']._serialized_start=2250
+  _globals['_GENERATERESPONSE']._serialized_end=2461
+  _globals['_ADMITTED']._serialized_start=2463
+  _globals['_ADMITTED']._serialized_end=2510
+  _globals['_TOKENDELTA']._serialized_start=2512
+  _globals['_TOKENDELTA']._serialized_end=2634
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2637
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2820
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2822
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2868
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2870
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2927
+  _globals['_TOKENIZEREQUEST']._serialized_start=2929
+  _globals['_TOKENIZEREQUEST']._serialized_end=3026
+  _globals['_TOKENIZERESPONSE']._serialized_start=3028
+  _globals['_TOKENIZERESPONSE']._serialized_end=3086
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3088
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3141
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3143
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3177
+  _globals['_GENERATIONSERVICE']._serialized_start=3277
+  _globals['_GENERATIONSERVICE']._serialized_end=3695
 # @@protoc_insertion_point(module_scope)

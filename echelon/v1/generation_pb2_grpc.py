@@ -49,6 +49,16 @@ class GenerationServiceStub(object):
                 request_serializer=echelon_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
                 response_deserializer=echelon_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/echelon.v1.GenerationService/Tokenize',
+                request_serializer=echelon_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=echelon_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/echelon.v1.GenerationService/Detokenize',
+                request_serializer=echelon_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=echelon_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -73,6 +83,18 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +112,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.CancelGeneration,
                     request_deserializer=echelon_dot_v1_dot_generation__pb2.CancelGenerationRequest.FromString,
                     response_serializer=echelon_dot_v1_dot_generation__pb2.CancelGenerationResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=echelon_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=echelon_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=echelon_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=echelon_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +205,60 @@ class GenerationService(object):
             '/echelon.v1.GenerationService/CancelGeneration',
             echelon_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
             echelon_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echelon.v1.GenerationService/Tokenize',
+            echelon_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            echelon_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echelon.v1.GenerationService/Detokenize',
+            echelon_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            echelon_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

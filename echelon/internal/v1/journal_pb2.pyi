@@ -7,23 +7,25 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class JournalRecord(_message.Message):
-    __slots__ = ("term", "opened", "assigned", "tokens", "finished", "forgotten")
+    __slots__ = ("term", "opened", "assigned", "tokens", "finished", "forgotten", "prompted")
     TERM_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ASSIGNED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    PROMPTED_FIELD_NUMBER: _ClassVar[int]
     term: int
     opened: Opened
     assigned: Assigned
     tokens: Tokens
     finished: Finished
     forgotten: Forgotten
-    def __init__(self, term: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., assigned: _Optional[_Union[Assigned, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., forgotten: _Optional[_Union[Forgotten, _Mapping]] = ...) -> None: ...
+    prompted: _link_pb2.Prompted
+    def __init__(self, term: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., assigned: _Optional[_Union[Assigned, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., forgotten: _Optional[_Union[Forgotten, _Mapping]] = ..., prompted: _Optional[_Union[_link_pb2.Prompted, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("request", "digest", "model", "prompt", "sampling", "deadline_unix_s", "opened_unix_s", "received")
+    __slots__ = ("request", "digest", "model", "prompt", "sampling", "deadline_unix_s", "opened_unix_s", "received", "priority", "cache_salt")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +34,8 @@ class Opened(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     OPENED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request: str
     digest: bytes
     model: str
@@ -39,8 +43,10 @@ class Opened(_message.Message):
     sampling: _link_pb2.Sampling
     deadline_unix_s: float
     opened_unix_s: float
-    received: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[str] = ..., digest: _Optional[bytes] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_link_pb2.Sampling, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., opened_unix_s: _Optional[float] = ..., received: _Optional[_Iterable[int]] = ...) -> None: ...
+    received: _containers.RepeatedCompositeFieldContainer[_link_pb2.Ids]
+    priority: int
+    cache_salt: str
+    def __init__(self, request: _Optional[str] = ..., digest: _Optional[bytes] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_link_pb2.Sampling, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., opened_unix_s: _Optional[float] = ..., received: _Optional[_Iterable[_Union[_link_pb2.Ids, _Mapping]]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Assigned(_message.Message):
     __slots__ = ("request", "attempt", "replica", "epoch", "recomputed_tokens")
@@ -73,18 +79,18 @@ class Tokens(_message.Message):
     def __init__(self, request: _Optional[str] = ..., choice: _Optional[int] = ..., attempt: _Optional[int] = ..., first_token: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_link_pb2.Logprob, _Mapping]]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("request", "finish", "error_reason", "error_message", "finished_unix_s")
+    __slots__ = ("request", "finishes", "error_reason", "error_message", "finished_unix_s")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
-    FINISH_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
     ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     request: str
-    finish: _link_pb2.Finish
+    finishes: _containers.RepeatedScalarFieldContainer[_link_pb2.Finish]
     error_reason: str
     error_message: str
     finished_unix_s: float
-    def __init__(self, request: _Optional[str] = ..., finish: _Optional[_Union[_link_pb2.Finish, str]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., finished_unix_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, request: _Optional[str] = ..., finishes: _Optional[_Iterable[_Union[_link_pb2.Finish, str]]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., finished_unix_s: _Optional[float] = ...) -> None: ...
 
 class Forgotten(_message.Message):
     __slots__ = ("request",)

@@ -25,41 +25,51 @@ _sym_db = _symbol_database.Default()
 from echelon.internal.v1 import control_pb2 as echelon_dot_internal_dot_v1_dot_control__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65\x63helon/internal/v1/link.proto\x12\x13\x65\x63helon.internal.v1\x1a!echelon/internal/v1/control.proto\"\x9b\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x12\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"~\n\x06\x41ssign\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12\x11\n\tgenerated\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.Sampling\"+\n\x07\x41\x62\x61ndon\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\"\xaf\x01\n\x0eReplicaCommand\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x14\n\x0c\x61\x63ked_report\x18\x02 \x01(\x04\x12,\n\x07\x61ssigns\x18\x03 \x03(\x0b\x32\x1b.echelon.internal.v1.Assign\x12.\n\x08\x61\x62\x61ndons\x18\x04 \x03(\x0b\x32\x1c.echelon.internal.v1.Abandon\"A\n\x07Logprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"\xbb\x01\n\x08TokenRun\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.internal.v1.Logprob\x12+\n\x06\x66inish\x18\x07 \x01(\x0e\x32\x1b.echelon.internal.v1.Finish\";\n\x08Released\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\r\n\x05\x65rror\x18\x03 \x01(\t\">\n\x07Running\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x11\n\tgenerated\x18\x03 \x01(\r\"\x8a\x01\n\x0cReplicaHello\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x11\n\tkv_blocks\x18\x02 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12-\n\x07running\x18\x05 \x03(\x0b\x32\x1c.echelon.internal.v1.Running\"\xab\x01\n\x0cReplicaStats\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x19\n\x11\x62locks_referenced\x18\x02 \x01(\x04\x12\x41\n\x08\x63ounters\x18\x03 \x03(\x0b\x32/.echelon.internal.v1.ReplicaStats.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x90\x02\n\rReplicaReport\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x12\n\nreport_seq\x18\x02 \x01(\x04\x12\x30\n\x05hello\x18\x03 \x01(\x0b\x32!.echelon.internal.v1.ReplicaHello\x12+\n\x04runs\x18\x04 \x03(\x0b\x32\x1d.echelon.internal.v1.TokenRun\x12/\n\x08released\x18\x05 \x03(\x0b\x32\x1d.echelon.internal.v1.Released\x12\x30\n\x05stats\x18\x06 \x01(\x0b\x32!.echelon.internal.v1.ReplicaStats*D\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x32\x63\n\x0bReplicaLink\x12T\n\x05Serve\x12\".echelon.internal.v1.ReplicaReport\x1a#.echelon.internal.v1.ReplicaCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65\x63helon/internal/v1/link.proto\x12\x13\x65\x63helon.internal.v1\x1a!echelon/internal/v1/control.proto\"\xa2\x04\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x12\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x08 \x01(\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0b \x01(\x01\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x14\n\x0cinclude_stop\x18\x0e \x01(\x08\x12\t\n\x01n\x18\x0f \x01(\r\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x12@\n\nlogit_bias\x18\x11 \x03(\x0b\x32,.echelon.internal.v1.Sampling.LogitBiasEntry\x12+\n\tbad_words\x18\x12 \x03(\x0b\x32\x18.echelon.internal.v1.Ids\x12\x0f\n\x07grammar\x18\x13 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x12\n\x03Ids\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc1\x01\n\x06\x41ssign\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.Sampling\x12.\n\x07\x63hoices\x18\x06 \x03(\x0b\x32\x1d.echelon.internal.v1.Progress\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"-\n\x08Progress\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x03(\r\"K\n\x07\x41\x62\x61ndon\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x13\n\x06\x63hoice\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\xaf\x01\n\x0eReplicaCommand\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x14\n\x0c\x61\x63ked_report\x18\x02 \x01(\x04\x12,\n\x07\x61ssigns\x18\x03 \x03(\x0b\x32\x1b.echelon.internal.v1.Assign\x12.\n\x08\x61\x62\x61ndons\x18\x04 \x03(\x0b\x32\x1c.echelon.internal.v1.Abandon\"A\n\x07Logprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"\xbb\x01\n\x08TokenRun\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.internal.v1.Logprob\x12+\n\x06\x66inish\x18\x07 \x01(\x0e\x32\x1b.echelon.internal.v1.Finish\"z\n\x08Prompted\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.internal.v1.Logprob\";\n\x08Released\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"+\n\x07Running\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\"\x8a\x01\n\x0cReplicaHello\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x11\n\tkv_blocks\x18\x02 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12-\n\x07running\x18\x05 \x03(\x0b\x32\x1c.echelon.internal.v1.Running\"\xc2\x01\n\x0cReplicaStats\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x19\n\x11\x62locks_referenced\x18\x02 \x01(\x04\x12\x41\n\x08\x63ounters\x18\x03 \x03(\x0b\x32/.echelon.internal.v1.ReplicaStats.CountersEntry\x12\x15\n\rblocks_cached\x18\x04 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xc1\x02\n\rReplicaReport\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x12\n\nreport_seq\x18\x02 \x01(\x04\x12\x30\n\x05hello\x18\x03 \x01(\x0b\x32!.echelon.internal.v1.ReplicaHello\x12+\n\x04runs\x18\x04 \x03(\x0b\x32\x1d.echelon.internal.v1.TokenRun\x12/\n\x08released\x18\x05 \x03(\x0b\x32\x1d.echelon.internal.v1.Released\x12\x30\n\x05stats\x18\x06 \x01(\x0b\x32!.echelon.internal.v1.ReplicaStats\x12/\n\x08prompted\x18\x07 \x03(\x0b\x32\x1d.echelon.internal.v1.Prompted*D\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x32\x63\n\x0bReplicaLink\x12T\n\x05Serve\x12\".echelon.internal.v1.ReplicaReport\x1a#.echelon.internal.v1.ReplicaCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.internal.v1.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REPLICASTATS_COUNTERSENTRY']._loaded_options = None
   _globals['_REPLICASTATS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISH']._serialized_start=1571
-  _globals['_FINISH']._serialized_end=1639
+  _globals['_FINISH']._serialized_start=2306
+  _globals['_FINISH']._serialized_end=2374
   _globals['_SAMPLING']._serialized_start=91
-  _globals['_SAMPLING']._serialized_end=246
-  _globals['_ASSIGN']._serialized_start=248
-  _globals['_ASSIGN']._serialized_end=374
-  _globals['_ABANDON']._serialized_start=376
-  _globals['_ABANDON']._serialized_end=419
-  _globals['_REPLICACOMMAND']._serialized_start=422
-  _globals['_REPLICACOMMAND']._serialized_end=597
-  _globals['_LOGPROB']._serialized_start=599
-  _globals['_LOGPROB']._serialized_end=664
-  _globals['_TOKENRUN']._serialized_start=667
-  _globals['_TOKENRUN']._serialized_end=854
-  _globals['_RELEASED']._serialized_start=856
-  _globals['_RELEASED']._serialized_end=915
-  _globals['_RUNNING']._serialized_start=917
-  _globals['_RUNNING']._serialized_end=979
-  _globals['_REPLICAHELLO']._serialized_start=982
-  _globals['_REPLICAHELLO']._serialized_end=1120
-  _globals['_REPLICASTATS']._serialized_start=1123
-  _globals['_REPLICASTATS']._serialized_end=1294
-  _globals['_REPLICASTATS_COUNTERSENTRY']._serialized_start=1247
-  _globals['_REPLICASTATS_COUNTERSENTRY']._serialized_end=1294
-  _globals['_REPLICAREPORT']._serialized_start=1297
-  _globals['_REPLICAREPORT']._serialized_end=1569
-  _globals['_REPLICALINK']._serialized_start=1641
-  _globals['_REPLICALINK']._serialized_end=1740
+  _globals['_SAMPLING']._serialized_end=637
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=556
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=604
+  _globals['_IDS']._serialized_start=639
+  _globals['_IDS']._serialized_end=657
+  _globals['_ASSIGN']._serialized_start=660
+  _globals['_ASSIGN']._serialized_end=853
+  _globals['_PROGRESS']._serialized_start=855
+  _globals['_PROGRESS']._serialized_end=900
+  _globals['_ABANDON']._serialized_start=902
+  _globals['_ABANDON']._serialized_end=977
+  _globals['_REPLICACOMMAND']._serialized_start=980
+  _globals['_REPLICACOMMAND']._serialized_end=1155
+  _globals['_LOGPROB']._serialized_start=1157
+  _globals['_LOGPROB']._serialized_end=1222
+  _globals['_TOKENRUN']._serialized_start=1225
+  _globals['_TOKENRUN']._serialized_end=1412
+  _globals['_PROMPTED']._serialized_start=1414
+  _globals['_PROMPTED']._serialized_end=1536
+  _globals['_RELEASED']._serialized_start=1538
+  _globals['_RELEASED']._serialized_end=1597
+  _globals['_RUNNING']._serialized_start=1599
+  _globals['_RUNNING']._serialized_end=1642
+  _globals['_REPLICAHELLO']._serialized_start=1645
+  _globals['_REPLICAHELLO']._serialized_end=1783
+  _globals['_REPLICASTATS']._serialized_start=1786
+  _globals['_REPLICASTATS']._serialized_end=1980
+  _globals['_REPLICASTATS_COUNTERSENTRY']._serialized_start=1933
+  _globals['_REPLICASTATS_COUNTERSENTRY']._serialized_end=1980
+  _globals['_REPLICAREPORT']._serialized_start=1983
+  _globals['_REPLICAREPORT']._serialized_end=2304
+  _globals['_REPLICALINK']._serialized_start=2376
+  _globals['_REPLICALINK']._serialized_end=2475
 # @@protoc_insertion_point(module_scope)

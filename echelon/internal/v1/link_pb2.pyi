@@ -17,7 +17,14 @@ FINISH_STOP: Finish
 FINISH_LENGTH: Finish
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "logprobs")
+    __slots__ = ("temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "logprobs", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "stop", "include_stop", "n", "prompt_logprobs", "logit_bias", "bad_words", "grammar")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +32,18 @@ class Sampling(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_STOP_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -32,29 +51,61 @@ class Sampling(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     seed: int
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    min_tokens: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    include_stop: bool
+    n: int
+    prompt_logprobs: int
+    logit_bias: _containers.ScalarMap[int, float]
+    bad_words: _containers.RepeatedCompositeFieldContainer[Ids]
+    grammar: str
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., include_stop: bool = ..., n: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., bad_words: _Optional[_Iterable[_Union[Ids, _Mapping]]] = ..., grammar: _Optional[str] = ...) -> None: ...
+
+class Ids(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("request", "attempt", "prompt", "generated", "sampling")
+    __slots__ = ("request", "attempt", "prompt", "sampling", "choices", "priority", "cache_salt")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
-    GENERATED_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
     prompt: _containers.RepeatedScalarFieldContainer[int]
-    generated: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[Progress]
+    priority: int
+    cache_salt: str
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("choice", "generated")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    generated: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, choice: _Optional[int] = ..., generated: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Abandon(_message.Message):
-    __slots__ = ("request", "attempt")
+    __slots__ = ("request", "attempt", "choice")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    choice: int
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class ReplicaCommand(_message.Message):
     __slots__ = ("fence", "acked_report", "assigns", "abandons")
@@ -96,6 +147,18 @@ class TokenRun(_message.Message):
     finish: Finish
     def __init__(self, request: _Optional[str] = ..., choice: _Optional[int] = ..., attempt: _Optional[int] = ..., first_token: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ...) -> None: ...
 
+class Prompted(_message.Message):
+    __slots__ = ("request", "attempt", "cached_tokens", "prompt_logprobs")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    attempt: int
+    cached_tokens: int
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[Logprob]
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ...) -> None: ...
+
 class Released(_message.Message):
     __slots__ = ("request", "attempt", "error")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -107,14 +170,12 @@ class Released(_message.Message):
     def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Running(_message.Message):
-    __slots__ = ("request", "attempt", "generated")
+    __slots__ = ("request", "attempt")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    GENERATED_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
-    generated: int
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., generated: _Optional[int] = ...) -> None: ...
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
     __slots__ = ("slots", "kv_blocks", "block_tokens", "max_context", "running")
@@ -131,7 +192,7 @@ class ReplicaHello(_message.Message):
     def __init__(self, slots: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., running: _Optional[_Iterable[_Union[Running, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStats(_message.Message):
-    __slots__ = ("step", "blocks_referenced", "counters")
+    __slots__ = ("step", "blocks_referenced", "counters", "blocks_cached")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -142,23 +203,27 @@ class ReplicaStats(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_REFERENCED_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     step: int
     blocks_referenced: int
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, step: _Optional[int] = ..., blocks_referenced: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    blocks_cached: int
+    def __init__(self, step: _Optional[int] = ..., blocks_referenced: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., blocks_cached: _Optional[int] = ...) -> None: ...
 
 class ReplicaReport(_message.Message):
-    __slots__ = ("fence", "report_seq", "hello", "runs", "released", "stats")
+    __slots__ = ("fence", "report_seq", "hello", "runs", "released", "stats", "prompted")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     REPORT_SEQ_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTED_FIELD_NUMBER: _ClassVar[int]
     fence: _control_pb2.Fence
     report_seq: int
     hello: ReplicaHello
     runs: _containers.RepeatedCompositeFieldContainer[TokenRun]
     released: _containers.RepeatedCompositeFieldContainer[Released]
     stats: ReplicaStats
-    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., report_seq: _Optional[int] = ..., hello: _Optional[_Union[ReplicaHello, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., stats: _Optional[_Union[ReplicaStats, _Mapping]] = ...) -> None: ...
+    prompted: _containers.RepeatedCompositeFieldContainer[Prompted]
+    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., report_seq: _Optional[int] = ..., hello: _Optional[_Union[ReplicaHello, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., released: _Optional[_Iterable[_Union[Released, _Mapping]]] = ..., stats: _Optional[_Union[ReplicaStats, _Mapping]] = ..., prompted: _Optional[_Iterable[_Union[Prompted, _Mapping]]] = ...) -> None: ...
