@@ -5,13 +5,14 @@ In the coordinator process, once, by `coordinator/process.py`. Nothing here runs
 
 from __future__ import annotations
 
+from coordinator.answer_text import AnswerText, Stops
 from coordinator.cluster import Cluster
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.fences import Fences
-from coordinator.frontend import ModelFacts
 from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
+from coordinator.model_facts import ModelFacts
 from coordinator.placement import plan_replica
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.service import Parts, Service
@@ -56,9 +57,15 @@ def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences)
         journal = JournalFile(folder, fences.term, fsync=config.journal == "fsync")
     except OSError as error:
         raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
+
+    def new_text(stops: Stops) -> AnswerText:
+        return AnswerText(Detokenizer(tokenizer.decode), stops)
+
     core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
     parts = Parts(
-        core=CoordinatorCore(core_config, lambda: Detokenizer(tokenizer.decode), journal.state),
+        core=CoordinatorCore(
+            core_config, lambda stops: AnswerText(Detokenizer(tokenizer.decode), stops), journal.state
+        ),
         journal=journal,
         events=EventLog(fences.term),
         metrics=Metrics.create(),

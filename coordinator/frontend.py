@@ -9,27 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from coordinator.requests.nouns import Request
+from coordinator.model_facts import ModelFacts, check_model, check_vocabulary
+from coordinator.requests.nouns import Received, Request
+from coordinator.settle import settle_sampling
 from coordinator.tokenizer import Tokenizer
-from echelon.errors import InvalidRequestError, NotFoundError
-from echelon.internal.link import Sampling
-from echelon.types import ChatMessage, SamplingParams
-from models.config import DefaultSampling, ModelConfig
+from echelon.chat import ChatPrompt
+from echelon.errors import InvalidRequestError
+from echelon.sampling import SamplingParams
 
 DEFAULT_TIMEOUT_S = 600.0
 JOB_PREFIX = "job."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation, and what its template is told besides."""
-
-    messages: tuple[ChatMessage, ...]
-    template_args: Mapping[str, object] = field(default_factory=dict)
 
 
 Prompt = str | tuple[int, ...] | ChatPrompt
@@ -44,27 +36,8 @@ class GenerateFields:
     model: str = ""
     request_id: str = ""
     deadline_unix_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """What the front end must know of the served model; max_context is what it is served with."""
-
-    name: str
-    vocab_size: int
-    max_context: int
-    end_ids: tuple[int, ...] = ()
-    default_sampling: DefaultSampling = field(default_factory=DefaultSampling)
-
-    @classmethod
-    def of(cls, name: str, max_context: int, config: ModelConfig) -> ModelFacts:
-        return cls(
-            name=name,
-            vocab_size=config.vocab_size,
-            max_context=max_context,
-            end_ids=config.end_ids,
-            default_sampling=config.default_sampling,
-        )
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def check_client_request_id(request_id: str) -> None:
@@ -80,17 +53,10 @@ def check_client_request_id(request_id: str) -> None:
         )
 
 
-def check_model(model: str, facts: ModelFacts) -> None:
-    """Refuses any name but the served one; the empty name stands for it."""
-    if model not in ("", facts.name):
-        raise NotFoundError(
-            f"model {model!r} is not served; {facts.name!r} is", reason="MODEL_NOT_FOUND", field="model"
-        )
-
-
-def check_received(received: tuple[int, ...], facts: ModelFacts) -> None:
+def check_received(received: Received, facts: ModelFacts) -> None:
     """Refuses ids that no answer of this model can hold: a client says that it got them, and they are computed on."""
-    _check_vocabulary(received, facts, "resume.received")
+    for choice, ids in enumerate(received):
+        check_vocabulary(ids, facts, f"resume.received[{choice}]")
 
 
 def resolve(
@@ -101,10 +67,8 @@ def resolve(
     Raises InvalidRequestError or NotFoundError naming the field.
     """
     check_model(fields.model, facts)
-    prompt = _prompt_ids(fields.prompt, tokenizer)
-    sampling = settle_sampling(fields.sampling, facts, drawn_seed)
-    _check_vocabulary(prompt, facts, "token_ids" if isinstance(fields.prompt, tuple) else "text")
-    _check_vocabulary(fields.sampling.stop_token_ids, facts, "sampling.stop_token_ids")
+    prompt = prompt_ids(fields.prompt, facts, tokenizer)
+    sampling = settle_sampling(fields.sampling, facts, tokenizer, drawn_seed)
     wanted = len(prompt) + sampling.max_tokens
     if wanted > facts.max_context:
         raise InvalidRequestError(
@@ -122,36 +86,32 @@ def resolve(
         sampling=sampling,
         deadline_unix_s=deadline,
         opened_unix_s=now,
-    )
-
-
-def settle_sampling(sent: SamplingParams, facts: ModelFacts, drawn_seed: int) -> Sampling:
-    """What the client set, else what generation_config.json says, else the documented default."""
-
-    def first(*values: float | None) -> float:
-        return next(value for value in values if value is not None)
-
-    defaults = facts.default_sampling
-    end_ids = () if sent.ignore_eos else facts.end_ids
-    return Sampling(
-        temperature=float(first(sent.temperature, defaults.temperature, 1.0)),
-        top_p=float(first(sent.top_p, defaults.top_p, 1.0)),
-        top_k=int(first(sent.top_k, defaults.top_k, 0)),
-        max_tokens=16 if sent.max_tokens is None else sent.max_tokens,
-        seed=drawn_seed if sent.seed is None else sent.seed,
-        stop_token_ids=tuple(dict.fromkeys((*sent.stop_token_ids, *end_ids))),
-        logprobs=sent.logprobs,
+        priority=fields.priority,
+        cache_salt=fields.cache_salt,
     )
 
 
 def digest_of(fields: GenerateFields) -> bytes:
     """SHA-256 of the content as it was sent: neither the id, nor the deadline, nor anything the server filled in."""
     prompt = asdict(fields.prompt) if isinstance(fields.prompt, ChatPrompt) else fields.prompt
-    content = {"model": fields.model, "prompt": prompt, "sampling": asdict(fields.sampling)}
+    content = {
+        "model": fields.model,
+        "prompt": prompt,
+        "sampling": asdict(fields.sampling),
+        "priority": fields.priority,
+        "cache_salt": fields.cache_salt,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
-def _prompt_ids(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+def prompt_ids(prompt: Prompt | None, facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that the model is given. Raises InvalidRequestError naming the field."""
+    ids = _encode(prompt, tokenizer)
+    check_vocabulary(ids, facts, "token_ids" if isinstance(prompt, tuple) else "text")
+    return ids
+
+
+def _encode(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
     if prompt is None:
         raise InvalidRequestError("the request has no input; set one of text, token_ids or messages", field="prompt")
     if isinstance(prompt, ChatPrompt):
@@ -160,7 +120,7 @@ def _prompt_ids(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
         for place, message in enumerate(prompt.messages):
             if not message.role:
                 raise InvalidRequestError(f"messages[{place}] has no role; set one, such as 'user'", field="messages")
-        ids = tokenizer.chat(prompt.messages, prompt.template_args)
+        ids = tokenizer.chat(prompt)
     elif isinstance(prompt, str):
         if not prompt:
             raise InvalidRequestError("text is empty; send at least one character", field="text")
@@ -170,16 +130,6 @@ def _prompt_ids(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not ids:
         raise InvalidRequestError("the prompt has no tokens; send at least one", field="prompt")
     return ids
-
-
-def _check_vocabulary(ids: tuple[int, ...], facts: ModelFacts, name: str) -> None:
-    for position, token_id in enumerate(ids):
-        if not 0 <= token_id < facts.vocab_size:
-            raise InvalidRequestError(
-                f"{name}[{position}] = {token_id} is outside the vocabulary of {facts.name!r}, "
-                f"which has {facts.vocab_size} ids from 0 to {facts.vocab_size - 1}",
-                field=name,
-            )
 
 
 def _context_remedy(prompt_tokens: int, max_context: int) -> str:

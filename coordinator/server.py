@@ -14,12 +14,13 @@ from typing import NoReturn, TypeVar
 import grpc.aio
 import structlog
 
-from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, Prompt, check_client_request_id, check_model
+from coordinator.frontend import GenerateFields, Prompt, check_client_request_id
 from coordinator.jobs.service import JobService
-from coordinator.requests.nouns import Shown
+from coordinator.model_facts import ModelFacts, check_model
+from coordinator.requests.nouns import Received, Shown
 from coordinator.service import Service
-from echelon import convert, convert_cluster
-from echelon.errors import EchelonError, InternalError, InvalidRequestError
+from echelon import convert, convert_cluster, convert_jobs
+from echelon.errors import EchelonError, InternalError
 from echelon.status import abort_status
 from echelon.types import Cluster, Completion
 from echelon.v1 import (
@@ -56,34 +57,38 @@ async def answered(
         await refuse(context, error)
 
 
-def fields_of(message: generation_pb2.GenerateRequest, remaining_s: float | None) -> GenerateFields:
-    """What a client sent. remaining_s: until its deadline, None without one."""
-    prompt: Prompt | None = None
+def prompt_of(message: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest) -> Prompt | None:
+    """The one input that a client sent, if it sent one."""
     match message.WhichOneof("input"):
         case "text":
-            prompt = message.text
-        case "token_ids":
-            prompt = tuple(message.token_ids.ids)
+            return message.text
         case "chat":
-            messages = tuple(convert.message_from_proto(chat) for chat in message.chat.messages)
-            prompt = ChatPrompt(messages, dict(message.chat.template_args))
+            return convert.chat_from_proto(message.chat)
+        case "token_ids":
+            assert isinstance(message, generation_pb2.GenerateRequest)
+            return tuple(message.token_ids.ids)
+    return None
+
+
+def fields_of(message: generation_pb2.GenerateRequest, remaining_s: float | None) -> GenerateFields:
+    """What a client sent. remaining_s: until its deadline, None without one."""
     check_client_request_id(message.request_id)
     return GenerateFields(
-        prompt=prompt,
+        prompt=prompt_of(message),
         sampling=convert.sampling_from_proto(message.sampling),
         model=message.model,
         request_id=message.request_id,
         deadline_unix_s=None if remaining_s is None else time.time() + remaining_s,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
     )
 
 
-def received_of(message: generation_pb2.GenerateRequest) -> tuple[int, ...] | None:
-    """The ids a re-attaching client holds."""
+def received_of(message: generation_pb2.GenerateRequest) -> Received | None:
+    """The ids a re-attaching client holds, by choice."""
     if not message.HasField("resume"):
         return None
-    if len(message.resume.received) > 1:
-        raise InvalidRequestError("resume.received has more than one choice", field="resume.received")
-    return tuple(message.resume.received[0].ids) if message.resume.received else ()
+    return tuple(tuple(choice.ids) for choice in message.resume.received)
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -132,6 +137,30 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         cancelled = self._service.cancel(request.request_ids)
         return generation_pb2.CancelGenerationResponse(cancelled_request_ids=cancelled)
 
+    async def Tokenize(
+        self,
+        request: generation_pb2.TokenizeRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.TokenizeRequest, generation_pb2.TokenizeResponse],
+    ) -> generation_pb2.TokenizeResponse:
+        async def call() -> generation_pb2.TokenizeResponse:
+            check_model(request.model, self._service.facts)
+            ids = await self._service.tokenize(prompt_of(request))
+            return generation_pb2.TokenizeResponse(token_ids=ids, max_context=self._service.facts.max_context)
+
+        return await answered(context, call)
+
+    async def Detokenize(
+        self,
+        request: generation_pb2.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.DetokenizeRequest, generation_pb2.DetokenizeResponse],
+    ) -> generation_pb2.DetokenizeResponse:
+        async def call() -> generation_pb2.DetokenizeResponse:
+            check_model(request.model, self._service.facts)
+            text = await self._service.detokenize(tuple(request.token_ids))
+            return generation_pb2.DetokenizeResponse(text=text)
+
+        return await answered(context, call)
+
     def _submit(
         self,
         request: generation_pb2.GenerateRequest,
@@ -155,7 +184,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         async def call() -> jobs_pb2.BatchJob:
             check_model(request.model, self._facts)
             job = await self._jobs.create(request.batch_job_id, request.model, request.source.jsonl)
-            return convert.job_to_proto(job)
+            return convert_jobs.job_to_proto(job)
 
         return await answered(context, call)
 
@@ -165,7 +194,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.GetBatchJobRequest, jobs_pb2.BatchJob],
     ) -> jobs_pb2.BatchJob:
         async def call() -> jobs_pb2.BatchJob:
-            return convert.job_to_proto(self._jobs.get(convert.job_id_of(request.name)))
+            return convert_jobs.job_to_proto(self._jobs.get(convert_jobs.job_id_of(request.name)))
 
         return await answered(context, call)
 
@@ -177,7 +206,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         async def call() -> jobs_pb2.ListBatchJobsResponse:
             jobs, next_page_token = self._jobs.list_jobs(request.page_size, request.page_token)
             return jobs_pb2.ListBatchJobsResponse(
-                batch_jobs=[convert.job_to_proto(job) for job in jobs], next_page_token=next_page_token
+                batch_jobs=[convert_jobs.job_to_proto(job) for job in jobs], next_page_token=next_page_token
             )
 
         return await answered(context, call)
@@ -188,7 +217,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.CancelBatchJobRequest, jobs_pb2.BatchJob],
     ) -> jobs_pb2.BatchJob:
         async def call() -> jobs_pb2.BatchJob:
-            return convert.job_to_proto(await self._jobs.cancel(convert.job_id_of(request.name)))
+            return convert_jobs.job_to_proto(await self._jobs.cancel(convert_jobs.job_id_of(request.name)))
 
         return await answered(context, call)
 
@@ -198,9 +227,9 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.WatchBatchJobRequest, jobs_pb2.WatchBatchJobResponse],
     ) -> AsyncIterator[jobs_pb2.WatchBatchJobResponse]:
         try:
-            async with aclosing(self._jobs.watch(convert.job_id_of(request.name))) as changes:
+            async with aclosing(self._jobs.watch(convert_jobs.job_id_of(request.name))) as changes:
                 async for job in changes:
-                    yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(job))
+                    yield jobs_pb2.WatchBatchJobResponse(batch_job=convert_jobs.job_to_proto(job))
         except Exception as error:  # noqa: BLE001 - every error leaves as a status
             await refuse(context, error)
 
@@ -212,10 +241,10 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         ],
     ) -> AsyncIterator[jobs_pb2.StreamBatchJobResultsResponse]:
         try:
-            job_id = convert.job_id_of(request.name)
+            job_id = convert_jobs.job_id_of(request.name)
             async with aclosing(self._jobs.results(job_id, request.after_cursor, request.follow)) as results:
                 async for result in results:
-                    yield jobs_pb2.StreamBatchJobResultsResponse(result=convert.item_to_proto(result))
+                    yield jobs_pb2.StreamBatchJobResultsResponse(result=convert_jobs.item_to_proto(result))
         except Exception as error:  # noqa: BLE001 - every error leaves as a status
             await refuse(context, error)
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import structlog
 
 from coordinator.events import EventLog
-from coordinator.frontend import GenerateFields, ModelFacts, check_received, resolve
+from coordinator.frontend import GenerateFields, Prompt, check_received, prompt_ids, resolve
 from coordinator.journal.file import JournalFile
 from coordinator.journal.state import Finished, Opened, Record, Tokens
 from coordinator.metrics import Metrics
+from coordinator.model_facts import ModelFacts, check_vocabulary
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import (
     Append,
@@ -35,7 +36,7 @@ from coordinator.requests.events import (
     Submit,
     Tick,
 )
-from coordinator.requests.nouns import Outcome, Shown
+from coordinator.requests.nouns import Outcome, Received, Shown
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import EchelonError, OverloadedError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report
@@ -92,7 +93,7 @@ class Service:
         self._journal_failed = False
         self._engines: dict[int, Engine] = {}
 
-    async def submit(self, fields: GenerateFields, received: tuple[int, ...] | None = None) -> AsyncGenerator[Shown]:
+    async def submit(self, fields: GenerateFields, received: Received | None = None) -> AsyncGenerator[Shown]:
         """A request's events, ending with its one terminal event. Leaving early parks the request.
 
         Raises EchelonError when the request is refused before the core knows it.
@@ -121,6 +122,15 @@ class Service:
         finally:
             if self._streams.pop(number, None) is not None:
                 self.post(StreamClosed(number))
+
+    async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
+        """The ids that a generation would be given for this prompt."""
+        return await asyncio.to_thread(prompt_ids, prompt, self.facts, self._tokenizer)
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        """The text of these ids, special tokens left out."""
+        check_vocabulary(token_ids, self.facts, "token_ids")
+        return await asyncio.to_thread(self._tokenizer.decode, token_ids)
 
     def cancel(self, request_ids: Sequence[str]) -> list[str]:
         """End these requests; answers the ids that were still running."""
@@ -212,8 +222,8 @@ class Service:
                     self.metrics.requests.inc()
                 case Tokens(attempt=attempt, ids=ids) if attempt > 0:
                     self.metrics.generated_tokens.inc(len(ids))
-                case Finished(finish=finish, error_reason=reason):
-                    self.metrics.requests_ended.labels(reason if finish is None else finish.name.lower()).inc()
+                case Finished(finishes=finishes, error_reason=reason):
+                    self.metrics.requests_ended.labels(max(finishes).name.lower() if finishes else reason).inc()
 
     def _deliver(self, number: int, event: Shown) -> None:
         stream = self._streams.get(number)

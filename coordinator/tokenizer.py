@@ -7,18 +7,19 @@ without torch. Knows no request and no model limits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
+from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import ConfigError, InvalidRequestError
-from echelon.types import ChatMessage
 
 # What a client may hand to the template besides the names that only the template knows. Everything else that
 # transformers takes by keyword (chat_template, tokenize, ...) is ours to say.
-TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools", "documents")
+TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "documents")
 _OURS = frozenset(
     {
         "conversation",
@@ -33,6 +34,7 @@ _OURS = frozenset(
         "return_assistant_tokens_mask",
         "tokenizer_kwargs",
         "messages",
+        "tools",
     }
 )
 
@@ -71,11 +73,15 @@ class Tokenizer:
         """Ids of plain text, with the special tokens that the tokenizer puts around it (a BOS, for most models)."""
         return tuple(self._rust.encode(text, add_special_tokens=True).ids)
 
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        """Ids of a piece of text, and of nothing around it."""
+        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. No spaces are cleaned up: more ids only ever add text."""
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[ChatMessage], template_args: Mapping[str, object]) -> tuple[int, ...]:
+    def chat(self, prompt: ChatPrompt) -> tuple[int, ...]:
         """Ids of a conversation in the model's chat format, up to where the assistant is to speak.
 
         The template writes its special tokens itself, a BOS too, so encoding adds none.
@@ -85,17 +91,37 @@ class Tokenizer:
                 f"the tokenizer in {self._directory.name} has no chat template; send text or token_ids instead",
                 field="messages",
             )
-        for name in template_args:
+        for name in prompt.template_args:
             if name in _OURS:
                 raise InvalidRequestError(
                     f"template_args.{name} cannot be set; names of the template's own can, "
                     f"and {', '.join(TEMPLATE_OPTIONS)}",
                     field=f"template_args.{name}",
                 )
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        arguments = {"add_generation_prompt": True, **template_args}
+        conversation = [_for_template(message) for message in prompt.messages]
+        arguments = {"add_generation_prompt": True, **prompt.template_args, "tools": list(prompt.tools) or None}
         try:
             text = self._source.apply_chat_template(conversation, tokenize=False, **arguments)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", field="messages") from error
-        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+        return self.encode_plain(text)
+
+
+def _for_template(message: ChatMessage) -> dict[str, object]:
+    """As templates expect it: OpenAI's form, but with a call's arguments as an object, where they are one."""
+    told: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        told["tool_call_id"] = message.tool_call_id
+    return told
+
+
+def _arguments(call: ToolCall) -> object:
+    try:
+        return json.loads(call.arguments_json)
+    except ValueError:
+        return call.arguments_json

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from echelon.chat import ChatMessage, ToolCall
 from echelon.errors import (
     CancelledError,
     ConfigError,
@@ -25,7 +26,8 @@ from echelon.errors import (
     StreamTakenOverError,
     UnavailableError,
 )
-from echelon.types import ChatMessage, Completion, FinishReason, SamplingParams, StreamEvent
+from echelon.sampling import SamplingParams
+from echelon.types import Choice, Completion, FinishReason, StreamEvent
 
 if TYPE_CHECKING:
     from echelon.aio import AsyncClient
@@ -35,6 +37,7 @@ __all__ = [
     "AsyncClient",
     "CancelledError",
     "ChatMessage",
+    "Choice",
     "Client",
     "Completion",
     "ConfigError",
@@ -49,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "StreamEvent",
     "StreamTakenOverError",
+    "ToolCall",
     "UnavailableError",
 ]
 

@@ -10,6 +10,8 @@ from typing import Self, Unpack
 
 from echelon.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from echelon.internal import calls
+from echelon.internal.generate import GenerateCall, GenerateOptions, admitted
+from echelon.internal.generate import generate as generate_call
 from echelon.internal.transport_aio import AsyncTransport
 from echelon.jobs import AsyncJobs
 from echelon.retry import RetryPolicy
@@ -44,13 +46,13 @@ class AsyncClient:
         """Close the connection; requests that run at the server are parked, not cancelled."""
         await self._transport.close()
 
-    async def generate(self, prompt: str | None = None, **options: Unpack[calls.GenerateOptions]) -> Completion:
+    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """One whole answer to a prompt, or to messages= or token_ids=."""
-        return await self._transport.finish(calls.generate(self._settings, prompt, options))
+        return await self._transport.finish(generate_call(self._settings, prompt, options))
 
-    def stream(self, prompt: str | None = None, **options: Unpack[calls.GenerateOptions]) -> AsyncStream:
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """The same, token by token. Leave with `async with` or close() to cancel the request."""
-        return AsyncStream(self._transport, calls.generate(self._settings, prompt, options))
+        return AsyncStream(self._transport, generate_call(self._settings, prompt, options))
 
     async def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""
@@ -76,7 +78,7 @@ class AsyncClient:
 class AsyncStream(AsyncIterator[StreamEvent]):
     """Tokens of one request as they come. After the last one, `completion` is the whole answer."""
 
-    def __init__(self, transport: AsyncTransport, call: calls.GenerateCall) -> None:
+    def __init__(self, transport: AsyncTransport, call: GenerateCall) -> None:
         self.request_id = call.session.key
         self.completion: Completion | None = None
         self._call = call
@@ -99,7 +101,7 @@ class AsyncStream(AsyncIterator[StreamEvent]):
     @property
     def admitted(self) -> Admitted | None:
         """The prompt's length and the seed, once the server has taken the request."""
-        return calls.admitted(self._call)
+        return admitted(self._call)
 
     async def close(self) -> None:
         """Cancel the request, unless it has ended."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Self, Unpack
 
 from echelon.internal import calls
+from echelon.internal.generate import GenerateCall, GenerateOptions, admitted
+from echelon.internal.generate import generate as generate_call
 from echelon.internal.transport import Transport
 from echelon.jobs import Jobs
 from echelon.retry import RetryPolicy
@@ -50,13 +52,13 @@ class Client:
         """Close the connection; requests that run at the server are parked, not cancelled."""
         self._transport.close()
 
-    def generate(self, prompt: str | None = None, **options: Unpack[calls.GenerateOptions]) -> Completion:
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """One whole answer to a prompt, or to messages= or token_ids=."""
-        return self._transport.finish(calls.generate(self._settings, prompt, options))
+        return self._transport.finish(generate_call(self._settings, prompt, options))
 
-    def stream(self, prompt: str | None = None, **options: Unpack[calls.GenerateOptions]) -> Stream:
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """The same, token by token. Leaving the loop early, or close(), cancels the request."""
-        return Stream(self._transport, calls.generate(self._settings, prompt, options))
+        return Stream(self._transport, generate_call(self._settings, prompt, options))
 
     def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""
@@ -82,7 +84,7 @@ class Client:
 class Stream(Iterator[StreamEvent]):
     """Tokens of one request as they come. After the last one, `completion` is the whole answer."""
 
-    def __init__(self, transport: Transport, call: calls.GenerateCall) -> None:
+    def __init__(self, transport: Transport, call: GenerateCall) -> None:
         self.request_id = call.session.key
         self.completion: Completion | None = None
         self._call = call
@@ -105,7 +107,7 @@ class Stream(Iterator[StreamEvent]):
     @property
     def admitted(self) -> Admitted | None:
         """The prompt's length and the seed, once the server has taken the request."""
-        return calls.admitted(self._call)
+        return admitted(self._call)
 
     def close(self) -> None:
         """Cancel the request, unless it has ended."""

@@ -1,65 +1,142 @@
-"""The public nouns of `types.py` as protobuf messages, both directions; one pair of functions a noun.
+"""The public nouns of generation as protobuf messages, both directions; one pair of functions a noun.
 
 Used by the SDK and by the coordinator's server, and the only place where the two meet. Pure; validates no more than
-the nouns themselves do (their InvalidRequestError passes through). Generation and jobs are here, the cluster's nouns
+the nouns themselves do (their InvalidRequestError passes through). Jobs are in `convert_jobs.py`, the cluster's nouns
 in `convert_cluster.py`.
 """
 
 from __future__ import annotations
 
-from google.protobuf import duration_pb2, timestamp_pb2
+from collections.abc import Mapping
+from typing import Any
 
-from echelon import status
-from echelon.errors import EchelonError, InternalError
+from google.protobuf import duration_pb2, json_format, struct_pb2, timestamp_pb2
+
+from echelon.chat import ChatMessage, ChatPrompt, ToolCall
+from echelon.errors import InternalError, InvalidRequestError
+from echelon.sampling import SamplingParams
 from echelon.types import (
     Admitted,
-    ChatMessage,
+    Choice,
     Completion,
     FinishReason,
-    ItemCounts,
-    ItemResult,
-    JobState,
-    JobStatus,
-    SamplingParams,
     StreamEvent,
     Timing,
     TokenLogprob,
     Usage,
 )
-from echelon.v1 import generation_pb2, jobs_pb2
+from echelon.v1 import generation_pb2
 
-_JOB_PREFIX = "batchJobs/"
 _FINISHES = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
 _FINISH_REASONS: dict[int, FinishReason] = {value: reason for reason, value in _FINISHES.items()}
-_JOB_STATES: dict[int, JobState] = {jobs_pb2.BatchJob.State.Value(f"STATE_{s.name}"): s for s in JobState}
-_OPTIONAL_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed", "logprobs")
+_OPTIONAL_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "max_tokens",
+    "min_tokens",
+    "seed",
+    "n",
+    "logprobs",
+    "prompt_logprobs",
+)
+_TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object")
 
 
 def sampling_to_proto(sampling: SamplingParams) -> generation_pb2.SamplingParams:
     return generation_pb2.SamplingParams(
-        **{name: getattr(sampling, name) for name in _OPTIONAL_SAMPLING},
+        **{name: getattr(sampling, name) for name in (*_OPTIONAL_SAMPLING, *_TEXT_CONSTRAINTS[:3])},
+        stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
+        logit_bias=sampling.logit_bias,
         ignore_eos=sampling.ignore_eos,
+        include_stop=sampling.include_stop,
+        bad_words=sampling.bad_words,
+        json_object=sampling.json_object or None,  # type: ignore[arg-type]  # unset
+        choice=None if sampling.choice is None else generation_pb2.Alternatives(texts=sampling.choice),
     )
 
 
 def sampling_from_proto(message: generation_pb2.SamplingParams) -> SamplingParams:
+    given: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_SAMPLING if message.HasField(name)}
+    match message.WhichOneof("constraint"):
+        case None:
+            pass
+        case "choice":
+            given["choice"] = tuple(message.choice.texts)
+        case kind:
+            given[kind] = getattr(message, kind)
     return SamplingParams(
-        **{name: getattr(message, name) for name in _OPTIONAL_SAMPLING if message.HasField(name)},
+        **given,
+        stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        logit_bias=dict(message.logit_bias) or None,
         ignore_eos=message.ignore_eos,
+        include_stop=message.include_stop,
+        bad_words=tuple(message.bad_words),
     )
 
 
 def message_to_proto(message: ChatMessage) -> generation_pb2.ChatMessage:
-    return generation_pb2.ChatMessage(role=message.role, content=message.content)
+    calls = [
+        generation_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
+        for call in message.tool_calls
+    ]
+    return generation_pb2.ChatMessage(
+        role=message.role, content=message.content, tool_calls=calls, tool_call_id=message.tool_call_id
+    )
 
 
 def message_from_proto(message: generation_pb2.ChatMessage) -> ChatMessage:
-    return ChatMessage(message.role, message.content)
+    calls = tuple(ToolCall(call.id, call.name, call.arguments_json) for call in message.tool_calls)
+    return ChatMessage(message.role, message.content, calls, message.tool_call_id)
+
+
+def chat_to_proto(chat: ChatPrompt) -> generation_pb2.ChatPrompt:
+    """Raises InvalidRequestError for tools and arguments that are not JSON."""
+    return generation_pb2.ChatPrompt(
+        messages=[message_to_proto(message) for message in chat.messages],
+        tools=[_struct(f"tools[{place}]", tool) for place, tool in enumerate(chat.tools)],
+        template_args=_struct("template_args", chat.template_args),
+    )
+
+
+def chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
+    return ChatPrompt(
+        messages=tuple(message_from_proto(chat) for chat in message.messages),
+        tools=tuple(_mapping(tool) for tool in message.tools),
+        template_args=_mapping(message.template_args),
+    )
+
+
+def _struct(name: str, value: Mapping[str, object]) -> struct_pb2.Struct:
+    try:
+        return json_format.ParseDict(dict(value), struct_pb2.Struct())
+    except (json_format.ParseError, TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{name} must be a JSON object: {error}", field=name) from None
+
+
+def _mapping(message: struct_pb2.Struct) -> dict[str, object]:
+    """A Struct has doubles alone; a template that prints 3.0 where 3 was sent would change the prompt."""
+    return {key: _whole(value) for key, value in json_format.MessageToDict(message).items()}
+
+
+def _whole(value: object) -> object:
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {key: _whole(item) for key, item in value.items()}
+    return value
 
 
 def logprob_to_proto(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
@@ -76,45 +153,63 @@ def usage_to_proto(usage: Usage) -> generation_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         recomputed_tokens=usage.recomputed_tokens,
+        cached_tokens=usage.cached_tokens,
     )
 
 
 def usage_from_proto(message: generation_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens, message.recomputed_tokens)
+    return Usage(message.prompt_tokens, message.completion_tokens, message.recomputed_tokens, message.cached_tokens)
+
+
+def choice_to_proto(choice: Choice) -> generation_pb2.Choice:
+    return generation_pb2.Choice(
+        index=choice.index,
+        text=choice.text,
+        token_ids=choice.token_ids,
+        logprobs=[logprob_to_proto(logprob) for logprob in choice.logprobs],
+        finish_reason=_FINISHES[choice.finish_reason],
+        matched_stop=choice.matched_stop,
+    )
+
+
+def choice_from_proto(message: generation_pb2.Choice) -> Choice:
+    if message.finish_reason not in _FINISH_REASONS:
+        raise InternalError(f"the server ended a choice in a way this client does not know: {message.finish_reason}")
+    return Choice(
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(logprob_from_proto(logprob) for logprob in message.logprobs),
+        finish_reason=_FINISH_REASONS[message.finish_reason],
+        matched_stop=message.matched_stop,
+    )
 
 
 def completion_to_proto(completion: Completion) -> generation_pb2.GenerateResponse:
-    choice = generation_pb2.Choice(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        logprobs=[logprob_to_proto(logprob) for logprob in completion.logprobs],
-        finish_reason=_FINISHES[completion.finish_reason],
-    )
     timing = completion.timing
     return generation_pb2.GenerateResponse(
         request_id=completion.request_id,
         model=completion.model,
-        choices=[choice],
+        choices=[choice_to_proto(choice) for choice in completion.choices],
         usage=usage_to_proto(completion.usage),
         timing=generation_pb2.Timing(
             queue=_duration(timing.queue_s), ttft=_duration(timing.ttft_s), total=_duration(timing.total_s)
         ),
+        prompt_logprobs=[logprob_to_proto(logprob) for logprob in completion.prompt_logprobs],
     )
 
 
 def completion_from_proto(message: generation_pb2.GenerateResponse) -> Completion:
-    if len(message.choices) != 1 or message.choices[0].finish_reason not in _FINISH_REASONS:
-        raise InternalError(f"the server's answer is not one finished choice: {len(message.choices)} choices")
-    choice, timing = message.choices[0], message.timing
+    if not message.choices:
+        raise InternalError("the server's answer has no choice")
+    timing = message.timing
     return Completion(
         request_id=message.request_id,
         model=message.model,
-        text=choice.text,
-        token_ids=tuple(choice.token_ids),
-        finish_reason=_FINISH_REASONS[choice.finish_reason],
-        logprobs=tuple(logprob_from_proto(logprob) for logprob in choice.logprobs),
+        choices=tuple(choice_from_proto(choice) for choice in message.choices),
         usage=usage_from_proto(message.usage),
         timing=Timing(_seconds(timing.queue), _seconds(timing.ttft), _seconds(timing.total)),
+        prompt_logprobs=tuple(logprob_from_proto(logprob) for logprob in message.prompt_logprobs),
     )
 
 
@@ -146,73 +241,6 @@ def stream_from_proto(message: generation_pb2.StreamGenerateResponse) -> Admitte
         case "final":
             return completion_from_proto(message.final)
     raise InternalError("the server sent a stream message of a kind that this client does not know")
-
-
-def job_name(job_id: str) -> str:
-    """The resource name of a job."""
-    return _JOB_PREFIX + job_id
-
-
-def job_id_of(name: str) -> str:
-    """The id in a job's resource name; a bare id is taken as it is."""
-    return name.removeprefix(_JOB_PREFIX)
-
-
-def job_to_proto(job: JobStatus) -> jobs_pb2.BatchJob:
-    counts = job.counts
-    return jobs_pb2.BatchJob(
-        name=job_name(job.job_id),
-        state=f"STATE_{job.state.name}",
-        model=job.model,
-        counts=jobs_pb2.ItemCounts(
-            total=counts.total,
-            succeeded=counts.succeeded,
-            failed=counts.failed,
-            running=counts.running,
-            interrupted=counts.interrupted,
-        ),
-        usage=usage_to_proto(job.usage),
-        create_time=timestamp_to_proto(job.create_unix_s),
-        start_time=None if job.start_unix_s is None else timestamp_to_proto(job.start_unix_s),
-        end_time=None if job.end_unix_s is None else timestamp_to_proto(job.end_unix_s),
-    )
-
-
-def job_from_proto(message: jobs_pb2.BatchJob) -> JobStatus:
-    if message.state not in _JOB_STATES:
-        raise InternalError(f"job {message.name} is in a state that this client does not know: {message.state}")
-    counts = message.counts
-    return JobStatus(
-        job_id=job_id_of(message.name),
-        state=_JOB_STATES[message.state],
-        model=message.model,
-        counts=ItemCounts(counts.total, counts.succeeded, counts.failed, counts.running, counts.interrupted),
-        usage=usage_from_proto(message.usage),
-        create_unix_s=timestamp_from_proto(message.create_time),
-        start_unix_s=timestamp_from_proto(message.start_time) if message.HasField("start_time") else None,
-        end_unix_s=timestamp_from_proto(message.end_time) if message.HasField("end_time") else None,
-    )
-
-
-def item_to_proto(item: ItemResult) -> jobs_pb2.BatchItemResult:
-    message = jobs_pb2.BatchItemResult(custom_id=item.custom_id, cursor=item.cursor, index=item.index)
-    if item.completion is not None:
-        message.response.CopyFrom(completion_to_proto(item.completion))
-    else:
-        assert isinstance(item.error, EchelonError), f"item {item.index} has neither a completion nor an error"
-        message.error.CopyFrom(status.pack(item.error))
-    return message
-
-
-def item_from_proto(message: jobs_pb2.BatchItemResult) -> ItemResult:
-    succeeded = message.WhichOneof("result") == "response"
-    return ItemResult(
-        custom_id=message.custom_id,
-        index=message.index,
-        cursor=message.cursor,
-        completion=completion_from_proto(message.response) if succeeded else None,
-        error=None if succeeded else status.unpack(message.error),
-    )
 
 
 def timestamp_to_proto(unix_s: float) -> timestamp_pb2.Timestamp:

@@ -3,7 +3,7 @@
 Sans-IO: the transports and the simulator feed events with the time of any steady clock and carry out the effects in
 order. A step's effects end the session (Finish, Raise), or hold one Sleep, answered by Timer, or else mean: read the
 call that was opened last. Knows no protobuf type, no clock and no randomness.
-    CallSession (one answer), FeedSession (items by rising position), StreamSession (a generation, resumed by its ids)
+    CallSession (one answer), FeedSession (items by rising position); a generation's is in `generation_session.py`
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from echelon.errors import CancelledError, EchelonError, InternalError, UnavailableError
+from echelon.errors import CancelledError, EchelonError
 from echelon.retry import RetryPolicy, decide_retry
-from echelon.types import Admitted, Completion, StreamEvent
 
 P = TypeVar("P")  # what a call is opened with to go on where the last one broke
 M = TypeVar("M")  # what the call answers
@@ -229,64 +228,3 @@ class FeedSession(Session[int, tuple[int, M], M, None]):
             self._progress()
         self._away_since = now if self._away_since is None else self._away_since
         return min(self._away_since + self._away_timeout_s, self._deadline or math.inf)
-
-
-Message = Admitted | StreamEvent | Completion
-
-
-class StreamSession(Session[tuple[int, ...], Message, StreamEvent, Completion]):
-    """One generation: every token handed on once, in order, over as many calls as it takes.
-
-    A delta that repeats tokens is dropped. One that overlaps or leaves a gap breaks the call: the next one resumes at
-    the tokens held. What the deltas left out (bytes of an unfinished character, say) comes from the final answer.
-    """
-
-    def __init__(self, request_id: str, timeout_s: float | None, policy: RetryPolicy) -> None:
-        super().__init__(request_id, timeout_s, policy)
-        self.request_id = request_id
-        self.admitted: Admitted | None = None
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-
-    def _resume(self) -> tuple[int, ...]:
-        return tuple(self._token_ids)
-
-    def _receive(self, now: float, message: Message) -> list[Effect[tuple[int, ...], StreamEvent, Completion]]:
-        if isinstance(message, Admitted):
-            self.admitted = message
-            return []
-        if isinstance(message, Completion):
-            return self._final(message)
-        held, count = len(self._token_ids), len(message.token_ids)
-        if message.sequence + count <= held:
-            return []
-        if message.sequence != held:
-            gap = f"tokens {message.sequence} to {message.sequence + count} came after {held}"
-            return [self._retry(now, UnavailableError(f"the stream lost its place: {gap}", request_id=self.request_id))]
-        self._progress()
-        return [self._hand_on(message)]
-
-    def _final(self, final: Completion) -> list[Effect[tuple[int, ...], StreamEvent, Completion]]:
-        held, text = len(self._token_ids), "".join(self._text)
-        if list(final.token_ids[:held]) != self._token_ids or not final.text.startswith(text):
-            message = f"the final answer of {self.request_id} contradicts its {held} streamed tokens"
-            return [Raise(InternalError(message, request_id=self.request_id))]
-        rest = StreamEvent(
-            self.request_id, 0, held, final.text[len(text) :], final.token_ids[held:], final.logprobs[held:]
-        )
-        if rest.token_ids or rest.text:
-            return [self._hand_on(rest), Finish(final)]
-        return [Finish(final)]
-
-    def _hand_on(self, event: StreamEvent) -> Yield[StreamEvent]:
-        self._token_ids.extend(event.token_ids)
-        self._text.append(event.text)
-        return Yield(event)
-
-    def _end(self, now: float) -> list[Effect[tuple[int, ...], StreamEvent, Completion]]:
-        lost = UnavailableError("the stream ended before its final answer", request_id=self.request_id)
-        return [self._retry(now, lost)]
-
-    def _cancel(self) -> list[Effect[tuple[int, ...], StreamEvent, Completion]]:
-        cancelled = CancelledError("cancelled by the caller", request_id=self.request_id)
-        return [CancelRemote(self.request_id), Raise(cancelled)]

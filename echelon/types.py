@@ -1,4 +1,4 @@
-"""The nouns a user meets: sampling parameters, completions, stream events, jobs and the cluster.
+"""The nouns a user is answered with: completions, stream events, jobs and the cluster.
 
 Frozen values without behaviour, shared by the SDK and the coordinator. They know no protobuf type and no
 transport: `echelon/convert.py` translates. Units stand in the names; times are unix seconds.
@@ -8,104 +8,15 @@ from __future__ import annotations
 
 import enum
 import operator
-import sys
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 
-from echelon.errors import InvalidRequestError
-
-MAX_LOGPROBS = 20
-SEED_RANGE = range(-(2**63), 2**63)
-
 
 class FinishReason(enum.Enum):
-    """Why a completion ended: at an end token, or at its token limit."""
+    """Why an answer ended: at an end token or a stop string, or at its token limit."""
 
     STOP = "stop"
     LENGTH = "length"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How tokens are drawn. `None` takes the model's generation_config.json, then the default named here.
-
-    temperature: >= 0, 0 is greedy; default 1.       top_p: in (0, 1]; default 1.
-    top_k: >= 0, 0 keeps every token; default 0.     max_tokens: >= 1; default 16.
-    seed: drawn by the server when None.             stop_token_ids: end the completion, and are part of it.
-    logprobs: None for none, k for each token's own and the k likeliest (0 <= k <= 20).
-    ignore_eos: go on past the model's end tokens.
-
-    Raises InvalidRequestError naming the field.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequestError(
-                    f"{name} must be {rule}, got {getattr(self, name)!r}", field=f"sampling.{name}"
-                )
-
-        def is_number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-        def is_integer(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        if self.temperature is not None:
-            require(is_number(self.temperature) and self.temperature >= 0, "temperature", "a finite number >= 0")
-        if self.top_p is not None:
-            require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        if self.top_k is not None:
-            require(is_integer(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "an integer >= 0")
-        if self.max_tokens is not None:
-            require(is_integer(self.max_tokens) and 1 <= self.max_tokens < 2**31, "max_tokens", "an integer >= 1")
-        if self.seed is not None:
-            require(is_integer(self.seed) and self.seed in SEED_RANGE, "seed", "a 64-bit signed integer")
-        if self.logprobs is not None:
-            require(
-                is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                f"an integer from 0 to {MAX_LOGPROBS}",
-            )
-        require(
-            all(is_integer(i) and 0 <= i < 2**31 for i in self.stop_token_ids),
-            "stop_token_ids",
-            "token ids, integers >= 0",
-        )
-        require(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One message of a chat: role is system, user or assistant. Raises InvalidRequestError for what is no text."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        check_text("role", self.role, "messages")
-        check_text("content", self.content, "messages")
-
-
-def check_text(name: str, value: object, field: str) -> str:
-    """The value, unless no message can carry it: no string, or half of a surrogate pair, as misread bytes have."""
-    if not isinstance(value, str):
-        raise InvalidRequestError(f"{name} must be a string, got {value!r}", field=field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        rule = f"must be text, but its character {error.start} is half of a surrogate pair"
-        raise InvalidRequestError(f"{name} {rule}", field=field) from None
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +30,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one completion; recomputed_tokens were prefilled again after a fault."""
+    """Token counts of one completion; completion_tokens are those of all its choices.
+
+    cached_tokens of the prompt were found in the prefix cache; recomputed_tokens were prefilled again after a fault.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     recomputed_tokens: int = 0
+    cached_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*map(operator.add, astuple(self), astuple(other)))
@@ -139,17 +54,46 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One whole answer."""
+class Choice:
+    """One of the answers to a prompt. matched_stop: the stop string that ended it, if one did."""
 
-    request_id: str
-    model: str
+    index: int = 0
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    matched_stop: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a request was answered: its choices by index, and the first of them at hand.
+
+    prompt_logprobs: of every prompt token but the first, if they were asked for.
+    """
+
+    request_id: str
+    model: str
+    choices: tuple[Choice, ...]
     usage: Usage = Usage()
     timing: Timing = Timing()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        return self.choices[0].logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +202,7 @@ class Replica:
     kv_blocks_total: int
     kv_blocks_referenced: int
     step: int
+    kv_blocks_cached: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
 
 

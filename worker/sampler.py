@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echelon.types import MAX_LOGPROBS
+from echelon.sampling import MAX_LOGPROBS
 from worker import noise
 
 # Rows are worked on in pieces of about this many logits, to bound the float64 temporaries (32 MiB each).

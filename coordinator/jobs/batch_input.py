@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from coordinator.frontend import ChatPrompt, Prompt
+from coordinator.frontend import Prompt
+from echelon.chat import ChatMessage, ChatPrompt
 from echelon.errors import InvalidRequestError
-from echelon.types import ChatMessage, SamplingParams
+from echelon.sampling import SamplingParams
 
 MAX_CUSTOM_ID_CHARACTERS = 512
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -126,7 +127,7 @@ def _prompt(value: _Object, ids_key: str) -> Prompt:
     if key != "messages" and value.get("template_args") is not None:
         value.refuse("template_args", "goes with messages only")
     if key == "messages":
-        return ChatPrompt(_messages(value), value.object("template_args").plain())
+        return ChatPrompt(_messages(value), (), value.object("template_args").plain())
     if key == "prompt" and isinstance(raw, str):
         return raw or value.refuse(key, "is empty")
     if key == "prompt" and ids_key:

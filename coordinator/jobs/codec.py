@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from coordinator.jobs.events import Outcome
 from echelon.errors import EchelonError, error_of
-from echelon.types import Completion, FinishReason, Timing, TokenLogprob, Usage
+from echelon.types import Choice, Completion, FinishReason, Timing, TokenLogprob, Usage
 
 
 def dump(outcome: Outcome) -> str:
@@ -26,25 +27,36 @@ def dump(outcome: Outcome) -> str:
                 "request_id": outcome.request_id,
             }
         )
-    return json.dumps(asdict(outcome) | {"finish_reason": outcome.finish_reason.value})
+    choices = [asdict(choice) | {"finish_reason": choice.finish_reason.value} for choice in outcome.choices]
+    return json.dumps(asdict(outcome) | {"choices": choices})
 
 
 def completion(body: str) -> Completion:
     """The completion that `dump` wrote."""
     fields = json.loads(body)
-    logprobs = tuple(
-        TokenLogprob(each["token_id"], each["logprob"], tuple((token_id, value) for token_id, value in each["top"]))
-        for each in fields["logprobs"]
-    )
     return Completion(
         request_id=fields["request_id"],
         model=fields["model"],
-        text=fields["text"],
-        token_ids=tuple(fields["token_ids"]),
-        finish_reason=FinishReason(fields["finish_reason"]),
-        logprobs=logprobs,
+        choices=tuple(_choice(choice) for choice in fields["choices"]),
         usage=Usage(**fields["usage"]),
         timing=Timing(**fields["timing"]),
+        prompt_logprobs=_logprobs(fields["prompt_logprobs"]),
+    )
+
+
+def _choice(fields: dict[str, Any]) -> Choice:
+    settled = {
+        "token_ids": tuple(fields["token_ids"]),
+        "finish_reason": FinishReason(fields["finish_reason"]),
+        "logprobs": _logprobs(fields["logprobs"]),
+    }
+    return Choice(**fields | settled)
+
+
+def _logprobs(told: list[dict[str, Any]]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(each["token_id"], each["logprob"], tuple((token_id, value) for token_id, value in each["top"]))
+        for each in told
     )
 
 

@@ -36,7 +36,8 @@ from coordinator.jobs.events import (
     Write,
 )
 from echelon.errors import EchelonError
-from echelon.types import Completion, ItemCounts, JobState, JobStatus, SamplingParams
+from echelon.sampling import SamplingParams
+from echelon.types import Completion, ItemCounts, JobState, JobStatus
 
 
 @dataclass(frozen=True, slots=True)

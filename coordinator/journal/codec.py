@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 import google_crc32c
 
-from coordinator.journal.state import Assigned, Finished, Forgotten, Opened, Record, Tokens
-from coordinator.requests.nouns import Request
-from echelon.internal import wire
-from echelon.internal.v1 import journal_pb2
+from coordinator.journal.state import Assigned, Finished, Forgotten, Opened, Prompted, Record, Tokens
+from coordinator.requests.nouns import Received, Request
+from echelon.internal import link, wire
+from echelon.internal.v1 import journal_pb2, link_pb2
 
 FRAME = struct.Struct("<II")
 
@@ -70,15 +70,18 @@ def encode(record: Record, term: int) -> bytes:
                 recomputed_tokens=recomputed_tokens,
             )
             return journal_pb2.JournalRecord(term=term, assigned=assigned).SerializeToString()
-        case Finished(request_id, finished_unix_s, finish, error_reason, error_message):
+        case Finished(request_id, finished_unix_s, finishes, error_reason, error_message):
             finished = journal_pb2.Finished(
                 request=request_id,
-                finish=wire.finish_to_proto(finish),
+                finishes=[wire.finish_to_proto(finish) for finish in finishes],
                 error_reason=error_reason,
                 error_message=error_message,
                 finished_unix_s=finished_unix_s,
             )
             return journal_pb2.JournalRecord(term=term, finished=finished).SerializeToString()
+        case Prompted(request_id, attempt, cached_tokens, logprobs):
+            prompted = wire.prompted_to_proto(link.Prompted(request_id, attempt, cached_tokens, logprobs))
+            return journal_pb2.JournalRecord(term=term, prompted=prompted).SerializeToString()
         case Forgotten(request_id):
             forgotten = journal_pb2.Forgotten(request=request_id)
             return journal_pb2.JournalRecord(term=term, forgotten=forgotten).SerializeToString()
@@ -95,7 +98,7 @@ def decode(payload: bytes) -> Record:
                 tokens.request, tokens.attempt, tokens.first_token, tuple(tokens.ids), logprobs, tokens.choice
             )
         case "opened":
-            return Opened(_request(message.opened), tuple(message.opened.received))
+            return Opened(_request(message.opened), tuple(tuple(held.ids) for held in message.opened.received))
         case "assigned":
             assigned = message.assigned
             return Assigned(
@@ -106,17 +109,20 @@ def decode(payload: bytes) -> Record:
             return Finished(
                 finished.request,
                 finished.finished_unix_s,
-                wire.finish_from_proto(finished.finish),
+                tuple(link.Finish(value) for value in finished.finishes),
                 finished.error_reason,
                 finished.error_message,
             )
+        case "prompted":
+            told = wire.prompted_from_proto(message.prompted)
+            return Prompted(told.request, told.attempt, told.cached_tokens, told.prompt_logprobs)
         case "forgotten":
             return Forgotten(message.forgotten.request)
         case other:
             raise AssertionError(f"a journal record of an unknown kind: {other}")
 
 
-def _opened(request: Request, received: tuple[int, ...]) -> journal_pb2.Opened:
+def _opened(request: Request, received: Received) -> journal_pb2.Opened:
     return journal_pb2.Opened(
         request=request.request_id,
         digest=request.digest,
@@ -125,7 +131,9 @@ def _opened(request: Request, received: tuple[int, ...]) -> journal_pb2.Opened:
         sampling=wire.sampling_to_proto(request.sampling),
         deadline_unix_s=request.deadline_unix_s,
         opened_unix_s=request.opened_unix_s,
-        received=received,
+        received=[link_pb2.Ids(ids=ids) for ids in received],
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -138,4 +146,6 @@ def _request(opened: journal_pb2.Opened) -> Request:
         sampling=wire.sampling_from_proto(opened.sampling),
         deadline_unix_s=opened.deadline_unix_s,
         opened_unix_s=opened.opened_unix_s,
+        priority=opened.priority,
+        cache_salt=opened.cache_salt,
     )

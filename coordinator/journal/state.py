@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from coordinator.requests.nouns import Request
+from coordinator.requests.nouns import Received, Request
 from echelon.internal.link import Finish, Logprob
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The request is known from here on. received: ids its client held of an answer this journal did not know."""
+    """The request is known from here on. received: ids its client held of answers this journal did not know."""
 
     request: Request
-    received: tuple[int, ...] = ()
+    received: Received = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,18 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompted:
+    """The prompt has been computed: what of it was cached, and its log-probabilities where they were asked."""
+
+    request_id: str
+    attempt: int
+    cached_tokens: int
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """New ids of the answer, from place first_token on. attempt 0: its client held them, the journal did not."""
+    """New ids of a choice, from place first_token on. attempt 0: its client held them, the journal did not."""
 
     request_id: str
     attempt: int
@@ -48,11 +58,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The request's end: finish, or the error that ended it."""
+    """The request's end: a finish for each choice, or the error that ended it."""
 
     request_id: str
     finished_unix_s: float
-    finish: Finish | None = None
+    finishes: tuple[Finish, ...] = ()
     error_reason: str = ""
     error_message: str = ""
 
@@ -64,18 +74,42 @@ class Forgotten:
     request_id: str
 
 
-Record = Opened | Assigned | Tokens | Finished | Forgotten
+Record = Opened | Assigned | Prompted | Tokens | Finished | Forgotten
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is known of one choice. logprobs stand beside ids, None where no record carried one."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)
+
+    def records(self, request_id: str, attempt: int, choice: int) -> Iterator[Tokens]:
+        """The fewest records that lead to this answer."""
+        first = 0
+        for unknown, group in groupby(self.logprobs, key=lambda logprob: logprob is None):
+            logprobs = tuple(group)
+            ids = tuple(self.ids[first : first + len(logprobs)])
+            known = () if unknown else tuple(logprob for logprob in logprobs if logprob is not None)
+            yield Tokens(request_id, attempt, first, ids, known, choice)
+            first += len(ids)
 
 
 @dataclass(slots=True)
 class Entry:
-    """What the journal knows of one request. logprobs stand beside ids, None where no record carried one."""
+    """What the journal knows of one request; answers by choice."""
 
     request: Request
-    ids: list[int]
-    logprobs: list[Logprob | None]
+    answers: list[Answer]
     assigned: Assigned | None = None
+    prompted: Prompted | None = None
     finished: Finished | None = None
+
+    @classmethod
+    def open(cls, opened: Opened) -> Entry:
+        held = [list(ids) for ids in opened.received]
+        held += [[] for _ in range(opened.request.sampling.n - len(held))]
+        return cls(opened.request, [Answer(ids, [None] * len(ids)) for ids in held])
 
     @property
     def attempt(self) -> int:
@@ -85,20 +119,16 @@ class Entry:
     def recomputed_tokens(self) -> int:
         return self.assigned.recomputed_tokens if self.assigned else 0
 
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(answer.ids) for answer in self.answers)
+
     def records(self) -> Iterator[Record]:
         """The fewest records that lead to this entry."""
         yield Opened(self.request)
-        first = 0
-        for unknown, group in groupby(self.logprobs, key=lambda logprob: logprob is None):
-            logprobs = tuple(group)
-            ids = tuple(self.ids[first : first + len(logprobs)])
-            known = () if unknown else tuple(logprob for logprob in logprobs if logprob is not None)
-            yield Tokens(self.request.request_id, self.attempt, first, ids, known)
-            first += len(ids)
-        if self.assigned:
-            yield self.assigned
-        if self.finished:
-            yield self.finished
+        for choice, answer in enumerate(self.answers):
+            yield from answer.records(self.request.request_id, self.attempt, choice)
+        yield from (record for record in (self.assigned, self.prompted, self.finished) if record)
 
 
 @dataclass(slots=True)
@@ -115,11 +145,14 @@ class JournalState:
         match record:
             case Tokens():
                 self._add_tokens(record)
-            case Opened(request, received):
-                self.entries[request.request_id] = Entry(request, list(received), [None] * len(received))
+            case Opened(request):
+                self.entries[request.request_id] = Entry.open(record)
             case Assigned(request_id):
                 if entry := self.entries.get(request_id):
                     entry.assigned = record
+            case Prompted(request_id):
+                if (entry := self.entries.get(request_id)) and entry.prompted is None:
+                    entry.prompted = record
             case Finished(request_id):
                 if entry := self.entries.get(request_id):
                     entry.finished = record
@@ -139,9 +172,10 @@ class JournalState:
         entry = self.entries.get(record.request_id)
         if entry is None:
             return
-        held = len(entry.ids) - record.first_token
+        answer = entry.answers[record.choice]
+        held = len(answer.ids) - record.first_token
         if held < 0:  # records before these were lost to a damaged file; the client's own ids carry it on
             del self.entries[record.request_id]
             return
-        entry.ids.extend(record.ids[held:])
-        entry.logprobs.extend(record.logprobs[held:] if record.logprobs else [None] * len(record.ids[held:]))
+        answer.ids.extend(record.ids[held:])
+        answer.logprobs.extend(record.logprobs[held:] if record.logprobs else [None] * len(record.ids[held:]))

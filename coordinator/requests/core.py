@@ -8,11 +8,10 @@ how replicas come and go.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.detokenizer import Detokenizer
 from coordinator.journal.state import Assigned, JournalState
+from coordinator.journal.state import Prompted as PromptedRecord
 from coordinator.requests.events import (
     Cancel,
     Drain,
@@ -27,12 +26,12 @@ from coordinator.requests.events import (
     Submit,
     Tick,
 )
-from coordinator.requests.life import Life, Phase
+from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
-from coordinator.requests.router import Link, Router, choose, too_large
+from coordinator.requests.router import NOTHING, Link, Router, choose, too_large
 from echelon.errors import InternalError, InvalidRequestError
-from echelon.internal.link import Assign, Fence, Released, ReplicaHello, Report, TokenRun
+from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,10 @@ class Counts:
 class CoordinatorCore:
     """Takes up where the journal's state ends, and keeps that state."""
 
-    def __init__(self, config: CoreConfig, detokenizer: Callable[[], Detokenizer], state: JournalState) -> None:
+    def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState) -> None:
         self._term = config.term
         self._router = Router()
-        self._lives = Lives(config, detokenizer, state, self._router)
+        self._lives = Lives(config, new_text, state, self._router)
         self._restored = False
 
     def step(self, now: float, event: Event) -> list[Effect]:
@@ -102,7 +101,7 @@ class CoordinatorCore:
         wanted = {(life.request_id, life.entry.attempt): life for life in self._lives.running_on(fence.replica)}
         for running in hello.running:
             life = self._lives.get(running.request)
-            link.hold(running.request, running.attempt, life.context_tokens if life else 0)
+            link.hold(running.request, running.attempt, life.size if life else NOTHING)
             if wanted.pop((running.request, running.attempt), None) is None:
                 link.abandon(running.request, running.attempt)
         for life in reversed(wanted.values()):
@@ -122,11 +121,15 @@ class CoordinatorCore:
         if link is None:
             self._lives.emit("report.refused", str(report.fence.replica), report_seq=report.report_seq)
             return
+        for prompted in report.prompted:
+            self._take_prompted(prompted)
         for run in report.runs:
             self._take_run(now, run)
         for released in report.released:
             link.release(released.request, released.attempt)
             self._take_released(now, released)
+        if report.stats:
+            link.blocks_referenced = report.stats.blocks_referenced
         link.acknowledge(report.report_seq)
 
     def _current(self, request_id: str, attempt: int) -> Life | None:
@@ -134,11 +137,19 @@ class CoordinatorCore:
         life = self._lives.get(request_id)
         return life if life and life.phase is Phase.RUNNING and life.entry.attempt == attempt else None
 
+    def _take_prompted(self, prompted: Prompted) -> None:
+        """Told once for each attempt; the first one counts. Not worth a record unless there is something to tell."""
+        life = self._current(prompted.request, prompted.attempt)
+        if life and life.entry.prompted is None and (prompted.cached_tokens or prompted.prompt_logprobs):
+            logprobs = prompted.prompt_logprobs
+            record = PromptedRecord(prompted.request, prompted.attempt, prompted.cached_tokens, logprobs)
+            self._lives.record(record)
+
     def _take_run(self, now: float, run: TokenRun) -> None:
         life = self._current(run.request, run.attempt)
         if life is None:
             return
-        held = len(life.entry.ids)
+        held = len(life.entry.answers[run.choice].ids)
         if run.first_token > held:
             gap = f"a run starts at token {run.first_token}, the journal ends at {held}"
             self._lives.interrupt(now, life, gap)
@@ -155,13 +166,13 @@ class CoordinatorCore:
             self._lives.interrupt(now, life, "its leader let go of it")
 
     def _assign(self, now: float) -> None:
-        """First come, first served, while a replica has credits for the first."""
+        """In their order, while a replica has credits for the first."""
         while life := self._lives.first_queued():
-            if reason := too_large(self._router.links.values(), life.context_tokens):
+            if reason := too_large(self._router.links.values(), life.size):
                 error = InvalidRequestError(reason, reason="CONTEXT_TOO_LONG", request_id=life.request_id)
                 self._lives.fail(now, life, error)
                 continue
-            link, _ = choose(self._router.links.values(), life.context_tokens)
+            link, _ = choose(self._router.links.values(), life.size)
             if link is None:
                 return
             self._assign_to(now, life, link)
@@ -170,10 +181,19 @@ class CoordinatorCore:
         entry, request = life.entry, life.entry.request
         recomputed = entry.recomputed_tokens
         if entry.attempt:
-            recomputed += len(request.prompt) + len(entry.ids)
+            recomputed += len(request.prompt) + entry.generated_tokens
         attempt = entry.attempt + 1
         self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
         self._lives.move(life, Phase.RUNNING)
         if life.assigned_unix_s is None:
             life.assigned_unix_s = now
-        link.assign(Assign(request.request_id, attempt, request.prompt, tuple(entry.ids), request.sampling))
+        assign = Assign(
+            request=request.request_id,
+            attempt=attempt,
+            prompt=request.prompt,
+            choices=life.progress(),
+            sampling=request.sampling,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+        link.assign(assign, life.size)

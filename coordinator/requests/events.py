@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.journal.state import Record
-from coordinator.requests.nouns import Request, Shown
+from coordinator.requests.nouns import Received, Request, Shown
 from echelon.internal.link import Command, Fence, ReplicaHello, Report
 
 # What the core is told.
@@ -23,7 +23,7 @@ class Submit:
 
     stream: int
     request: Request
-    received: tuple[int, ...] | None = None
+    received: Received | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,16 @@ stream, its place, its detokenizer, the times of its first steps.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.detokenizer import Detokenizer
+from coordinator.answer_text import AnswerText, Stops
 from coordinator.journal.state import Entry, Finished
-from coordinator.requests.nouns import Outcome, Shown
+from coordinator.requests.nouns import Outcome, Received, Shown
+from coordinator.requests.router import Size
 from echelon.errors import WIRE_ERRORS, EchelonError, InternalError, InvalidRequestError
-from echelon.internal.link import Finish, Logprob
-from echelon.types import Admitted, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage
+from echelon.internal.link import Finish, Logprob, Progress, Sampling
+from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage
 
 _FINISH_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 _ERRORS = {error.default_reason: error for error in WIRE_ERRORS} | {"CONTEXT_TOO_LONG": InvalidRequestError}
@@ -38,31 +39,56 @@ class Due(enum.Enum):
     PARK = "park"
 
 
+NewText = Callable[[Stops], AnswerText]
+
+
 @dataclass(slots=True, eq=False)
 class Life:
-    """A remembered request. stream is None while no client is attached, since detached_unix_s."""
+    """A remembered request. stream is None while no client is attached, since detached_unix_s.
+
+    arrival is its place among all requests. finishes: by choice, how it ended, None while it goes on.
+    """
 
     entry: Entry
     phase: Phase
-    stop_ids: frozenset[int] = frozenset()
+    new_text: NewText
+    arrival: int = 0
     stream: int | None = None
     detached_unix_s: float = 0.0
     assigned_unix_s: float | None = None
     first_token_unix_s: float | None = None
-    _detokenizer: Detokenizer | None = None
-    _text: list[str] = field(default_factory=list)
+    stop_ids: frozenset[int] = frozenset()
+    finishes: list[Finish | None] = field(default_factory=list)
+    _texts: list[AnswerText] = field(default_factory=list)  # in step with the answers, or empty: nobody reads
 
     def __post_init__(self) -> None:
-        self.stop_ids = frozenset(self.entry.request.sampling.stop_token_ids)
+        self.stop_ids = frozenset(self.sampling.stop_token_ids)
+        self.judge_all()
 
     @property
     def request_id(self) -> str:
         return self.entry.request.request_id
 
     @property
-    def context_tokens(self) -> int:
-        """Prompt and everything that may be generated."""
-        return len(self.entry.request.prompt) + self.entry.request.sampling.max_tokens
+    def sampling(self) -> Sampling:
+        return self.entry.request.sampling
+
+    @property
+    def ended(self) -> bool:
+        """Every choice has ended."""
+        return None not in self.finishes
+
+    @property
+    def size(self) -> Size:
+        """What a replica needs for the choices that go on."""
+        prompt = len(self.entry.request.prompt)
+        generated = tuple(len(progress.generated) for progress in self.progress())
+        return Size(prompt, generated, prompt + self.sampling.max_tokens)
+
+    def progress(self) -> tuple[Progress, ...]:
+        """The choices that go on, with the ids they have."""
+        going_on = (choice for choice, finish in enumerate(self.finishes) if finish is None)
+        return tuple(Progress(choice, tuple(self.entry.answers[choice].ids)) for choice in going_on)
 
     def next_due(self, resume_window_s: float, reattach_s: float) -> tuple[float, Due]:
         """What comes next if nothing else happens, and when."""
@@ -75,64 +101,111 @@ class Life:
             return min(deadline, (self.detached_unix_s + resume_window_s, Due.FORGET), key=lambda due: due[0])
         return min(deadline, (self.detached_unix_s + reattach_s, Due.PARK), key=lambda due: due[0])
 
-    def ending(self) -> Finish | None:
-        """How the ids so far end the answer: at an end token, or at the limit."""
-        ids, sampling = self.entry.ids, self.entry.request.sampling
-        if ids and ids[-1] in self.stop_ids:
-            return Finish.STOP
-        return Finish.LENGTH if len(ids) >= sampling.max_tokens else None
+    # Judging
 
-    def cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of the next ids that belong to the answer: none after an end token or over the limit."""
-        ids = ids[: self.entry.request.sampling.max_tokens - len(self.entry.ids)]
+    def judge_all(self) -> None:
+        """Anew from the ids that the entry has: stop strings need the text of all of them."""
+        if self.sampling.stop:
+            self._read_texts([len(answer.ids) for answer in self.entry.answers])
+        self.finishes = [self._ending(choice) for choice in range(len(self.entry.answers))]
+
+    def take(self, choice: int, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """Those of the next ids that belong to the answer, and the text they settle; none after its end."""
+        held = len(self.entry.answers[choice].ids)
+        ids = ids[: self.sampling.max_tokens - held]
         if not self.stop_ids.isdisjoint(ids):
-            end = next(place for place, token_id in enumerate(ids) if token_id in self.stop_ids)
-            ids = ids[: end + 1]
-        return ids
+            ends = (place for place, token_id in enumerate(ids) if self._ends(token_id, held + place + 1))
+            ids = ids[: next(ends, len(ids)) + 1]
+        if not self._texts:
+            return ids, ""
+        taken, text = self._texts[choice].push(ids)
+        return ids[:taken], text
 
-    def attach(self, stream: int, detokenizer: Detokenizer, received: int) -> list[Shown]:
-        """Take a stream whose client holds the first `received` ids: what it has to be shown at once."""
-        request = self.entry.request
+    def judge(self, choice: int) -> Finish | None:
+        """How the ids that were taken end the choice: at a stop, at the limit, or not yet."""
+        self.finishes[choice] = finish = self._ending(choice)
+        return finish
+
+    def _ending(self, choice: int) -> Finish | None:
+        ids = self.entry.answers[choice].ids
+        if self._texts and self._texts[choice].matched:
+            return Finish.STOP
+        if ids and self._ends(ids[-1], len(ids)):
+            return Finish.STOP
+        return Finish.LENGTH if len(ids) >= self.sampling.max_tokens else None
+
+    def _ends(self, token_id: int, count: int) -> bool:
+        return token_id in self.stop_ids and count > self.sampling.min_tokens
+
+    # Showing
+
+    def attach(self, stream: int, received: Received) -> list[Shown]:
+        """Take a stream whose client holds the first `received` ids of each choice: what it is shown at once."""
+        request, answers = self.entry.request, self.entry.answers
         self.stream = stream
-        self._detokenizer = detokenizer
-        self._text = [detokenizer.push(self.entry.ids[:received])]
-        admitted = Admitted(request.request_id, len(request.prompt), request.sampling.seed)
-        return [admitted, self.delta(received)] if received < len(self.entry.ids) else [admitted]
+        held = [len(received[choice]) if choice < len(received) else 0 for choice in range(len(answers))]
+        self._read_texts(held)
+        shown: list[Shown] = [Admitted(request.request_id, len(request.prompt), request.sampling.seed)]
+        for choice, first in enumerate(held):
+            if ids := tuple(answers[choice].ids[first:]):
+                shown.append(self.delta(choice, first, ids, self._texts[choice].push(ids)[1]))
+        return shown
 
     def detach(self, now: float) -> None:
         self.stream = None
         self.detached_unix_s = now
-        self._detokenizer = None
-        self._text = []
+        if not self.sampling.stop:
+            self._texts = []
 
-    def delta(self, first: int) -> StreamEvent:
-        """The ids from this place on, with the text that they settle. To be called once for each id."""
-        assert self._detokenizer is not None
-        ids = tuple(self.entry.ids[first:])
-        text = self._detokenizer.push(ids)
-        self._text.append(text)
-        if self.entry.request.sampling.logprobs is None:
-            return StreamEvent(self.request_id, 0, first, text, ids)
-        return StreamEvent(self.request_id, 0, first, text, ids, _token_logprobs(ids, self.entry.logprobs[first:]))
+    def delta(self, choice: int, first: int, ids: tuple[int, ...], text: str) -> StreamEvent:
+        """These ids of the entry, from place `first` on, with the text that they settle."""
+        if self.sampling.logprobs is None:
+            return StreamEvent(self.request_id, choice, first, text, ids)
+        logprobs = self.entry.answers[choice].logprobs[first : first + len(ids)]
+        return StreamEvent(self.request_id, choice, first, text, ids, _token_logprobs(ids, logprobs))
 
     def outcome(self) -> Outcome:
         """The one event that ends the attached stream of an ended request. Its text has what deltas held back."""
         assert self.entry.finished is not None
-        assert self._detokenizer is not None
-        finished, request = self.entry.finished, self.entry.request
-        if finished.finish is None:
+        finished, request, entry = self.entry.finished, self.entry.request, self.entry
+        if not finished.finishes:
             return error_of(finished)
-        text = "".join(self._text) + self._detokenizer.flush()
+        prompted = entry.prompted
         return Completion(
             request_id=request.request_id,
             model=request.model,
-            text=text,
-            token_ids=tuple(self.entry.ids),
-            finish_reason=_FINISH_REASONS[finished.finish],
-            logprobs=_token_logprobs(self.entry.ids, self.entry.logprobs),
-            usage=Usage(len(request.prompt), len(self.entry.ids), self.entry.recomputed_tokens),
+            choices=tuple(self._choice(choice, finish) for choice, finish in enumerate(finished.finishes)),
+            usage=Usage(
+                prompt_tokens=len(request.prompt),
+                completion_tokens=entry.generated_tokens,
+                recomputed_tokens=entry.recomputed_tokens,
+                cached_tokens=prompted.cached_tokens if prompted else 0,
+            ),
             timing=self._timing(finished),
+            prompt_logprobs=_token_logprobs(request.prompt[1:], prompted.logprobs)
+            if prompted and prompted.logprobs
+            else (),
         )
+
+    def _choice(self, choice: int, finish: Finish) -> Choice:
+        answer, text = self.entry.answers[choice], self._texts[choice]
+        text.flush()
+        return Choice(
+            index=choice,
+            text=text.text,
+            token_ids=tuple(answer.ids),
+            finish_reason=_FINISH_REASONS[finish],
+            logprobs=_token_logprobs(answer.ids, answer.logprobs),
+            matched_stop=text.matched,
+        )
+
+    def _read_texts(self, counts: Sequence[int]) -> None:
+        """New texts, over the first so many ids of each choice."""
+        sampling = self.sampling
+        stops = Stops(sampling.stop, sampling.include_stop, sampling.min_tokens)
+        self._texts = [self.new_text(stops) for _ in self.entry.answers]
+        for text, answer, count in zip(self._texts, self.entry.answers, counts, strict=True):
+            text.push(answer.ids[:count])
 
     def _timing(self, finished: Finished) -> Timing:
         """Zero where a coordinator that is gone was the only one to know."""

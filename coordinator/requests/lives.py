@@ -8,24 +8,24 @@ successor will know. It asks the router to withdraw an attempt, and leaves assig
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
-from coordinator.detokenizer import Detokenizer
 from coordinator.journal.state import Finished, Forgotten, JournalState, Opened, Record, Tokens
-from coordinator.requests.admission import refuse_attach, refuse_open
+from coordinator.requests.admission import Queue, refuse_attach, refuse_open
 from coordinator.requests.events import Append, Deliver, Effect, Emit, Submit
-from coordinator.requests.life import Due, Life, Phase
-from coordinator.requests.nouns import Outcome, Request, Shown
+from coordinator.requests.life import Due, Life, NewText, Phase
+from coordinator.requests.nouns import Outcome, Received, Request, Shown
 from coordinator.requests.router import Router
+from coordinator.requests.waiting import Waiting
 from echelon.errors import (
     CancelledError,
     DeadlineError,
     EchelonError,
     StreamTakenOverError,
 )
-from echelon.internal.link import Finish, TokenRun
+from echelon.internal.link import TokenRun
 
 # A new coordinator lets replicas go on this long with requests whose clients have not come back yet.
 REATTACH_S = 10.0
@@ -43,19 +43,17 @@ class CoreConfig:
 class Lives:
     """Requests by id. A step's effects pile up until taken: appends, then deliveries; what there is to tell at last."""
 
-    def __init__(
-        self, config: CoreConfig, detokenizer: Callable[[], Detokenizer], state: JournalState, router: Router
-    ) -> None:
+    def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState, router: Router) -> None:
         self.draining = False
         self.phases: Counter[Phase] = Counter()
         self._config = config
-        self._new_detokenizer = detokenizer
+        self._new_text = new_text
         self._state = state
         self._router = router
         self._lives: dict[str, Life] = {}
         self._streams: dict[int, Life] = {}
-        self._queue: OrderedDict[str, Life] = OrderedDict()
-        self._queued_tokens = 0
+        self._arrivals = itertools.count()
+        self._waiting = Waiting()
         self._timers: list[tuple[float, str]] = []  # when to look at a request; looking too often does no harm
         self._appends: list[Effect] = []
         self._deliveries: list[Effect] = []
@@ -70,7 +68,7 @@ class Lives:
         return [life for life in running if life.entry.assigned and life.entry.assigned.replica == replica]
 
     def first_queued(self) -> Life | None:
-        return next(iter(self._queue.values()), None)
+        return self._waiting.first
 
     def take_effects(self, sends: list[Effect]) -> list[Effect]:
         """Everything since the last call, in the order of execution."""
@@ -90,7 +88,7 @@ class Lives:
         """Take up where the journal ends. What a replica held may still be held: its next hello will say."""
         for entry in self._state.entries.values():
             phase = Phase.ENDED if entry.finished else Phase.RUNNING if entry.assigned else Phase.PARKED
-            life = Life(entry, phase, detached_unix_s=now)
+            life = Life(entry, phase, self._new_text, next(self._arrivals), detached_unix_s=now)
             self._lives[life.request_id] = life
             self.phases[phase] += 1
             self._look_at(life, now)
@@ -108,37 +106,49 @@ class Lives:
         request, received = submit.request, submit.received or ()
         life = self._lives.get(request.request_id)
         if life:
-            refusal = refuse_attach(life.entry, request, received)
+            refusal = refuse_attach(life.entry, request, received, self._new_text)
         else:
-            refusal = refuse_open(request, received, self._queued_tokens, self._config.max_queue_tokens, self.draining)
+            queue = Queue(self._waiting.prompt_tokens, self._config.max_queue_tokens, self.draining)
+            refusal = refuse_open(request, received, queue, self._new_text)
         if refusal:
             self._deliveries.append(Deliver(submit.stream, refusal))
             return
         if life is None:
             life = self._open(now, request, received)
-        elif len(received) > len(life.entry.ids):
-            # A power cut took the journal's end, but the client has it: go on from there, not from what a leader holds.
-            held = len(life.entry.ids)
-            self.record(Tokens(life.request_id, 0, held, received[held:]))
+        else:
+            self._take_over(life, received)
+        self._attach(now, life, submit.stream, received)
+
+    def _take_over(self, life: Life, received: Received) -> None:
+        """A power cut took the journal's end, but the client has it: go on from there, not from what a leader holds."""
+        longer = [
+            Tokens(life.request_id, 0, len(answer.ids), ids[len(answer.ids) :], choice=choice)
+            for choice, (ids, answer) in enumerate(zip(received, life.entry.answers, strict=False))
+            if len(ids) > len(answer.ids)
+        ]
+        if longer:
+            for record in longer:
+                self.record(record)
+            life.judge_all()
             self._withdraw(life)
             self.move(life, Phase.PARKED)
-        self._attach(now, life, submit.stream, len(received))
 
-    def _open(self, now: float, request: Request, received: tuple[int, ...]) -> Life:
+    def _open(self, now: float, request: Request, received: Received) -> Life:
         self.record(Opened(request, received))
-        life = Life(self._state.entries[request.request_id], Phase.PARKED, detached_unix_s=now)
+        entry = self._state.entries[request.request_id]
+        life = Life(entry, Phase.PARKED, self._new_text, next(self._arrivals), detached_unix_s=now)
         self._lives[life.request_id] = life
         self.phases[life.phase] += 1
         self._look_at(life, request.deadline_unix_s)
         return life
 
-    def _attach(self, now: float, life: Life, stream: int, received: int) -> None:
+    def _attach(self, now: float, life: Life, stream: int, received: Received) -> None:
         """Show the stream what it lacks, and see that the request goes on."""
         if life.stream is not None:
             taken_over = StreamTakenOverError("another stream attached to this request", request_id=life.request_id)
             self._end_stream(life, taken_over)
         self._streams[stream] = life
-        for shown in life.attach(stream, self._new_detokenizer(), received):
+        for shown in life.attach(stream, received):
             self._deliver(life, shown)
         if life.phase is Phase.ENDED:
             self._end_stream(life, life.outcome())
@@ -163,44 +173,42 @@ class Lives:
 
     # Lives
 
-    def _enqueue(self, now: float, life: Life, *, front: bool = False) -> None:
-        """Wait for a replica, unless the ids that are known end the answer already."""
-        if finish := life.ending():
-            self._finish(now, life, finish)
+    def _enqueue(self, now: float, life: Life) -> None:
+        """Wait for a replica, unless the ids that are known end every choice already."""
+        if life.ended:
+            self._finish(now, life)
             return
         self.move(life, Phase.QUEUED)
-        self._queue[life.request_id] = life
-        self._queued_tokens += len(life.entry.request.prompt)
-        if front:
-            self._queue.move_to_end(life.request_id, last=False)
+        self._waiting.add(life)
 
     def interrupt(self, now: float, life: Life, reason: str) -> None:
-        """A replica lost it, or never had it: replay it from the journal, ahead of those that wait."""
+        """A replica lost it, or never had it: replay it from the journal, in its place among those that wait."""
         self._withdraw(life)
-        recomputed = len(life.entry.request.prompt) + len(life.entry.ids)
+        recomputed = len(life.entry.request.prompt) + life.entry.generated_tokens
         detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": recomputed}
         self.emit("request.replayed", life.request_id, **detail)
         if life.stream is None:
             self._park(now, life)
         else:
-            self._enqueue(now, life, front=True)
+            self._enqueue(now, life)
 
     def _park(self, now: float, life: Life) -> None:
         """No client: nothing is computed until one comes back, or until the resume window has passed."""
         self._withdraw(life)
-        if finish := life.ending():
-            self._finish(now, life, finish)
+        if life.ended:
+            self._finish(now, life)
             return
         self.move(life, Phase.PARKED)
         self._age(now, life)
         self.emit("request.parked", life.request_id)
 
-    def _finish(self, now: float, life: Life, finish: Finish) -> None:
-        self._end(life, Finished(life.request_id, now, finish))
+    def _finish(self, now: float, life: Life) -> None:
+        finishes = tuple(finish for finish in life.finishes if finish)
+        self._end(life, Finished(life.request_id, now, finishes))
 
     def fail(self, now: float, life: Life, error: EchelonError) -> None:
         self._withdraw(life)
-        self._end(life, Finished(life.request_id, now, None, error.reason, error.message))
+        self._end(life, Finished(life.request_id, now, (), error.reason, error.message))
         self.emit("request.failed", life.request_id, reason=error.reason, message=error.message)
 
     def _end(self, life: Life, finished: Finished) -> None:
@@ -221,28 +229,37 @@ class Lives:
             self._router.abandon(assigned.replica, life.request_id, assigned.attempt)
 
     def move(self, life: Life, phase: Phase) -> None:
-        if self._queue.pop(life.request_id, None):
-            self._queued_tokens -= len(life.entry.request.prompt)
+        self._waiting.discard(life)
         self.phases[life.phase] -= 1
         self.phases[phase] += 1
         life.phase = phase
 
     def accept(self, now: float, life: Life, run: TokenRun) -> None:
-        """Journal and deliver what a run of the current attempt adds; it has to start where the journal ends."""
-        entry = life.entry
-        first = len(entry.ids)
+        """Journal and deliver what a run of the current attempt adds; it has to start where its answer ends."""
+        if life.finishes[run.choice] is not None:  # what a leader made of it before it heard of the end
+            return
+        first = len(life.entry.answers[run.choice].ids)
         new = run.ids[first - run.first_token :]
-        ids = life.cut(new)
+        ids, text = life.take(run.choice, new)
         if ids:
-            self.record(Tokens(run.request, run.attempt, first, ids, run.logprobs[-len(new) :][: len(ids)], run.choice))
+            logprobs = run.logprobs[-len(new) :][: len(ids)]
+            self.record(Tokens(run.request, run.attempt, first, ids, logprobs, run.choice))
             if life.first_token_unix_s is None:
                 life.first_token_unix_s = now
             if life.stream is not None:
-                self._deliver(life, life.delta(first))
-        if finish := life.ending() or run.finish:
-            if not run.finish:
-                self._withdraw(life)
-            self._finish(now, life, finish)
+                self._deliver(life, life.delta(run.choice, first, ids, text))
+        if life.judge(run.choice) is None:
+            life.finishes[run.choice] = run.finish
+        if life.finishes[run.choice]:
+            self._end_choice(now, life, run)
+
+    def _end_choice(self, now: float, life: Life, run: TokenRun) -> None:
+        """Tell the leader, unless it told us; the last choice ends the request."""
+        if not run.finish and (assigned := life.entry.assigned):
+            choice = None if life.ended else run.choice
+            self._router.abandon(assigned.replica, life.request_id, assigned.attempt, choice)
+        if life.ended:
+            self._finish(now, life)
 
     # Time
 
@@ -263,8 +280,8 @@ class Lives:
         elif due is Due.PARK:
             self._park(now, life)
         else:
-            limit = life.entry.request.sampling.max_tokens
-            late = f"the deadline passed after {len(life.entry.ids)} of at most {limit} tokens"
+            limit = life.sampling.max_tokens * life.sampling.n
+            late = f"the deadline passed after {life.entry.generated_tokens} of at most {limit} tokens"
             self.fail(now, life, DeadlineError(late, request_id=life.request_id))
 
     def _look_at(self, life: Life, unix_s: float) -> None:

@@ -15,7 +15,10 @@ from echelon.types import Admitted, Completion, StreamEvent
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One admitted prompt with every default settled. digest covers what the client sent, without id and resume."""
+    """One admitted prompt with every default settled. digest covers what the client sent, without id and resume.
+
+    Lower priority goes first. Cached prefixes are shared by requests of the same cache_salt only.
+    """
 
     request_id: str
     digest: bytes
@@ -24,7 +27,11 @@ class Request:
     sampling: Sampling
     deadline_unix_s: float
     opened_unix_s: float
+    priority: int = 0
+    cache_salt: str = ""
 
+
+Received = tuple[tuple[int, ...], ...]  # by choice: ids of the answer that a client holds
 
 # What a stream is shown: Admitted, then the tokens as they come, then exactly one outcome.
 Outcome = Completion | EchelonError

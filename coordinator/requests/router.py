@@ -1,7 +1,9 @@
 """Credits and assignment: which replica takes the next request, and what is on its way to each.
 
-Part of the coordinator's core; pure. A replica grants slots and KV blocks with its hello; an assignment takes them,
-and only Released, a new hello or the replica's end gives them back. Knows requests by id and size alone.
+Part of the coordinator's core; pure. A replica grants slots and KV blocks with its hello; an assignment takes a slot a
+choice and the blocks of what is known of it. How far requests have grown since, the replica's reports tell; when they
+outgrow it, it preempts. Only Released, a new hello or the replica's end gives slots back. Knows requests by id and
+size alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,27 @@ from echelon.internal.link import Abandon, Assign, Command, Fence, ReplicaHello
 Attempt = tuple[str, int]  # request id, attempt
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a request: its prompt, what each choice that goes on has generated, and the most that one may come to."""
+
+    prompt_tokens: int
+    generated_tokens: tuple[int, ...]
+    longest_tokens: int
+
+    @property
+    def choices(self) -> int:
+        return len(self.generated_tokens)
+
+    def blocks(self, block_tokens: int) -> int:
+        """Of the prompt, which its choices share, and of each choice, with one to grow into."""
+        own = sum(-(-generated // block_tokens) + 1 for generated in self.generated_tokens)
+        return -(-self.prompt_tokens // block_tokens) + own
+
+
+NOTHING = Size(0, (), 0)
+
+
 @dataclass(slots=True)
 class Link:
     """An open link to a leader: its credits, and the command that this step builds up for it."""
@@ -21,43 +44,47 @@ class Link:
     fence: Fence
     hello: ReplicaHello
     acked_report: int = 0
-    held: dict[Attempt, int] = field(default_factory=dict)  # blocks reserved for each attempt the leader holds
-    _free_blocks: int = 0
+    blocks_referenced: int = 0  # as last reported
+    held: dict[Attempt, Size] = field(default_factory=dict)  # what was assigned, and not released
+    _held_slots: int = 0
+    _held_blocks: int = 0
     _ack_due: bool = False
     _assigns: list[Assign] = field(default_factory=list)
     _abandons: list[Abandon] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._free_blocks = self.hello.kv_blocks
-
     @property
     def free_slots(self) -> int:
-        return self.hello.slots - len(self.held)
+        return self.hello.slots - self._held_slots
 
     @property
     def free_blocks(self) -> int:
-        return self._free_blocks
+        return self.hello.kv_blocks - max(self._held_blocks, self.blocks_referenced)
 
-    def blocks_needed(self, tokens: int) -> int:
-        return -(-tokens // self.hello.block_tokens)
+    def fits(self, size: Size) -> bool:
+        """Now; a request that has the replica to itself always does, if it ever can."""
+        if self.free_slots < size.choices:
+            return False
+        return not self.held or size.blocks(self.hello.block_tokens) <= self.free_blocks
 
-    def hold(self, request_id: str, attempt: int, tokens: int) -> None:
-        """The leader holds this attempt: prompt and everything it may generate."""
-        blocks = self.blocks_needed(tokens)
-        self.held[request_id, attempt] = blocks
-        self._free_blocks -= blocks
+    def hold(self, request_id: str, attempt: int, size: Size) -> None:
+        """The leader holds this attempt."""
+        self.held[request_id, attempt] = size
+        self._held_slots += size.choices
+        self._held_blocks += size.blocks(self.hello.block_tokens)
 
     def release(self, request_id: str, attempt: int) -> None:
-        self._free_blocks += self.held.pop((request_id, attempt), 0)
+        size = self.held.pop((request_id, attempt), NOTHING)
+        self._held_slots -= size.choices
+        self._held_blocks -= size.blocks(self.hello.block_tokens)
 
-    def assign(self, assign: Assign) -> None:
-        self.hold(assign.request, assign.attempt, len(assign.prompt) + assign.sampling.max_tokens)
+    def assign(self, assign: Assign, size: Size) -> None:
+        self.hold(assign.request, assign.attempt, size)
         self._assigns.append(assign)
 
-    def abandon(self, request_id: str, attempt: int) -> None:
-        """Ask for the attempt's release; its credits stay taken until that is told."""
+    def abandon(self, request_id: str, attempt: int, choice: int | None = None) -> None:
+        """Ask for the release of the attempt or a choice of it; the credits stay taken until the whole is released."""
         if (request_id, attempt) in self.held:
-            self._abandons.append(Abandon(request_id, attempt))
+            self._abandons.append(Abandon(request_id, attempt, choice))
 
     def acknowledge(self, report_seq: int) -> None:
         self.acked_report = max(self.acked_report, report_seq)
@@ -103,10 +130,13 @@ class Router:
         link = self.links.get(fence.replica)
         return link if link and link.fence == fence else None
 
-    def abandon(self, replica: int, request_id: str, attempt: int) -> None:
-        """Have a leader let go of an attempt. While its link is closed nothing is sent: its next hello will tell."""
+    def abandon(self, replica: int, request_id: str, attempt: int, choice: int | None = None) -> None:
+        """Have a leader let go of an attempt, or of one choice of it.
+
+        While its link is closed nothing is sent: its next hello will tell.
+        """
         if link := self.links.get(replica):
-            link.abandon(request_id, attempt)
+            link.abandon(request_id, attempt, choice)
 
     def take_commands(self) -> list[Command]:
         """What this step has for each leader."""
@@ -114,21 +144,24 @@ class Router:
         return [command for command in commands if command]
 
 
-def choose(links: Iterable[Link], tokens: int) -> tuple[Link | None, str]:
+def choose(links: Iterable[Link], size: Size) -> tuple[Link | None, str]:
     """The replica that takes a request of this size now, or why none does."""
-    able = [link for link in links if link.free_slots > 0 and link.blocks_needed(tokens) <= link.free_blocks]
+    able = [link for link in links if link.fits(size)]
     if not able:
-        return None, "no replica has a free slot and enough free KV blocks"
+        return None, "no replica has free slots and enough free KV blocks"
     return max(able, key=lambda link: link.free_blocks), "most free KV blocks"
 
 
-def too_large(links: Iterable[Link], tokens: int) -> str:
+def too_large(links: Iterable[Link], size: Size) -> str:
     """Why no replica that is up could ever hold a request of this size; empty if one could, or none is up."""
     reason = ""
     for link in links:
-        capacity = link.hello.kv_blocks * link.hello.block_tokens
-        limit = min(capacity, link.hello.max_context)
-        if link.blocks_needed(tokens) <= link.hello.kv_blocks and tokens <= link.hello.max_context:
+        hello = link.hello
+        limit = min(hello.kv_blocks * hello.block_tokens, hello.max_context)
+        if size.longest_tokens > limit:
+            reason = f"prompt + max_tokens = {size.longest_tokens} tokens, over the {limit} that a replica can hold"
+        elif size.choices > hello.slots:
+            reason = f"n={size.choices} choices, over the {hello.slots} (max-running) that a replica runs at once"
+        else:
             return ""
-        reason = f"prompt + max_tokens = {tokens} tokens, over the {limit} that replica {link.fence.replica} can hold"
     return reason

@@ -16,8 +16,9 @@ from echelon.aio import AsyncClient
 from echelon.cli import output
 from echelon.client import DEFAULT_TIMEOUT_S
 from echelon.errors import InvalidRequestError
-from echelon.internal.calls import GenerateOptions
-from echelon.types import Completion, SamplingParams
+from echelon.internal.generate import GenerateOptions
+from echelon.sampling import SamplingParams
+from echelon.types import Completion
 
 
 def generate(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from coordinator.frontend import ChatPrompt
 from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch
+from echelon.chat import ChatMessage
 from echelon.errors import InvalidRequestError
-from echelon.types import ChatMessage, SamplingParams
+from echelon.sampling import SamplingParams
 
 
 def short(**keys: object) -> dict[str, object]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from echelon import convert, convert_cluster
+from echelon import convert_cluster
 from echelon.cli.app import app
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.types import (
@@ -51,7 +51,7 @@ def job(state: JobState, succeeded: int = 0, failed: int = 0) -> JobStatus:
 def answers_job(*states: JobStatus) -> Any:
     def watch(request: Any, context: Any) -> Iterator[Any]:
         for state in states:
-            yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(state))
+            yield jobs_pb2.WatchBatchJobResponse(batch_job=convert_jobs.job_to_proto(state))
 
     return watch
 
@@ -65,7 +65,7 @@ RESULTS = (
 def answers_results(*items: ItemResult) -> Any:
     def results(request: Any, context: Any) -> Iterator[Any]:
         for item in items:
-            yield jobs_pb2.StreamBatchJobResultsResponse(result=convert.item_to_proto(item))
+            yield jobs_pb2.StreamBatchJobResultsResponse(result=convert_jobs.item_to_proto(item))
 
     return results
 
@@ -189,7 +189,7 @@ def test_batch_submit_prints_the_id_and_may_watch(server: ScriptedServer, tmp_pa
     source = tmp_path / "in.jsonl"
     source.write_text('{"custom_id": "a", "prompt": "once"}\n')
     for _ in range(2):
-        server.on("CreateBatchJob", lambda request, context: convert.job_to_proto(job(JobState.QUEUED)))
+        server.on("CreateBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.QUEUED)))
     result = echelon("batch", "submit", str(source), "--job-id", "j", address=server.address)
     assert (result.exit_code, result.stdout) == (0, "j\n")
     server.on("WatchBatchJob", answers_job(job(JobState.RUNNING, 1), job(JobState.SUCCEEDED, 2)))
@@ -214,7 +214,7 @@ def test_a_file_that_is_not_there_is_wrong_use() -> None:
     ],
 )
 def test_batch_watch_exits_by_the_jobs_end(server: ScriptedServer, end: JobStatus, code: int) -> None:
-    server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING)))
+    server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.RUNNING)))
     server.on("WatchBatchJob", answers_job(job(JobState.RUNNING), end))
     assert echelon("batch", "watch", "j", address=server.address).exit_code == code
 
@@ -223,15 +223,17 @@ def test_batch_list_get_and_cancel(server: ScriptedServer) -> None:
     for _ in range(2):
         server.on(
             "ListBatchJobs",
-            lambda r, c: jobs_pb2.ListBatchJobsResponse(batch_jobs=[convert.job_to_proto(job(JobState.RUNNING, 1))]),
+            lambda r, c: jobs_pb2.ListBatchJobsResponse(
+                batch_jobs=[convert_jobs.job_to_proto(job(JobState.RUNNING, 1))]
+            ),
         )
     assert echelon("batch", "list", address=server.address).stdout.splitlines()[1].split()[:3] == ["j", "running", "2"]
     (listed,) = json.loads(echelon("batch", "list", "--json", address=server.address).stdout)
     assert (listed["job_id"], listed["state"], listed["counts"]["succeeded"]) == ("j", "running", 1)
     for _ in range(4):
-        server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING, 1)))
+        server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.RUNNING, 1)))
     assert "1/2 done" in echelon("batch", "get", "j", address=server.address).stdout
-    server.on("CancelBatchJob", lambda request, context: convert.job_to_proto(job(JobState.CANCELLING)))
+    server.on("CancelBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.CANCELLING)))
     result = echelon("batch", "cancel", "j", "--json", address=server.address)
     assert json.loads(result.stdout)["state"] == "cancelling"
     assert server.requests["CancelBatchJob"][0].name == "batchJobs/j"
@@ -239,7 +241,7 @@ def test_batch_list_get_and_cancel(server: ScriptedServer) -> None:
 
 def test_batch_results_are_openai_lines(server: ScriptedServer, tmp_path: Path) -> None:
     for _ in range(3):
-        server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.SUCCEEDED, 1, 1)))
+        server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.SUCCEEDED, 1, 1)))
     server.on("StreamBatchJobResults", answers_results(*RESULTS), answers_results(*RESULTS))
     server.on("StreamBatchJobResults", answers_results(RESULTS[0]))
     result = echelon("batch", "results", "j", address=server.address)
@@ -307,7 +309,7 @@ def test_ctrl_c_in_batch_watch_exits_130_and_leaves_the_job(server: ScriptedServ
         yield from answers_job(job(JobState.RUNNING, 1))(request, context)
         hang(entered, context)
 
-    server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING)))
+    server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.RUNNING)))
     server.on("WatchBatchJob", watch)
     code, stdout, stderr = interrupt(server, entered, "batch", "watch", "j")
     assert (code, stdout) == (130, "")

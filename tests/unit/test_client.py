@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from echelon import AsyncClient, Client, convert, convert_cluster
+from echelon import AsyncClient, Client, convert_cluster
 from echelon.errors import (
     CancelledError,
     ConfigError,
@@ -382,15 +382,15 @@ def test_a_job_from_submit_to_results(server: ScriptedServer) -> None:
     items = [ItemResult(custom_id=str(i), index=i, cursor=i + 1, completion=completion(f"r{i}")) for i in range(2)]
 
     def watch(request: Any, context: Any) -> Iterator[Any]:
-        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(job(JobState.RUNNING, 1)))
+        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert_jobs.job_to_proto(job(JobState.RUNNING, 1)))
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
     def ended(request: Any, context: Any) -> Iterator[Any]:
-        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(job(JobState.SUCCEEDED, 2)))
+        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert_jobs.job_to_proto(job(JobState.SUCCEEDED, 2)))
 
     def results(request: Any, context: Any) -> Iterator[Any]:
         for item in items:
-            yield jobs_pb2.StreamBatchJobResultsResponse(result=convert.item_to_proto(item))
+            yield jobs_pb2.StreamBatchJobResultsResponse(result=convert_jobs.item_to_proto(item))
 
     async def run() -> Any:
         async with AsyncClient(server.address, retry=QUICK) as client:
@@ -398,7 +398,7 @@ def test_a_job_from_submit_to_results(server: ScriptedServer) -> None:
             return await handle.wait(timeout_s=20), [item async for item in handle.results()]
 
     for _ in range(2):
-        server.on("CreateBatchJob", lambda request, context: convert.job_to_proto(job(JobState.QUEUED)))
+        server.on("CreateBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.QUEUED)))
         server.on("WatchBatchJob", watch, ended)
         server.on("StreamBatchJobResults", results)
     with Client(server.address, retry=QUICK) as client:
@@ -413,17 +413,17 @@ def test_a_job_from_submit_to_results(server: ScriptedServer) -> None:
 
 def test_waiting_for_a_job_has_a_limit(server: ScriptedServer) -> None:
     def watch(request: Any, context: Any) -> Iterator[Any]:
-        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert.job_to_proto(job(JobState.RUNNING)))
+        yield jobs_pb2.WatchBatchJobResponse(batch_job=convert_jobs.job_to_proto(job(JobState.RUNNING)))
         waiting(threading.Event())(context)
 
     server.on("WatchBatchJob", watch)
-    server.on("GetBatchJob", lambda request, context: convert.job_to_proto(job(JobState.RUNNING)))
+    server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.RUNNING)))
     with Client(server.address) as client, pytest.raises(DeadlineError):
         client.jobs.get("j").wait(timeout_s=0.3)
 
 
 def test_lists_are_read_to_their_last_page(server: ScriptedServer) -> None:
-    page = [convert.job_to_proto(job(JobState.QUEUED))]
+    page = [convert_jobs.job_to_proto(job(JobState.QUEUED))]
     for _ in range(2):
         server.on(
             "ListBatchJobs",
@@ -438,7 +438,7 @@ def test_a_submit_that_broke_is_sent_again_under_the_same_id(server: ScriptedSer
     def lost(request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
-    server.on("CreateBatchJob", lost, lambda request, context: convert.job_to_proto(job(JobState.QUEUED)))
+    server.on("CreateBatchJob", lost, lambda request, context: convert_jobs.job_to_proto(job(JobState.QUEUED)))
     with Client(server.address, retry=QUICK) as client:
         client.jobs.submit(b"{}\n")
     first, second = server.requests["CreateBatchJob"]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from echelon import convert, convert_cluster
+from echelon import convert, convert_cluster, convert_jobs
 from echelon.errors import InternalError, InvalidRequestError, NotFoundError
 from echelon.types import (
     Admitted,
@@ -95,26 +95,26 @@ def test_job(state: JobState) -> None:
         usage=Usage(100, 200, 5),
         create_unix_s=1_700_000_000.25,
     )
-    assert convert.job_from_proto(convert.job_to_proto(job)) == job
+    assert convert_jobs.job_from_proto(convert_jobs.job_to_proto(job)) == job
     ended = dataclasses.replace(job, start_unix_s=1_700_000_001.5, end_unix_s=1_700_000_002.5)
-    assert convert.job_from_proto(convert.job_to_proto(ended)) == ended
+    assert convert_jobs.job_from_proto(convert_jobs.job_to_proto(ended)) == ended
 
 
 def test_a_job_state_of_a_later_version_is_an_error() -> None:
     with pytest.raises(InternalError):
-        convert.job_from_proto(jobs_pb2.BatchJob(name="batchJobs/a", state=99))  # type: ignore[arg-type]
+        convert_jobs.job_from_proto(jobs_pb2.BatchJob(name="batchJobs/a", state=99))  # type: ignore[arg-type]
 
 
 def test_job_names() -> None:
-    assert convert.job_name("a") == "batchJobs/a"
-    assert convert.job_id_of("batchJobs/a") == convert.job_id_of("a") == "a"
+    assert convert_jobs.job_name("a") == "batchJobs/a"
+    assert convert_jobs.job_id_of("batchJobs/a") == convert_jobs.job_id_of("a") == "a"
 
 
 def test_items() -> None:
     item = ItemResult(custom_id="c", index=3, cursor=8, completion=COMPLETION)
-    assert convert.item_from_proto(convert.item_to_proto(item)) == item
+    assert convert_jobs.item_from_proto(convert_jobs.item_to_proto(item)) == item
     failed = ItemResult(custom_id="c", index=3, cursor=8, error=NotFoundError("no", request_id="r"))
-    back = convert.item_from_proto(convert.item_to_proto(failed))
+    back = convert_jobs.item_from_proto(convert_jobs.item_to_proto(failed))
     assert isinstance(back.error, NotFoundError)
     assert vars(back.error) == vars(failed.error)
     assert back.completion is None

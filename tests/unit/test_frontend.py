@@ -9,9 +9,10 @@ import pytest
 from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, check_client_request_id, digest_of, resolve
 from coordinator.requests.nouns import Request
 from coordinator.tokenizer import Tokenizer
+from echelon.chat import ChatMessage
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.internal.link import Sampling
-from echelon.types import ChatMessage, SamplingParams
+from echelon.sampling import SamplingParams
 from models.config import DefaultSampling
 from tests.tiny import make_checkpoint
 

@@ -26,7 +26,8 @@ from echelon.errors import (
     OverloadedError,
     UnavailableError,
 )
-from echelon.types import Admitted, Completion, FinishReason, ItemCounts, ItemResult, JobState, SamplingParams
+from echelon.sampling import SamplingParams
+from echelon.types import Admitted, Completion, FinishReason, ItemCounts, ItemResult, JobState
 
 Answer = Callable[[GenerateFields], Awaitable[Shown | None]]
 

@@ -47,7 +47,8 @@ from echelon.errors import (
     OverloadedError,
     UnavailableError,
 )
-from echelon.types import Completion, FinishReason, ItemCounts, JobState, JobStatus, SamplingParams, Usage
+from echelon.sampling import SamplingParams
+from echelon.types import Completion, FinishReason, ItemCounts, JobState, JobStatus, Usage
 
 ANSWER = Completion(
     request_id="r", model="m", text="t", token_ids=(1, 2), finish_reason=FinishReason.STOP, usage=Usage(3, 2, 1)
