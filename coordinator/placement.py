@@ -49,9 +49,11 @@ class ReplicaPlan:
         return -(-self.max_context // self.block_tokens)
 
     def kv_blocks(self, memory: Sequence[RankMemory]) -> int:
-        """Blocks on every rank: what a full batch can use, or less where memory is short.
+        """Blocks on every rank, before ranks take off what a step needs.
 
-        Raises ConfigError when not even one request of max_context tokens fits.
+        All that memory allows on devices of their own, where what no request holds keeps prefixes; in memory that is
+        shared with everything else, no more than a full batch can use. Raises ConfigError when not even one request
+        of max_context tokens fits.
         """
         assert len(memory) == self.tensor, f"memory of {len(memory)} ranks, the plan has {self.tensor}"
         sharers = Counter(rank.node_id for rank in memory)
@@ -62,7 +64,8 @@ class ReplicaPlan:
         tightest = min(range(self.tensor), key=allowed.__getitem__)
         if allowed[tightest] < self.blocks_per_request:
             raise self._no_room(memory[tightest], sharers[memory[tightest].node_id], tightest, allowed[tightest])
-        return min(self.max_running * self.blocks_per_request, allowed[tightest])
+        useful = self.max_running * self.blocks_per_request if self.shared_memory else allowed[tightest]
+        return min(useful, allowed[tightest])
 
     def _room_bytes(self, rank: RankMemory, sharers: int, index: int) -> int:
         """For KV blocks; negative where the weights alone do not fit."""

@@ -22,6 +22,7 @@ from parallel import mesh
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
+from worker.memory import settle_kv_blocks
 from worker.plan_socket import PlanReceiver, PlanServer
 from worker.runner import Runner, RunnerLimits
 from worker.spec import RankSpec
@@ -71,6 +72,7 @@ def form_epoch(
     )
     model = build_model(config, context)
     load_weights(model, config, Path(command.model_path), context, progress)
+    command.kv_blocks = settle_kv_blocks(model, config, context, command)
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits)

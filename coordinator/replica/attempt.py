@@ -63,9 +63,9 @@ class Attempt:
     kv_blocks: int = 0
 
     def count_blocks(self, plan: ReplicaPlan) -> None:
-        """Ranks that were adopted had their blocks planned by a predecessor: read off what they hold."""
+        """Ranks settle the last of it, and those that were adopted all of it: read off what the leader holds."""
         leader = self.ranks[0].resident
-        assert leader is not None, "only ranks that serve are adopted"
+        assert leader is not None, "only ranks that serve hold blocks"
         self.kv_blocks = leader.kv_bytes // plan.block_bytes
 
     def describe(self, fence: Fence, plan: ReplicaPlan) -> tuple[Rank, ...]:

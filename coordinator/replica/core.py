@@ -237,8 +237,7 @@ class ReplicaCore:
         if not all(rank.hello and rank.resident for rank in self._attempt.ranks.values()):
             return []
         kind = "replica.adopted" if self._state is State.ADOPTING else "replica.ready"
-        if self._state is State.ADOPTING:
-            self._attempt.count_blocks(self._config.plan)
+        self._attempt.count_blocks(self._config.plan)
         took_s = now - (self._attempt.began_s if self._down_s is None else self._down_s)
         self._state, self._served, self._up_s, self._down_s = State.READY, True, now, None
         return [ReplicaUp(self.fence), self._emit(kind, epoch=self._epoch, took_s=round(took_s, 3))]

@@ -22,8 +22,13 @@ PLAN = ReplicaPlan(
 )
 
 
-def test_plenty_of_memory_gives_a_full_batch_of_full_contexts() -> None:
-    assert PLAN.kv_blocks([RankMemory("a", 1000 * MIB)] * 2) == 4 * 3
+def test_plenty_of_shared_memory_gives_a_full_batch_of_full_contexts() -> None:
+    apart = [RankMemory("a", 1000 * MIB), RankMemory("b", 1000 * MIB)]
+    assert replace(PLAN, shared_memory=True).kv_blocks(apart) == 4 * 3
+
+
+def test_the_cache_takes_all_that_a_device_of_its_own_allows() -> None:
+    assert PLAN.kv_blocks([RankMemory("a", 1000 * MIB)] * 2) == 500 - 10
 
 
 def test_the_rank_with_the_least_memory_decides() -> None:

@@ -1,0 +1,68 @@
+"""The blocks that ranks settle on: the smallest of what each can have, and enough for one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from echelon.errors import ConfigError
+from echelon.internal.v1 import control_pb2
+from models.config import read_model_config
+from parallel.comm import Group, Work
+from parallel.context import ParallelContext
+from tests.tiny import make_checkpoint
+from worker.memory import largest_step, settle_kv_blocks
+
+
+@dataclass
+class Neighbour:
+    """A group of two whose other rank can have this many blocks."""
+
+    blocks: int
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work:
+        outputs[0][0].copy_(inputs[0])
+        outputs[0][1].fill_(self.blocks)
+        return self
+
+    def wait(self) -> None:
+        return None
+
+
+def settle(folder: Path, neighbour: int, wanted: int) -> int:
+    config = read_model_config(make_checkpoint(folder / "model"))
+    context = ParallelContext(
+        epoch=1,
+        tensor=Group(0, 2, Neighbour(neighbour)),  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    command = control_pb2.FormEpoch(
+        kv_blocks=wanted, block_tokens=16, max_context=64, max_running=4, max_step_tokens=32
+    )
+    return settle_kv_blocks(None, config, context, command)  # type: ignore[arg-type]
+
+
+def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:
+    assert settle(tmp_path, 7, 100) == 7
+    assert settle(tmp_path, 700, 100) == 100
+
+
+def test_less_than_one_request_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"3 blocks of 16 tokens .* max-context 64 needs 4; lower max-context to 48"):
+        settle(tmp_path, 3, 100)
+
+
+@pytest.mark.parametrize(("running", "step_tokens"), [(1, 8), (4, 32), (64, 16)])
+def test_the_largest_step_fills_the_budget_and_every_slot_it_can(running: int, step_tokens: int) -> None:
+    plan = largest_step(running, 24, step_tokens, epoch=3)
+    decode, prefill = plan.rows[:-1], plan.rows[-1]
+    assert plan.fence.epoch == 3
+    assert [row.given for row in decode] == [None] * min(running - 1, step_tokens - 1)
+    assert sum(row.tokens for row in plan.rows) == min(step_tokens, len(decode) + 24)
+    assert {row.first + row.tokens for row in plan.rows} == {24}
+    assert [admit.slot for admit in plan.admits] == [*range(len(decode) + 1)] and prefill.slot == len(decode)

@@ -1,0 +1,71 @@
+"""How many KV blocks a rank can really have: what the plan allows, less what the largest step takes besides.
+
+In rank processes, once an epoch, after the weights are loaded. On CUDA the largest step is run over a cache of one
+block and its peak is measured; on a CPU, whose memory is not ours to fill, the plan stands. All ranks settle on the
+smallest answer. Knows no request.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from echelon.errors import ConfigError
+from echelon.internal.link import Fence, Sampling
+from echelon.internal.v1 import control_pb2
+from models.config import ModelConfig
+from models.decoder import DecoderModel
+from models.tables import kv_bytes_per_block
+from parallel.context import ParallelContext
+from worker.kv_cache import KVCache
+from worker.plan import Admit, Row, StepPlan, decode, encode
+from worker.runner import Runner, RunnerLimits
+
+
+def settle_kv_blocks(
+    model: DecoderModel, config: ModelConfig, context: ParallelContext, command: control_pb2.FormEpoch
+) -> int:
+    """Blocks for every rank. Raises ConfigError when not one request of max_context tokens has room beside a step."""
+    block_bytes = kv_bytes_per_block(config, context.tensor.size, command.block_tokens, context.dtype.itemsize)
+    step_bytes = _largest_step_bytes(model, config, context, command) if context.device.type == "cuda" else 0
+    own = torch.tensor([command.kv_blocks - -(-step_bytes // block_bytes)], device=context.device)
+    blocks = int(context.tensor.all_gather(own).min())
+    needed = -(-command.max_context // command.block_tokens)
+    if blocks < needed:
+        fitting = max(blocks, 0) * command.block_tokens
+        raise ConfigError(
+            f"no memory for the KV cache: {command.kv_blocks} blocks fit beside the weights; less {step_bytes} bytes of "
+            f"the largest step {max(blocks, 0)} blocks of {command.block_tokens} tokens are left; one request of "
+            f"max-context {command.max_context} needs {needed}; lower max-context to {fitting} or less, or lower "
+            "max-step-tokens or max-running",
+            field="max_context",
+        )
+    return blocks
+
+
+def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch: int) -> StepPlan:
+    """Every slot but one decodes at the end of its context, by the costliest rules; the last one prefills the rest."""
+    sampling = Sampling(
+        temperature=1.0, top_p=0.9, top_k=0, max_tokens=1, seed=0, repetition_penalty=1.1, presence_penalty=0.1
+    )
+    decoding = min(max_running - 1, max_step_tokens - 1)
+    admits = tuple(Admit(slot, 0, 1, sampling) for slot in range(decoding + 1))
+    rows = [Row(slot, max_context - 1, 1, None, True, 0) for slot in range(decoding)]
+    chunk = min(max_step_tokens - decoding, max_context)
+    rows.append(Row(decoding, max_context - chunk, chunk, (0,) * chunk, True, 0))
+    return StepPlan(Fence(0, 0, epoch), 1, admits, (), tuple(rows))
+
+
+def _largest_step_bytes(
+    model: DecoderModel, config: ModelConfig, context: ParallelContext, command: control_pb2.FormEpoch
+) -> int:
+    """Device bytes that the step takes at its peak. Block tables start as zeros, so that all rows read block 0."""
+    limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
+    runner = Runner(model, KVCache(config, context, 1, command.block_tokens), context, limits)
+    plan = largest_step(command.max_running, command.max_context, command.max_step_tokens, context.epoch)
+    before = torch.cuda.memory_allocated(context.device)
+    torch.cuda.reset_peak_memory_stats(context.device)
+    runner.run(decode(encode(plan)))
+    peak = torch.cuda.max_memory_allocated(context.device) - before
+    del runner
+    torch.cuda.empty_cache()
+    return peak
