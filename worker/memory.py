@@ -33,8 +33,8 @@ def settle_kv_blocks(
     if blocks < needed:
         fitting = max(blocks, 0) * command.block_tokens
         raise ConfigError(
-            f"no memory for the KV cache: {command.kv_blocks} blocks fit beside the weights; less {step_bytes} bytes of "
-            f"the largest step {max(blocks, 0)} blocks of {command.block_tokens} tokens are left; one request of "
+            f"no memory for the KV cache: {command.kv_blocks} blocks fit beside the weights; less {step_bytes} bytes "
+            f"of the largest step {max(blocks, 0)} blocks of {command.block_tokens} tokens are left; one request of "
             f"max-context {command.max_context} needs {needed}; lower max-context to {fitting} or less, or lower "
             "max-step-tokens or max-running",
             field="max_context",
