@@ -6,36 +6,15 @@ them. It knows no torch and no transformers; anything that Echelon does not comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.families import FAMILIES, FULL, SLIDING, Family, Windows
 from models.json_source import JsonSource
-from models.rope import Rope, read_rope
+from models.rope import Rope, RopeReader
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """What the name of an architecture says, where others are told by their config.json or do not have it.
-
-    qkv_bias None: attention_bias of config.json gives all four projections a bias. default_head_dim None: hidden_size
-    / num_attention_heads. reads_window: sliding_window of config.json holds for every layer.
-    """
-
-    qkv_bias: bool | None = None
-    normalizes_heads: bool = False
-    default_head_dim: int | None = None
-    reads_window: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(qkv_bias=False, reads_window=True),
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(normalizes_heads=True, default_head_dim=128),
-}
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,89 +24,97 @@ class DefaultSampling:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What may differ from layer to layer. window: a token sees itself and the window - 1 before it; None sees all."""
+
+    window: int | None
+    rope: Rope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder-only model. Names are those of config.json; dtype is the one the checkpoint declares."""
+    """A decoder-only model. Names are those of config.json; dtype is the one the checkpoint declares.
+
+    attention_scale: what the products of queries and keys are multiplied by. A cap c bends numbers x to
+    c * tanh(x / c), those products in attention_cap, the logits in logit_cap.
+    """
 
     architecture: str
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float
-    rope: Rope
+    activation: str
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
-    sliding_window: int | None
+    attention_scale: float
+    attention_cap: float | None
+    logit_cap: float | None
     dtype: str
     end_ids: tuple[int, ...]
     default_sampling: DefaultSampling
 
     @property
-    def normalizes_heads(self) -> bool:
-        """Whether each query and key head passes through an RMSNorm of its own before the rotation."""
-        return FAMILIES[self.architecture].normalizes_heads
+    def family(self) -> Family:
+        """What the architecture's name says."""
+        return FAMILIES[self.architecture]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """The config of a model directory. Raises ConfigError naming the file and the key."""
-    source = JsonSource.read(directory / "config.json")
-    architecture = _architecture(source)
+def read_model_config(directory: Path, max_context: int | None = None) -> ModelConfig:
+    """The config of a model directory. Raises ConfigError naming the file and the key.
+
+    max_context: tokens of the longest request that will be served, the model's own limit if None. It chooses between
+    the two lists of LongRoPE, and changes nothing else.
+    """
+    outer = JsonSource.read(directory / "config.json")
+    architecture = _architecture(outer)
     family = FAMILIES[architecture]
-    _refuse_what_is_not_computed(source)
+    source = _text_config(outer, family)
+    _refuse_what_is_not_computed(source, family)
     heads = source.count("num_attention_heads")
     key_value_heads = source.count("num_key_value_heads", heads)
     if heads % key_value_heads != 0:
         source.refuse(f"num_key_value_heads={key_value_heads} does not divide num_attention_heads={heads}")
+    head_dim = _head_dim(source, heads)
     attention_bias = source.flag("attention_bias")
     generation = JsonSource.read(directory / "generation_config.json", required=False)
     return ModelConfig(
         architecture=architecture,
         hidden_size=source.count("hidden_size"),
         intermediate_size=source.count("intermediate_size"),
-        num_hidden_layers=source.count("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        head_dim=_head_dim(source, family, heads),
+        head_dim=head_dim,
         vocab_size=source.count("vocab_size"),
         max_position_embeddings=source.count("max_position_embeddings"),
+        layers=_layers(source, family, head_dim, max_context),
         rms_norm_eps=source.number("rms_norm_eps", 1e-6),
-        rope=read_rope(source),
+        activation=_activation(source),
         tie_word_embeddings=source.flag("tie_word_embeddings"),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias and family.qkv_bias is None,
-        sliding_window=_sliding_window(source) if family.reads_window else None,
+        attention_scale=(source.optional_number("query_pre_attn_scalar") or head_dim) ** -0.5,
+        attention_cap=source.optional_number("attn_logit_softcapping") if family.caps_attention else None,
+        logit_cap=source.optional_number("final_logit_softcapping"),
         dtype=_dtype(source),
         end_ids=generation.ids("eos_token_id") or source.ids("eos_token_id"),
         default_sampling=_default_sampling(generation),
     )
-
-
-def _refuse_what_is_not_computed(source: JsonSource) -> None:
-    hidden_act = source.get("hidden_act", "silu")
-    if hidden_act != "silu":
-        source.refuse(f"hidden_act={hidden_act!r} is not supported; supported: silu")
-    if source.flag("mlp_bias"):
-        source.refuse("mlp_bias=true is not supported")
-    if source.flag("use_sliding_window"):
-        source.refuse("use_sliding_window=true is not supported; a window that only some layers have is not computed")
-    layer_types = source.get("layer_types", [])
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        source.refuse(f"layer_types={layer_types!r} is not supported; every layer must be 'full_attention'")
-
-
-def _sliding_window(source: JsonSource) -> int | None:
-    """null is no window; transformers takes 4096 where the key is missing."""
-    if "sliding_window" not in source.values:
-        return 4096
-    return None if source.get("sliding_window") is None else source.count("sliding_window")
 
 
 def _architecture(source: JsonSource) -> str:
@@ -139,12 +126,76 @@ def _architecture(source: JsonSource) -> str:
     return name
 
 
-def _head_dim(source: JsonSource, family: Family, heads: int) -> int:
+def _text_config(outer: JsonSource, family: Family) -> JsonSource:
+    """The language model's config over the file's own keys over the family's defaults."""
+    if family.text_config is None:
+        return outer.over(family.defaults)
+    outer.require(family.text_config)
+    return outer.table(family.text_config).over(outer.values).over(family.defaults)
+
+
+def _refuse_what_is_not_computed(source: JsonSource, family: Family) -> None:
+    for key in ("mlp_bias", "use_bidirectional_attention"):
+        if source.flag(key):
+            source.refuse(f"{key}=true is not supported")
+    cap = source.get("attn_logit_softcapping")
+    if cap is not None and not family.caps_attention:
+        source.refuse(f"attn_logit_softcapping={cap!r} is not supported for this architecture")
+
+
+def _layers(source: JsonSource, family: Family, head_dim: int, max_context: int | None) -> tuple[LayerConfig, ...]:
+    """Every layer's window and rope."""
+    kinds = _layer_kinds(source, family)
+    if max_context is None:
+        max_context = source.count("max_position_embeddings")
+    ropes = RopeReader(source, family, head_dim, max_context).by_kind()
+    window = source.count("sliding_window") if SLIDING in kinds else None
+    by_kind = {FULL: LayerConfig(None, ropes[FULL]), SLIDING: LayerConfig(window, ropes[SLIDING])}
+    return tuple(by_kind[kind] for kind in kinds)
+
+
+def _layer_kinds(source: JsonSource, family: Family) -> list[str]:
+    """FULL or SLIDING for each layer: what layer_types says, where the family reads it, or else the family's rule."""
+    layers = range(source.count("num_hidden_layers"))
+    windowed = source.get("sliding_window") is not None
+    match family.windows:
+        case Windows.NONE:
+            kinds = [FULL for _ in layers]
+        case Windows.EVERY_LAYER:
+            kinds = [SLIDING if windowed else FULL for _ in layers]
+        case Windows.UPPER_LAYERS:
+            windowed = windowed and source.flag("use_sliding_window")
+            first = source.count("max_window_layers", minimum=0) if windowed else len(layers)
+            kinds = [SLIDING if layer >= first else FULL for layer in layers]
+        case Windows.ALL_BUT_EVERY_NTH:
+            every = source.count("sliding_window_pattern")
+            kinds = [SLIDING if (layer + 1) % every else FULL for layer in layers]
+    stated = source.get("layer_types", kinds)
+    if not isinstance(stated, list) or len(stated) != len(layers):
+        source.refuse(f"layer_types must be a list of num_hidden_layers={len(layers)} kinds, found {stated!r}")
+    for kind in stated:
+        if kind not in (FULL, SLIDING):
+            source.refuse(f"layer_types: {kind!r} is not supported; supported: {FULL}, {SLIDING}")
+    if family.windows in (Windows.NONE, Windows.EVERY_LAYER) and stated != kinds:
+        source.refuse(f"layer_types={stated!r} is not supported; every layer of this architecture is {kinds[0]!r}")
+    if SLIDING in stated and not windowed:
+        source.refuse(f"layer_types has {SLIDING!r}, but the config has no sliding_window in use")
+    return stated
+
+
+def _activation(source: JsonSource) -> str:
+    """hidden_activation where there is one: files that have both mean that one."""
+    key = "hidden_act" if source.get("hidden_activation") is None else "hidden_activation"
+    name = source.get(key, "silu")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        source.refuse(f"{key}={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def _head_dim(source: JsonSource, heads: int) -> int:
     hidden_size = source.count("hidden_size")
     if source.get("head_dim") is not None:
         head_dim = source.count("head_dim")
-    elif family.default_head_dim is not None:
-        head_dim = family.default_head_dim
     elif hidden_size % heads != 0:
         source.refuse(f"head_dim is missing, and num_attention_heads={heads} does not divide hidden_size={hidden_size}")
     else:
@@ -162,11 +213,15 @@ def _dtype(source: JsonSource) -> str:
 
 
 def _default_sampling(generation: JsonSource) -> DefaultSampling:
-    """The file's sampling applies only if it asks to sample; otherwise its numbers are transformers' leftovers."""
+    """What the file asks for. What shapes a draw applies only if it asks to draw, and is transformers' leftovers
+    otherwise; a penalty applies to greedy decoding too. top_k and min_p of 0 are none."""
+    repetition_penalty = generation.optional_number("repetition_penalty")
     if not generation.flag("do_sample"):
-        return DefaultSampling()
+        return DefaultSampling(repetition_penalty=repetition_penalty)
     return DefaultSampling(
         temperature=generation.optional_number("temperature"),
-        top_p=generation.optional_number("top_p"),
+        top_p=generation.optional_number("top_p", maximum=1),
         top_k=generation.count("top_k") if generation.get("top_k") else None,
+        min_p=generation.optional_number("min_p", maximum=1) if generation.get("min_p") else None,
+        repetition_penalty=repetition_penalty,
     )

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from echelon.errors import ConfigError
 
@@ -41,20 +41,31 @@ class JsonSource:
             self.refuse(f"the key '{self._prefix}{key}' is missing")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def over(self, defaults: Mapping[str, object]) -> JsonSource:
+        """The same, with values for keys that are missing; a null that is there stays."""
+        return JsonSource(self.path, {**defaults, **self.values}, self._prefix)
+
+    def count(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self.require(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(f"{self._prefix}{key} must be an integer >= 1, found {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            self.refuse(f"{self._prefix}{key} must be an integer >= {minimum}, found {value!r}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None, maximum: float = math.inf) -> float:
         value = self.require(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
-            self.refuse(f"{self._prefix}{key} must be a number > 0, found {value!r}")
+        if not _is_positive(value) or value > maximum:
+            limit = "" if maximum == math.inf else f" and <= {maximum:g}"
+            self.refuse(f"{self._prefix}{key} must be a number > 0{limit}, found {value!r}")
         return float(value)
 
-    def optional_number(self, key: str) -> float | None:
-        return None if self.get(key) is None else self.number(key)
+    def optional_number(self, key: str, maximum: float = math.inf) -> float | None:
+        return None if self.get(key) is None else self.number(key, maximum=maximum)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        value = self.require(key)
+        if not isinstance(value, list) or not all(_is_positive(number) for number in value):
+            self.refuse(f"{self._prefix}{key} must be a list of numbers > 0, found {value!r}")
+        return tuple(float(number) for number in value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
@@ -74,6 +85,10 @@ class JsonSource:
         if not isinstance(value, dict):
             self.refuse(f"{self._prefix}{key} must be an object, found {value!r}")
         return JsonSource(self.path, value, f"{self._prefix}{key}.")
+
+
+def _is_positive(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def read_json_object(path: Path) -> dict[str, object]:

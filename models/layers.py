@@ -6,8 +6,9 @@ met to the last bits. Layers know their own tensors and the attention they are h
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from models.attention import AttentionRule
+from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel.context import ParallelContext
 from parallel.tensor import ColumnLinear, RowLinear
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 class Weights:
@@ -49,32 +56,39 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Divides by the root mean square over the last dim, then scales."""
+    """Divides by the root mean square over the last dim, then scales: by the weight, in the dtype of x; or, from one,
+    by 1 + weight in float32."""
 
     weight: Tensor
     epsilon: float
+    from_one: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
         normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        if self.from_one:
+            return (normalized * (1.0 + self.weight.float())).to(x.dtype)
         return self.weight * normalized.to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cosines and sines of some positions, [T, 1, head_dim], to turn heads [T, heads, head_dim]."""
+    """Cosines and sines of some positions, [T, 1, rotary_dim], to turn the first numbers of each head of heads
+    [T, heads, head_dim]."""
 
     cos: Tensor
     sin: Tensor
 
     def __call__(self, heads: Tensor) -> Tensor:
-        first, second = heads.chunk(2, dim=-1)
-        return heads * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        turning, staying = torch.tensor_split(heads, (self.cos.shape[-1],), dim=-1)
+        first, second = turning.chunk(2, dim=-1)
+        turned = turning * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        return torch.cat((turned, staying), dim=-1) if staying.shape[-1] else turned
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryEmbedding:
-    """Makes the rotation of a batch's positions, scaled; frequencies [head_dim / 2] float32 on the device."""
+    """Makes the rotation of a batch's positions, scaled; frequencies [rotary_dim / 2] float32 on the device."""
 
     frequencies: Tensor
     scale: float
@@ -86,8 +100,9 @@ class RotaryEmbedding:
 
 
 def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
-    """Radians per position of each pair of dimensions: [head_dim / 2] float32 on the CPU."""
-    periods = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    """Radians per position of each pair of numbers that is turned: [rotary_dim / 2] float32 on the CPU."""
+    rotary_dim = rope.rotary_dim(head_dim)
+    periods = rope.theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim)
     match rope.scaling:
         case None:
             return 1.0 / periods
@@ -97,6 +112,8 @@ def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
             return _llama3_frequencies(1.0 / periods, scaling)
         case YarnScaling() as scaling:
             return _yarn_frequencies(periods, rope.theta, scaling)
+        case LongRopeScaling(factors):
+            return 1.0 / (torch.tensor(factors) * periods)
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -130,7 +147,7 @@ def _yarn_frequencies(periods: Tensor, theta: float, scaling: YarnScaling) -> Te
 class Attend(Protocol):
     """Attention of a batch: stores the new keys and values of a layer, and returns what the queries read."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +155,7 @@ class SelfAttention:
     """Projections around attention. qkv stacks this rank's query, key and value heads, in this order."""
 
     layer: int
+    rule: AttentionRule
     head_dim: int
     head_counts: list[int]
     qkv: ColumnLinear
@@ -150,16 +168,17 @@ class SelfAttention:
         query, key, value = torch.split(heads, self.head_counts, dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self.output(attend(self.layer, rotation(query), rotation(key), value).flatten(1))
+        return self.output(attend(self.layer, self.rule, rotation(query), rotation(key), value).flatten(1))
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)); gate_up stacks this rank's gate rows and up rows."""
+    """down(activation(gate(x)) * up(x)); gate_up stacks this rank's gate rows and up rows."""
 
     gate_up: ColumnLinear
+    activation: Callable[[Tensor], Tensor]
     down: RowLinear
 
     def __call__(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)

@@ -1,6 +1,6 @@
 """The registry: which code computes which architecture.
 
-In rank processes. `models.config.FAMILIES` lists the same names for processes without torch.
+In rank processes. `models.families.FAMILIES` lists the same names for processes without torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ BUILDERS: Mapping[str, Callable[[ModelConfig, ParallelContext], DecoderModel]] =
     "MistralForCausalLM": build_decoder,
     "Qwen2ForCausalLM": build_decoder,
     "Qwen3ForCausalLM": build_decoder,
+    "Phi3ForCausalLM": build_decoder,
+    "Gemma2ForCausalLM": build_decoder,
+    "Gemma3ForCausalLM": build_decoder,
+    "Gemma3ForConditionalGeneration": build_decoder,
 }
 
 

@@ -7,8 +7,9 @@ torch, and refuses by name what is not computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from models.families import FULL, SLIDING, Family
 from models.json_source import JsonSource
 
 
@@ -43,61 +44,128 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LongRopeScaling:
+    """LongRoPE: each pair's wavelength times a factor of its own; queries and keys are each scaled by
+    attention_factor."""
+
+    factors: tuple[float, ...]
+    attention_factor: float
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: its base, and how it was stretched to longer contexts."""
+    """Rotary position embedding: its base, how it was stretched, and the leading part of a head that it turns."""
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: Scaling | None = None
+    partial_rotary_factor: float = 1.0
 
     @property
     def attention_factor(self) -> float:
         """What cosines and sines are multiplied by."""
-        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's numbers are turned."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
-def read_rope(config: JsonSource) -> Rope:
-    """From rope_parameters (transformers 5), or from rope_theta and rope_scaling (before)."""
-    key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
-    table = config.table(key)
-    theta = config.number("rope_theta", 10_000.0) if table.get("rope_theta") is None else table.number("rope_theta")
-    partial = table.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1:
-        config.refuse(f"{key}.partial_rotary_factor={partial!r} is not supported")
-    match table.get("rope_type") or table.get("type") or "default":
-        # Frequencies of the dynamic kind follow the length of the sequence beyond max_position_embeddings, which keys
-        # in a cache cannot. Requests end there, and up to there it is the default.
-        case "default" | "dynamic":
-            return Rope(theta)
-        case "linear":
-            return Rope(theta, LinearScaling(table.number("factor")))
-        case "llama3":
-            low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
-            return Rope(theta, Llama3Scaling(table.number("factor"), low, high, _original_context(config, table)))
-        case "yarn":
-            return Rope(theta, _read_yarn(config, table))
-        case kind:
-            supported = "default, linear, dynamic, llama3, yarn"
-            config.refuse(f"{key}: rope type {kind!r} is not supported; supported: {supported}")
+@dataclass(frozen=True, slots=True)
+class RopeReader:
+    """Reads the ropes of a config. max_context: tokens of the longest request that will be served."""
 
+    config: JsonSource
+    family: Family
+    head_dim: int
+    max_context: int
 
-def _original_context(config: JsonSource, table: JsonSource) -> int:
-    """transformers looks outside the table first, and takes the model's context if both are silent."""
-    name = "original_max_position_embeddings"
-    if config.get(name) is not None:
-        return config.count(name)
-    return table.count(name, config.count("max_position_embeddings"))
+    def by_kind(self) -> dict[str, Rope]:
+        """Of each kind of layer: from rope_parameters (transformers 5), or rope_theta and rope_scaling (before)."""
+        config, new = self.config, self.config.get("rope_parameters") is not None
+        table = config.table("rope_parameters" if new else "rope_scaling")
+        apart = FULL in table.values or SLIDING in table.values
+        theta = config.number("rope_theta", 10_000.0)
+        if apart != (self.family.rotates_locally and new):
+            each = "for each kind of layer" if self.family.rotates_locally else "once for all layers"
+            config.refuse(f"rope_parameters={dict(table.values)!r} is not supported; this architecture has them {each}")
+        if not self.family.rotates_locally:
+            rope = self._rope(table, theta)
+            return {FULL: rope, SLIDING: rope}
+        local_theta = config.number("rope_local_base_freq", 10_000.0)
+        full = table.table(FULL) if new else table  # rope_scaling never was for layers with a window
+        return {FULL: self._rope(full, theta), SLIDING: self._rope(table.table(SLIDING), local_theta)}
 
+    def _rope(self, table: JsonSource, theta: float) -> Rope:
+        partial = table.optional_number("partial_rotary_factor") or self.config.number("partial_rotary_factor", 1.0)
+        if partial != 1 and not self.family.rotates_partly:
+            self.config.refuse(f"partial_rotary_factor={partial:g} is not supported for this architecture")
+        plain = Rope(table.optional_number("rope_theta") or theta, partial_rotary_factor=partial)
+        rotary_dim = plain.rotary_dim(self.head_dim)
+        if rotary_dim % 2 != 0 or not 0 < rotary_dim <= self.head_dim:
+            self.config.refuse(
+                f"partial_rotary_factor={partial:g} of head_dim={self.head_dim} turns {rotary_dim} numbers; "
+                f"it must be an even number of 2 to {self.head_dim}"
+            )
+        return replace(plain, scaling=self._scaling(table, pairs=rotary_dim // 2))
 
-def _read_yarn(config: JsonSource, table: JsonSource) -> YarnScaling:
-    factor = table.number("factor")
-    return YarnScaling(
-        factor=factor,
-        original_max_position_embeddings=_original_context(config, table),
-        attention_factor=table.optional_number("attention_factor") or _attention_factor(table, factor),
-        beta_fast=table.number("beta_fast", 32.0),
-        beta_slow=table.number("beta_slow", 1.0),
-        truncate=table.flag("truncate", default=True),
-    )
+    def _scaling(self, table: JsonSource, pairs: int) -> Scaling | None:
+        match table.get("rope_type") or table.get("type") or "default":
+            # Frequencies of the dynamic kind follow the length of the sequence beyond max_position_embeddings, which
+            # keys in a cache cannot. Requests end there, and up to there it is the default.
+            case "default" | "dynamic":
+                return None
+            case "linear":
+                return LinearScaling(table.number("factor"))
+            case "llama3":
+                low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
+                return Llama3Scaling(table.number("factor"), low, high, self._original_context(table))
+            case "longrope" | "su":  # the second is what Phi-3 called it first
+                return self._longrope(table, pairs)
+            case "yarn":
+                return self._yarn(table)
+            case kind:
+                supported = "default, linear, dynamic, llama3, yarn, longrope"
+                self.config.refuse(f"rope type {kind!r} is not supported; supported: {supported}")
+
+    def _longrope(self, table: JsonSource, pairs: int) -> LongRopeScaling:
+        """transformers turns a sequence by the short factors up to the original context, and from the token behind it
+        on by the long ones, computing all its keys anew. Keys in a cache stay as they are: here the long factors hold
+        for all requests if any of them may grow beyond the original context, and the short ones if none can.
+        """
+        original = self._original_context(table)
+        factors = {key: table.numbers(key) for key in ("short_factor", "long_factor")}
+        for key, values in factors.items():
+            if len(values) != pairs:
+                table.refuse(f"{key} has {len(values)} numbers, and {pairs} pairs of each head are turned")
+        attention_factor = table.optional_number("attention_factor")
+        if attention_factor is None:
+            if original == 1:
+                self.config.refuse("rope type 'longrope' needs an attention_factor if the original context is 1 token")
+            factor = table.optional_number("factor") or self.config.count("max_position_embeddings") / original
+            attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        chosen = "long_factor" if self.max_context > original else "short_factor"
+        return LongRopeScaling(factors[chosen], attention_factor)
+
+    def _yarn(self, table: JsonSource) -> YarnScaling:
+        factor = table.number("factor")
+        return YarnScaling(
+            factor=factor,
+            original_max_position_embeddings=self._original_context(table),
+            attention_factor=table.optional_number("attention_factor") or _attention_factor(table, factor),
+            beta_fast=table.number("beta_fast", 32.0),
+            beta_slow=table.number("beta_slow", 1.0),
+            truncate=table.flag("truncate", default=True),
+        )
+
+    def _original_context(self, table: JsonSource) -> int:
+        """transformers looks outside the table first, and takes the model's context if both are silent."""
+        name = "original_max_position_embeddings"
+        if self.config.get(name) is not None:
+            return self.config.count(name)
+        return table.count(name, self.config.count("max_position_embeddings"))
 
 
 def _attention_factor(table: JsonSource, factor: float) -> float:

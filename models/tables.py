@@ -7,7 +7,7 @@ Pure, in the coordinator and in ranks; it knows no torch and no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from echelon.errors import ConfigError
@@ -20,14 +20,12 @@ from parallel.sharding import (
     Split,
     SplitVocabulary,
     can_split,
-    held_region,
+    held_regions,
     held_shape,
     units_held,
 )
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,51 +41,73 @@ class Parameter:
         """The shape each tensor rank keeps resident."""
         return held_shape(self.shape, self.placement, tensor_size)
 
-    def held_region(self, tensor_rank: int, tensor_size: int) -> Region:
-        """The part of the full tensor that a tensor rank reads."""
-        return held_region(self.shape, self.placement, tensor_rank, tensor_size)
+    def held_regions(self, tensor_rank: int, tensor_size: int) -> tuple[Region, ...]:
+        """The parts of the full tensor that a tensor rank reads, and stacks along dim 0."""
+        return held_regions(self.shape, self.placement, tensor_rank, tensor_size)
 
 
-def layer_prefix(layer: int) -> str:
-    """The start of the checkpoint names of one decoder layer."""
-    return f"model.layers.{layer}"
+def tensor_name(config: ModelConfig, part: str, layer: int | None = None, kind: str = "weight") -> str:
+    """The name in the checkpoint of a part of the model, or of a decoder layer."""
+    place = "" if layer is None else f"model.layers.{layer}."
+    return f"{config.family.prefix}{place}{part}.{kind}"
+
+
+def attention_inputs(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The matrices that make queries, keys and values, in this order, with the heads in each."""
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.family.fuses_projections:
+        return {"self_attn.qkv_proj": (heads, key_value_heads, key_value_heads)}
+    return {
+        "self_attn.q_proj": (heads,),
+        "self_attn.k_proj": (key_value_heads,),
+        "self_attn.v_proj": (key_value_heads,),
+    }
+
+
+def mlp_inputs(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The matrices that make what is gated and what gates, the gate first, with the neurons in each."""
+    neurons = config.intermediate_size
+    if config.family.fuses_projections:
+        return {"mlp.gate_up_proj": (neurons, neurons)}
+    return {"mlp.gate_proj": (neurons,), "mlp.up_proj": (neurons,)}
 
 
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every tensor of the model. A tied head is the embedding, and is not listed."""
     vocabulary = (config.vocab_size, config.hidden_size)
-    parameters = [Parameter(EMBEDDING, vocabulary, SplitVocabulary())]
+    parameters = [Parameter(tensor_name(config, EMBEDDING), vocabulary, SplitVocabulary())]
     for layer in range(config.num_hidden_layers):
         parameters.extend(_layer(config, layer))
-    parameters.append(Parameter(FINAL_NORM, (config.hidden_size,), Replicated()))
+    parameters.append(Parameter(tensor_name(config, FINAL_NORM), (config.hidden_size,), Replicated()))
     if not config.tie_word_embeddings:
-        parameters.append(Parameter(HEAD, vocabulary, SplitVocabulary()))
+        parameters.append(Parameter(tensor_name(config, HEAD), vocabulary, SplitVocabulary()))
     return tuple(parameters)
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
-    prefix = layer_prefix(layer)
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    heads, norms = config.num_attention_heads, config.family.norms
 
-    def parameter(name: str, shape: Shape, placement: Placement) -> Parameter:
-        return Parameter(f"{prefix}.{name}.weight", shape, placement, layer)
+    def parameter(part: str, shape: Shape, placement: Placement, kind: str = "weight") -> Parameter:
+        return Parameter(tensor_name(config, part, layer, kind), shape, placement, layer)
 
-    yield parameter("input_layernorm", (hidden,), Replicated())
-    for name, count in heads.items():
-        yield parameter(f"self_attn.{name}_proj", (count * head_dim, hidden), Split(0, count))
+    for part in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
+        if part is not None:
+            yield parameter(part, (hidden,), Replicated())
+    for part, sections in attention_inputs(config).items():
+        rows = sum(sections) * head_dim
+        yield parameter(part, (rows, hidden), Split(0, sections))
         if config.qkv_bias:
-            yield Parameter(f"{prefix}.self_attn.{name}_proj.bias", (count * head_dim,), Split(0, count), layer)
-    if config.normalizes_heads:
+            yield parameter(part, (rows,), Split(0, sections), "bias")
+    if config.family.normalizes_heads:
         yield parameter("self_attn.q_norm", (head_dim,), Replicated())
         yield parameter("self_attn.k_norm", (head_dim,), Replicated())
-    yield parameter("self_attn.o_proj", (hidden, heads["q"] * head_dim), Split(1, heads["q"]))
+    yield parameter("self_attn.o_proj", (hidden, heads * head_dim), Split(1, (heads,)))
     if config.output_bias:
-        yield Parameter(f"{prefix}.self_attn.o_proj.bias", (hidden,), Replicated(), layer)
-    yield parameter("post_attention_layernorm", (hidden,), Replicated())
-    yield parameter("mlp.gate_proj", (intermediate, hidden), Split(0, intermediate))
-    yield parameter("mlp.up_proj", (intermediate, hidden), Split(0, intermediate))
-    yield parameter("mlp.down_proj", (hidden, intermediate), Split(1, intermediate))
+        yield parameter("self_attn.o_proj", (hidden,), Replicated(), "bias")
+    for part, sections in mlp_inputs(config).items():
+        yield parameter(part, (sum(sections), hidden), Split(0, sections))
+    yield parameter("mlp.down_proj", (hidden, intermediate), Split(1, (intermediate,)))
 
 
 def parameter_bytes(config: ModelConfig, tensor_rank: int, tensor_size: int, dtype_bytes: int) -> int:

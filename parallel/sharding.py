@@ -6,6 +6,7 @@ ranks. It knows no torch, no model and no process group.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -20,13 +21,17 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """dim consists of equal units (heads, neurons) that are dealt out in order.
+    """dim consists of equal units (heads, neurons) that are dealt out in order, section by section.
 
-    More ranks than units: each unit is held by size / units neighbouring ranks, as key/value heads are.
+    sections: the units of each of the matrices that the tensor stacks along dim: (heads,), or (query heads, key heads,
+    value heads). More ranks than units: each unit is held by size / units neighbouring ranks, as key/value heads are.
     """
 
     dim: int
-    units: int
+    sections: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.dim == 0 or len(self.sections) == 1, f"sections are stacked along dim 0, not {self.dim}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +58,34 @@ def held_shape(shape: Shape, placement: Placement, size: int) -> Shape:
     match placement:
         case Replicated():
             return shape
-        case Split(dim, units):
-            assert shape[dim] % units == 0, f"dim {dim} of {shape} is not made of {units} units"
-            return (*shape[:dim], shape[dim] // units * units_held(units, size), *shape[dim + 1 :])
+        case Split(dim, sections):
+            assert shape[dim] % sum(sections) == 0, f"dim {dim} of {shape} is not made of {sections} units"
+            held = sum(units_held(units, size) for units in sections)
+            return (*shape[:dim], shape[dim] // sum(sections) * held, *shape[dim + 1 :])
         case SplitVocabulary():
             return (math.ceil(shape[0] / size), *shape[1:])
 
 
-def held_region(shape: Shape, placement: Placement, rank: int, size: int) -> Region:
-    """The part of the full tensor that rank reads: held_shape without padding."""
+def held_regions(shape: Shape, placement: Placement, rank: int, size: int) -> tuple[Region, ...]:
+    """The parts of the full tensor that rank reads; one behind the other they are held_shape without padding."""
     assert 0 <= rank < size, f"rank {rank} of {size}"
-    held = held_shape(shape, placement, size)
-    region = [slice(0, length) for length in shape]
+    whole = tuple(slice(0, length) for length in shape)
     match placement:
-        case Split(dim, units):
-            unit = shape[dim] // units
-            start = rank * units // size * unit
-            region[dim] = slice(start, start + held[dim])
+        case Replicated():
+            return (whole,)
+        case Split(dim, sections):
+            unit = shape[dim] // sum(sections)
+            firsts = itertools.accumulate(sections, initial=0)
+            runs = [
+                (first + rank * units // size, units_held(units, size))
+                for first, units in zip(firsts, sections, strict=False)
+            ]
+            return tuple(
+                (*whole[:dim], slice(start * unit, (start + units) * unit), *whole[dim + 1 :]) for start, units in runs
+            )
         case SplitVocabulary():
-            region[0] = slice(min(rank * held[0], shape[0]), min((rank + 1) * held[0], shape[0]))
-    return tuple(region)
+            rows = math.ceil(shape[0] / size)
+            return ((slice(min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])), *whole[1:]),)
 
 
 def region_shape(region: Region) -> Shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from models.config import read_model_config
+from models.config import ModelConfig, read_model_config
+from models.families import FULL, SLIDING
 from models.tables import EMBEDDING, Parameter, parameter_table
 
 BEGIN = "<|begin_of_text|>"
@@ -39,11 +41,47 @@ Geese fly so, cyclists ride so in a crosswind, and a pipeline of micro-batches d
 The quick brown fox jumps over the lazy dog. Der schnelle braune Fuchs springt. Le renard brun saute. 敏捷的棕色狐狸。
 """
 
-_FAMILIES: dict[str, dict[str, object]] = {
+# Caps, scales and windows are such that tiny models feel them: a window ends within prompts, chunks and blocks.
+_GEMMA: dict[str, object] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 9,
+    "tie_word_embeddings": True,
+}
+_GEMMA3 = _GEMMA | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "rope_parameters": {
+        FULL: {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "layer_types": [SLIDING, FULL],
+}
+FAMILIES: Mapping[str, dict[str, object]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": None},
+    "gemma2": _GEMMA
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.0,
+    },
+    "gemma3": _GEMMA3,
+    "gemma3-multimodal": _GEMMA3 | {"architectures": ["Gemma3ForConditionalGeneration"]},
+}
+# What a model of several modalities has beside its language model; the weights of it are not written.
+_VISION: dict[str, object] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 
@@ -56,7 +94,6 @@ def make_checkpoint(
     tokenizer.save(str(directory / "tokenizer.json"))
     end_id = tokenizer.token_to_id(END)
     config: dict[str, object] = {
-        **_FAMILIES[family],
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -73,9 +110,13 @@ def make_checkpoint(
         "dtype": "float32",
         "bos_token_id": tokenizer.token_to_id(BEGIN),
         "eos_token_id": end_id,
-        **overrides,
     }
+    config |= FAMILIES[family] | overrides
     config = {key: value for key, value in config.items() if value is not None or key not in overrides}
+    if family.endswith("-multimodal"):
+        outer = {key: config.pop(key) for key in ("architectures", "dtype", "eos_token_id")}
+        parts = {"text_config": config, "vision_config": _VISION, "mm_tokens_per_image": 4}
+        config = {**outer, "model_type": family.removesuffix("-multimodal"), **parts}
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": [end_id]})
     _write_json(
@@ -96,7 +137,7 @@ def write_weights(directory: Path, *, seed: int, shards: int = 1) -> None:
     """Random weights for the directory's config.json, in one file or in several with an index."""
     random = np.random.default_rng(seed)
     config = read_model_config(directory)
-    tensors = {parameter.name: _random_tensor(parameter, random) for parameter in parameter_table(config)}
+    tensors = {parameter.name: _random_tensor(parameter, config, random) for parameter in parameter_table(config)}
     if shards == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
@@ -110,13 +151,17 @@ def write_weights(directory: Path, *, seed: int, shards: int = 1) -> None:
     _write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _random_tensor(parameter: Parameter, random: np.random.Generator) -> npt.NDArray[np.float32]:
+def _random_tensor(parameter: Parameter, config: ModelConfig, random: np.random.Generator) -> npt.NDArray[np.float32]:
     noise = random.standard_normal(parameter.shape, dtype=np.float32)
     if parameter.name.endswith("norm.weight"):
-        return 1 + np.float32(0.1) * noise
+        return np.float32(0.0 if config.family.norms_from_one else 1.0) + np.float32(0.1) * noise
     if parameter.name.endswith(".bias"):
         return np.float32(0.1) * noise
-    scale = 2.0 if parameter.name != EMBEDDING else 1.0
+    scale = 2.0
+    if EMBEDDING in parameter.name:
+        # Small where sqrt(hidden_size) multiplies it. It is the head too then, and transformers computes the softmax
+        # of Gemma-2's attention in float32: logits this small hold its rounding well below 1e-6.
+        scale = 0.25 if config.family.scales_embeddings else 1.0
     return np.float32(scale / math.sqrt(parameter.shape[-1])) * noise
 
 

@@ -59,7 +59,7 @@ def form_epoch(
     progress: Callable[[int, int], None],
 ) -> Epoch:
     """Meet the other ranks and load. progress(loaded_bytes, total_bytes) is called after each tensor."""
-    config = read_model_config(Path(command.model_path))
+    config = read_model_config(Path(command.model_path), command.max_context)
     context = mesh.form_context(
         store_address=command.store_address,
         prefix=f"replica-{fence.replica}",

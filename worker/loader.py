@@ -1,6 +1,6 @@
 """Loads a rank's share of a checkpoint, and reads nothing else of it.
 
-In every rank. The parameter table says which region of each tensor this rank holds; the model says which resident
+In every rank. The parameter table says which parts of each tensor this rank holds; the model says which resident
 tensor takes it. The directory was checked by the coordinator before.
 """
 
@@ -37,19 +37,20 @@ def load_weights(
     for parameter in parameter_table(config):
         stored = index[parameter.name]
         by_file[stored.file].append(parameter)
-        region = parameter.held_region(group.rank, group.size)
-        total_bytes += math.prod(region_shape(region)) * ELEMENT_BYTES[stored.dtype]
+        for region in parameter.held_regions(group.rank, group.size):
+            total_bytes += math.prod(region_shape(region)) * ELEMENT_BYTES[stored.dtype]
     loaded_bytes = 0
     for file, parameters in by_file.items():
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for parameter in parameters:
-                region = parameter.held_region(group.rank, group.size)
-                held, rows = model.shards[parameter.name], region_shape(region)[0]
-                held[rows:].zero_()  # the vocabulary's padding
-                if rows:
-                    part = tensors.get_slice(parameter.name)[region]
-                    held[:rows].copy_(part)
-                    loaded_bytes += part.nbytes
+                unfilled = model.shards[parameter.name]
+                for region in parameter.held_regions(group.rank, group.size):
+                    if rows := region_shape(region)[0]:
+                        part = tensors.get_slice(parameter.name)[region]
+                        unfilled[:rows].copy_(part)
+                        unfilled = unfilled[rows:]
+                        loaded_bytes += part.nbytes
+                unfilled.zero_()  # the vocabulary's padding
                 progress(loaded_bytes, total_bytes)
     assert loaded_bytes == total_bytes, f"read {loaded_bytes} of {total_bytes} bytes"
     return loaded_bytes

@@ -10,9 +10,10 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class Driver:
             pieces = sorted(step, key=lambda piece: not piece.decodes)
             hidden = self.model(self._batch(pieces), self.cache)
             logits = self.group.all_gather(self.model.row_logits(hidden))[: len(hidden)]
-            parts = torch.split(logits.log_softmax(-1), [piece.tokens for piece in pieces])
+            parts = torch.split(logits.double().log_softmax(-1), [piece.tokens for piece in pieces])
             for piece, part in zip(pieces, parts, strict=True):
                 rows[piece.sequence].append(part)
         return [torch.cat(parts) for parts in rows]
@@ -117,9 +118,10 @@ def chunked_steps(prompts: Sequence[int], lengths: Sequence[int]) -> list[list[P
     return [[piece for piece in step if piece is not None] for step in itertools.zip_longest(*queues)]
 
 
-def run_case(directory: Path, prompts: list[int], sequences: list[list[int]], context: ParallelContext) -> Arrays:
+def run_case(case: Mapping[str, Any], context: ParallelContext) -> Arrays:
     """Log-probabilities of both ways to feed the sequences, and what the rank read and holds."""
-    config = read_model_config(directory)
+    directory, prompts, sequences = Path(case["directory"]), case["prompts"], case["sequences"]
+    config = read_model_config(directory, case["max_context"])
     model = build_model(config, context)
     read_bytes = load_weights(model, config, directory, context, lambda loaded_bytes, total_bytes: None)
     cache = KVCache(config, context, NUM_BLOCKS, BLOCK_TOKENS)
@@ -157,8 +159,7 @@ def run_rank(job: Path, tensor: int, address: str, rank: int) -> None:
     context = form_context(address, "oracle", 1, rank, tensor, torch.device("cpu"), torch.float64, timeout_s=120)
     results: Arrays = {}
     for name, case in json.loads(job.read_text()).items():
-        arrays = run_case(Path(case["directory"]), case["prompts"], case["sequences"], context)
-        results |= {f"{name}/{what}": array for what, array in arrays.items()}
+        results |= {f"{name}/{what}": array for what, array in run_case(case, context).items()}
     np.savez(job.with_suffix(f".{rank}.npz"), **results)  # type: ignore[arg-type]
     close(context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,58 +15,11 @@ import transformers
 
 from models.config import ModelConfig, read_model_config
 from models.tables import kv_bytes_per_block, parameter_bytes
+from tests.oracle.cases import CASES, GREEDY_TOKENS, LAYOUTS, PROMPT_TOKENS
 from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
-from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
+from tests.tiny import make_checkpoint
 
-PROMPT_TOKENS = (23, 40)
-GREEDY_TOKENS = 12
 FLOAT64_BYTES = 8
-
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama"},
-    "llama3-rope": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "shards": 3},
-    "llama-odd": {
-        "family": "llama",
-        "hidden_size": 66,
-        "intermediate_size": 94,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "vocab_size": 331,
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-    },
-    "linear-rope": {"family": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    "dynamic-rope": {  # to the very end of what it may serve
-        "family": "llama",
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-        "max_position_embeddings": max(PROMPT_TOKENS) + GREEDY_TOKENS,
-    },
-    "yarn-rope": {"family": "llama", "rope_parameters": YARN_ROPE},
-    "mistral": {"family": "mistral"},
-    "mistral-window": {"family": "mistral", "sliding_window": 9},  # ends within chunks and within blocks
-    "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
-    "qwen2-yarn": {
-        "family": "qwen2",
-        "rope_parameters": YARN_ROPE | {"attention_factor": 1.5, "beta_fast": 24.0, "truncate": False},
-        "num_key_value_heads": 1,
-        "vocab_size": 331,
-    },
-    "llama-one-kv-head": {"family": "llama", "num_key_value_heads": 1},
-    "qwen3": {"family": "qwen3", "tie_word_embeddings": True},
-    "qwen3-odd": {
-        "family": "qwen3",
-        "hidden_size": 60,
-        "intermediate_size": 99,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 14,
-        "vocab_size": 331,
-    },
-}
-LAYOUTS = [(name, 1) for name in CASES] + [(name, 2) for name in CASES if name != "qwen3-odd"] + [("qwen3-odd", 3)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,21 +32,34 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def selected(request: pytest.FixtureRequest) -> list[tuple[str, int]]:
+    """The layouts that this run tests: all, or those that -k names."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = {tuple(item.callspec.params.get(key) for key in ("name", "tensor")) for item in items if item.callspec}
+    return [layout for layout in LAYOUTS if layout in wanted]
+
+
+@pytest.fixture(scope="module")
+def oracle(selected: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By case: the checkpoint, sequences of prompt and greedy tokens, and transformers' log-probabilities of both."""
     root = tmp_path_factory.mktemp("oracle")
-    return {name: _ask_transformers(make_checkpoint(root / name, **CASES[name])) for name in CASES}
+    return {name: _ask_transformers(name, root / name) for name in sorted({name for name, _ in selected})}
 
 
-def _ask_transformers(directory: Path) -> dict[str, Any]:
+def _ask_transformers(name: str, directory: Path) -> dict[str, Any]:
+    case = CASES[name]
+    make_checkpoint(directory, case.family, shards=case.shards, **dict(case.config))
+    # Its own choice of attention: sdpa, and eager for what sdpa cannot compute.
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="sdpa", output_loading_info=True
+        directory, dtype=torch.float64, output_loading_info=True
     )
-    assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+    images = ("model.vision_tower.", "model.multi_modal_projector.")
+    missing = [key for key in loading["missing_keys"] if not key.startswith(images)]
+    assert not missing and not loading["unexpected_keys"], loading
     random = torch.Generator().manual_seed(7)
     sequences, logprobs = [], []
     for tokens in PROMPT_TOKENS:
-        ids = torch.randint(2, model.config.vocab_size, (1, tokens), generator=random)
+        ids = torch.randint(2, model.config.get_text_config().vocab_size, (1, tokens), generator=random)
         with torch.inference_mode():
             for _ in range(GREEDY_TOKENS):
                 ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
@@ -102,15 +69,24 @@ def _ask_transformers(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(oracle: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Arrays]]:
+def ranks(
+    selected: list[tuple[str, int]],
+    oracle: dict[str, dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[int, list[Arrays]]:
     """By tensor size: the results of each rank. One start of the processes serves all cases."""
     results = {}
-    for tensor in sorted({tensor for _, tensor in LAYOUTS}):
+    for tensor in sorted({tensor for _, tensor in selected}):
         job = tmp_path_factory.mktemp("job") / "job.json"
-        names = [name for name, size in LAYOUTS if size == tensor]
         cases = {
-            name: {key: oracle[name][key] for key in ("directory", "sequences")} | {"prompts": PROMPT_TOKENS}
-            for name in names
+            name: {
+                "directory": oracle[name]["directory"],
+                "sequences": oracle[name]["sequences"],
+                "prompts": PROMPT_TOKENS,
+                "max_context": CASES[name].max_context,
+            }
+            for name, size in selected
+            if size == tensor
         }
         job.write_text(json.dumps(cases))
         results[tensor] = run_ranks(job, tensor)
@@ -146,15 +122,14 @@ def test_ranks_read_their_slices_and_no_more(
     name: str, tensor: int, oracle: dict[str, dict[str, Any]], ranks: dict[int, list[Arrays]]
 ) -> None:
     directory = Path(oracle[name]["directory"])
-    config = read_model_config(directory)
-    stored_bytes = sum(
-        entry["data_offsets"][1] - entry["data_offsets"][0]
-        for file in directory.glob("*.safetensors")
-        for entry in _header(file).values()
-        if "data_offsets" in entry
-    )
+    headers = [_header(file) for file in directory.glob("*.safetensors")]
+    stored = {key: entry for header in headers for key, entry in header.items() if "data_offsets" in entry}
+    stored_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored.values())
     read_bytes = [int(rank[f"{name}/read_bytes"]) for rank in ranks[tensor]]
-    assert sum(read_bytes) == stored_bytes + (tensor - 1) * 4 * _replicated_numbers(config, tensor)
+    # What every rank reads: norms, the output bias, and keys and values if they have fewer heads than ranks.
+    shapes = [entry["shape"] for key, entry in stored.items() if key.endswith(("norm.weight", "o_proj.bias"))]
+    everywhere = sum(math.prod(shape) for shape in shapes) + _shared_head_numbers(read_model_config(directory))
+    assert sum(read_bytes) == stored_bytes + (tensor - 1) * 4 * everywhere
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -163,10 +138,6 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _replicated_numbers(config: ModelConfig, tensor: int) -> int:
-    """What every rank reads: norms, the output bias, and keys and values if they have fewer heads than ranks."""
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.normalizes_heads else 0)
-    bias = config.hidden_size if config.output_bias else 0
+def _shared_head_numbers(config: ModelConfig) -> int:
     head = config.head_dim * (config.hidden_size + (1 if config.qkv_bias else 0))
-    shared = 2 * head if config.num_key_value_heads == 1 else 0
-    return config.num_hidden_layers * (norms + bias + shared) + config.hidden_size
+    return 2 * head * config.num_hidden_layers if config.num_key_value_heads == 1 else 0

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from echelon.errors import ConfigError
 from models.files import check_model_directory, checkpoint_index
-from tests.tiny import make_checkpoint
+from tests.tiny import FAMILIES, make_checkpoint
 
 FIRST_SHARD = "model-00001-of-00003.safetensors"
 
@@ -23,7 +23,7 @@ def refusal(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_checkpoint_passes(tmp_path: Path, family: str, shards: int) -> None:
     check_model_directory(make_checkpoint(tmp_path, family, shards=shards))
 

@@ -15,13 +15,13 @@ import pytest
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
 from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes, parameter_table
-from parallel.sharding import Split, SplitVocabulary, held_region, held_shape, region_shape
+from parallel.sharding import Split, SplitVocabulary, held_regions, held_shape, region_shape
 from tests.tiny import make_checkpoint
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> ModelConfig:
-    return read_model_config(make_checkpoint(tmp_path, vocab_size=331, num_key_value_heads=2, num_attention_heads=4))
+@pytest.fixture(params=["llama", "phi3"])
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> ModelConfig:
+    return read_model_config(make_checkpoint(tmp_path, request.param, vocab_size=331))
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -29,13 +29,19 @@ def test_regions_cover_every_number(config: ModelConfig, tensor: int) -> None:
     for parameter in parameter_table(config):
         reads = np.zeros(parameter.shape, dtype=int)
         for rank in range(tensor):
-            region = parameter.held_region(rank, tensor)
-            reads[region] += 1
+            regions = parameter.held_regions(rank, tensor)
+            for region in regions:
+                reads[region] += 1
+            rows = sum(region_shape(region)[0] for region in regions)
             padded = isinstance(parameter.placement, SplitVocabulary)
-            assert region_shape(region) == parameter.held_shape(tensor) or padded
-        if isinstance(parameter.placement, Split) and "_proj" in parameter.name:
-            copies = tensor // 2 if ("k_proj" in parameter.name or "v_proj" in parameter.name) and tensor > 2 else 1
-            assert (reads == copies).all(), parameter.name
+            assert (rows, *region_shape(regions[0])[1:]) == parameter.held_shape(tensor) or padded
+        if isinstance(parameter.placement, Split):
+            key_value_copies = max(1, tensor // config.num_key_value_heads)
+            copies = {"k_proj": key_value_copies, "v_proj": key_value_copies}.get(parameter.name.split(".")[-2], 1)
+            expected = np.full(parameter.shape, copies)
+            if "qkv_proj" in parameter.name:
+                expected[config.num_attention_heads * config.head_dim :] = key_value_copies
+            assert (reads == expected).all(), parameter.name
         else:
             assert (reads >= 1).all(), parameter.name
 
@@ -43,15 +49,34 @@ def test_regions_cover_every_number(config: ModelConfig, tensor: int) -> None:
 def test_key_value_heads_go_where_their_queries_are() -> None:
     queries, heads, tensor = 8, 2, 4
     for rank in range(tensor):
-        query_rows = held_region((queries,), Split(0, queries), rank, tensor)[0]
-        head_rows = held_region((heads,), Split(0, heads), rank, tensor)[0]
+        query_rows = held_regions((queries,), Split(0, (queries,)), rank, tensor)[0][0]
+        head_rows = held_regions((heads,), Split(0, (heads,)), rank, tensor)[0][0]
         wanted = {query * heads // queries for query in range(query_rows.start, query_rows.stop)}
         assert wanted == set(range(head_rows.start, head_rows.stop))
 
 
+def test_sections_of_a_stacked_tensor_are_dealt_out_each_on_its_own() -> None:
+    shape, placement = (3 * 8, 5), Split(0, (4, 2, 2))  # four query heads, two of keys, two of values, of three rows
+    regions = [held_regions(shape, placement, rank, 2) for rank in range(2)]
+    assert [[(rows.start, rows.stop) for rows, _ in each] for each in regions] == [
+        [(0, 6), (12, 15), (18, 21)],
+        [(6, 12), (15, 18), (21, 24)],
+    ]
+    assert held_shape(shape, placement, 2) == (12, 5)
+    assert held_shape(shape, placement, 4) == (9, 5)  # a head of each, the keys' and values' held twice
+    assert held_regions(shape, placement, 3, 4)[1:] == held_regions(shape, placement, 2, 4)[1:]
+
+
+def test_fused_matrices_hold_on_each_rank_what_single_ones_do(tmp_path: Path) -> None:
+    """So that one table row may stand for three, and planned bytes are the same."""
+    single, fused = (read_model_config(make_checkpoint(tmp_path / name, name)) for name in ("llama", "phi3"))
+    for tensor in (1, 2, 4):
+        assert parameter_bytes(single, 0, tensor, 2) == parameter_bytes(fused, 0, tensor, 2)
+
+
 def test_a_vocabulary_is_padded_at_its_end() -> None:
     shape, size = (5, 3), 4
-    regions = [held_region(shape, SplitVocabulary(), rank, size) for rank in range(size)]
+    regions = [held_regions(shape, SplitVocabulary(), rank, size)[0] for rank in range(size)]
     assert [(rows.start, rows.stop) for rows, _ in regions] == [(0, 2), (2, 4), (4, 5), (5, 5)]
     assert held_shape(shape, SplitVocabulary(), size) == (2, 3)
 
@@ -72,13 +97,23 @@ def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
     assert parameter_bytes(untied, 0, 1, 2) - parameter_bytes(tied, 0, 1, 2) == 2 * 320 * 64
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_table_lists_the_checkpoint(tmp_path: Path, family: str) -> None:
-    config = read_model_config(make_checkpoint(tmp_path, family, attention_bias=True))
+@pytest.mark.parametrize(
+    ("family", "per_layer"),
+    [
+        ("llama", 9 + 4),
+        ("mistral", 9),
+        ("qwen2", 9 + 3),
+        ("qwen3", 9 + 4 + 2),
+        ("phi3", 9 - 3),
+        ("gemma2", 9 + 4 + 2),
+        ("gemma3", 9 + 4 + 2 + 2),
+    ],
+)
+def test_the_table_lists_the_checkpoint(tmp_path: Path, family: str, per_layer: int) -> None:
+    """Nine tensors a layer, then biases, norms of heads, norms behind attention and MLP; less what is fused."""
+    config = read_model_config(make_checkpoint(tmp_path, family, attention_bias=True, tie_word_embeddings=False))
     names = [parameter.name for parameter in parameter_table(config)]
     assert len(names) == len(set(names))
-    biases_and_norms = {"llama": 4, "mistral": 0, "qwen2": 3, "qwen3": 4 + 2}
-    per_layer = 9 + biases_and_norms[family]
     assert len(names) == 3 + 2 * per_layer
     assert {p.layer for p in parameter_table(config)} == {None, 0, 1}
     assert all(math.prod(p.shape) > 0 for p in parameter_table(config))
@@ -126,4 +161,5 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
 def test_every_pair_of_ranks_agrees_on_shapes(config: ModelConfig) -> None:
     for parameter, (one, other) in itertools.product(parameter_table(config), itertools.combinations(range(4), 2)):
         if not isinstance(parameter.placement, SplitVocabulary):
-            assert region_shape(parameter.held_region(one, 4)) == region_shape(parameter.held_region(other, 4))
+            shapes = [[region_shape(region) for region in parameter.held_regions(rank, 4)] for rank in (one, other)]
+            assert shapes[0] == shapes[1]
