@@ -20,16 +20,44 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from models.config import read_model_config
+from models.config import DTYPE_BYTES, ModelConfig, read_model_config
 from models.tables import Parameter, parameter_table
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TOKENIZER_VOCABULARY = 4096
 SHARD_BYTES = 4 << 30
-FAMILIES = {
+GEMMA: dict[str, object] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32,
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": None},
+    "gemma2": GEMMA
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 1024,
+    },
+    "gemma3": GEMMA
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 512,
+        "sliding_window_pattern": 4,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    },
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] }}\n{% endfor %}"
@@ -64,7 +92,6 @@ def small_config(family: str, *, hidden_size: int, num_layers: int, dtype: str) 
     if hidden_size % 64 != 0:
         raise SystemExit(f"--hidden-size must be a multiple of 64, got {hidden_size}")
     return {
-        **FAMILIES[family],
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
         "num_hidden_layers": num_layers,
@@ -78,6 +105,7 @@ def small_config(family: str, *, hidden_size: int, num_layers: int, dtype: str) 
         "tie_word_embeddings": False,
         "attention_bias": False,
         "dtype": dtype,
+        **FAMILIES[family],
     }
 
 
@@ -112,13 +140,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 def write_weights(directory: Path, *, seed: int = 0, device: str = "cpu") -> None:
     """Random weights for the directory's config.json, drawn on the device, in files of at most about 4 GiB."""
     config = read_model_config(directory)
-    dtype = getattr(torch, config.dtype)
     random = torch.Generator(device).manual_seed(seed)
-    shards = split_shards(parameter_table(config), dtype.itemsize)
+    shards = split_shards(parameter_table(config), DTYPE_BYTES[config.dtype])
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {parameter.name: random_tensor(parameter, random, dtype).cpu() for parameter in shard}
+        tensors = {parameter.name: random_tensor(parameter, config, random).cpu() for parameter in shard}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -139,11 +166,13 @@ def split_shards(parameters: Sequence[Parameter], itemsize: int) -> list[list[Pa
     return shards
 
 
-def random_tensor(parameter: Parameter, random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """Norms near one; matrices scaled by their fan-in, so that every layer matters whatever the size."""
+def random_tensor(parameter: Parameter, config: ModelConfig, random: torch.Generator) -> torch.Tensor:
+    """Norms near what leaves their input alone; matrices scaled by their fan-in, so that every layer matters whatever
+    the size."""
+    dtype = getattr(torch, config.dtype)
     noise = torch.randn(parameter.shape, generator=random, device=random.device, dtype=dtype)
     if parameter.name.endswith("norm.weight"):
-        return noise.mul_(0.1).add_(1)
+        return noise.mul_(0.1).add_(0 if config.family.norms_from_one else 1)
     return noise.mul_(1 / math.sqrt(parameter.shape[-1]))
 
 

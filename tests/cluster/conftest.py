@@ -31,6 +31,20 @@ ODD |= {"num_hidden_layers": 3, "vocab_size": 331}
 
 LLAMA3: dict[str, object] = {"rope_parameters": LLAMA3_ROPE}
 TIED_ODD = ODD | {"tie_word_embeddings": True}
+WINDOWS: dict[str, object] = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+# An original context of one token: transformers, too, turns all of them by the long factors.
+LONGROPE: dict[str, object] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.5, 2.5, 6.0, 20.0, 40.0],
+        "attention_factor": 1.2,
+        "partial_rotary_factor": 0.75,
+    },
+    "original_max_position_embeddings": 1,
+    "sliding_window": 24,
+}
 BIASED: dict[str, object] = {"attention_bias": True, "num_key_value_heads": 1, "vocab_size": 322}
 
 
@@ -56,6 +70,8 @@ LAYOUTS = {
     "llama-2": Layout("llama", 2, LLAMA3),
     "qwen3-1-chunked": Layout("qwen3", 1, TIED_ODD, CHUNKED),
     "qwen3-2": Layout("qwen3", 2, TIED_ODD),
+    "phi3-1-chunked": Layout("phi3", 1, LONGROPE, CHUNKED),
+    "gemma2-2": Layout("gemma2", 2, {}),
     "llama-2-chunked": Layout("llama", 2, LLAMA3, CHUNKED, long=True),
     "llama-1-plain": Layout("llama", 1, {}, long=True),
     "llama-1-biased": Layout("llama", 1, BIASED, long=True),
@@ -65,6 +81,12 @@ LAYOUTS = {
     "qwen3-2-chunked": Layout("qwen3", 2, TIED_ODD, CHUNKED, long=True),
     "qwen2-2": Layout("qwen2", 2, {"tie_word_embeddings": True}, long=True),
     "mistral-2-chunked": Layout("mistral", 2, {"sliding_window": 24}, CHUNKED, long=True),
+    "qwen3-2-upper-windows": Layout("qwen3", 2, WINDOWS, long=True),
+    "phi3-2": Layout("phi3", 2, LONGROPE, long=True),
+    "phi3-3-odd": Layout("phi3", 3, ODD | {"num_key_value_heads": 3, "intermediate_size": 90}, long=True),
+    "gemma2-1-chunked": Layout("gemma2", 1, {}, CHUNKED, long=True),
+    "gemma3-1": Layout("gemma3", 1, {}, long=True),
+    "gemma3-2-chunked": Layout("gemma3", 2, {}, CHUNKED, long=True),
     "qwen3-4": Layout("qwen3", 4, {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }
 PARAMETERS = [

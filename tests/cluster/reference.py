@@ -23,9 +23,8 @@ class Reference:
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float64, attn_implementation="sdpa"
-        ).eval()
+        # Its own choice of attention: sdpa, and eager for what sdpa cannot compute.
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
 
     @torch.no_grad()
     def greedy(self, text: str, steps: int) -> Answer:

@@ -26,7 +26,7 @@ def test_the_prompts_are_many_and_varied() -> None:
     assert temperatures.count(0) > len(items) // 2 and len(set(temperatures)) >= 3
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", make_checkpoint.FAMILIES)
 def test_a_small_checkpoint_is_complete(tmp_path: Path, family: str) -> None:
     config = small_config(family, hidden_size=64, num_layers=1, dtype="float32")
     write_checkpoint(tmp_path, config)
