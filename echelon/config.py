@@ -8,6 +8,7 @@ coordinator it starts. Reads no environment and no file itself, and knows neithe
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -19,6 +20,8 @@ from echelon.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ECHELON_"
 NOT_SUPPORTED_YET = ("pipeline", "data", "expert", "replicas")
+
+HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -50,8 +53,8 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Path = Field(description="Directory of a Hugging Face checkpoint.")
-    served_model_name: str | None = Field(default=None, description="Name clients ask for; default: the directory's.")
+    model: Path | str = Field(description="Directory of a Hugging Face checkpoint, or ORG/NAME[@REVISION] on its Hub.")
+    served_model_name: str | None = Field(default=None, description="Name clients ask for; default: the model's own.")
     tensor: Count = Field(default=1, description="Ranks that split every layer.")
     pipeline: Count = Field(default=1, description="Pipeline stages (only 1 for now).")
     data: Count = Field(default=1, description="Attention data-parallel ranks (only 1 for now).")
@@ -75,6 +78,11 @@ class ServeConfig(BaseModel):
     max_queue_tokens: Count = Field(default=1_000_000, description="Prompt tokens that may wait for a place.")
     journal: Journal = Field(default="write", description="fsync survives power loss too, for a disk flush a step.")
     metrics_address: str | None = Field(default=None, description="host:port of a Prometheus endpoint; default: none.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_path_or_hub_id(cls, value: object) -> object:
+        return Path(value) if isinstance(value, str) and not HUB_ID.fullmatch(value) else value
 
     @field_validator("address", "metrics_address", "ray_address")
     @classmethod
@@ -112,6 +120,7 @@ class CoordinatorConfig(ServeConfig):
     Both ports are concrete, so a successor is found where its predecessor was.
     """
 
+    model: Path
     served_model_name: str
     device: Device
     dtype: Dtype
@@ -145,7 +154,9 @@ def resolve_config(
         if flag is not None:
             values[name], sources[name] = flag, f"--{flag_of(name)}"
     if "model" not in values:
-        raise ConfigError("no model given; pass --model DIRECTORY, a Hugging Face checkpoint", field="model")
+        raise ConfigError(
+            "no model given; pass --model DIRECTORY, a Hugging Face checkpoint, or --model ORG/NAME", field="model"
+        )
     try:
         return ServeConfig.model_validate(values)
     except ValidationError as error:

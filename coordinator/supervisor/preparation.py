@@ -20,6 +20,7 @@ from typing import cast
 from tokenizers import Tokenizer
 
 from coordinator.placement import plan_replica
+from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
@@ -46,9 +47,10 @@ def temporary_folder() -> Iterator[Path]:
 
 def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHead | None]:
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
-    check_model_directory(config.model)
-    _check_tokenizer(config.model)
-    model = read_model_config(config.model)
+    directory = model_directory(config.model).resolve()
+    check_model_directory(directory)
+    _check_tokenizer(directory)
+    model = read_model_config(directory)
     device = _device(config)
     host, port = split_address(config.address)
     if port != 0 and config.metrics_address == config.address:
@@ -60,8 +62,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     settled = CoordinatorConfig.model_validate(
         config.model_dump()
         | {
-            "model": config.model.resolve(),
-            "served_model_name": config.served_model_name or config.model.resolve().name,
+            "model": directory,
+            "served_model_name": config.served_model_name or served_name(config.model, directory),
             "device": device,
             "dtype": _dtype(config, model, device),
             "max_context": _max_context(config, model),

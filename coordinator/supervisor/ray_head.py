@@ -98,7 +98,7 @@ class RayHead:
                 cwd=self._config.folder,
                 env=environment | settings,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def is_up(self) -> bool:
@@ -135,7 +135,7 @@ class RayHead:
         return InternalError(f"Ray does not start:\n{told}\n{what} (command: {' '.join(self._config.command())})")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child, before it runs: SIGTERM when the thread that started it ends."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
