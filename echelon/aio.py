@@ -5,15 +5,18 @@ Thin: what a call means is in `internal/calls.py`, when it is tried again in `se
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Self, Unpack
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from typing import Literal, Self, Unpack, overload
 
-from echelon.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
-from echelon.internal import calls
-from echelon.internal.generate import GenerateCall, GenerateOptions, admitted
+from echelon.errors import EchelonError
+from echelon.internal import calls, mapping
+from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input
 from echelon.internal.generate import generate as generate_call
 from echelon.internal.transport_aio import AsyncTransport
 from echelon.jobs import AsyncJobs
+from echelon.profiles import Given, client_settings
 from echelon.retry import RetryPolicy
 from echelon.session import Finish
 from echelon.types import Admitted, Cluster, ClusterEvent, Completion, Model, Rank, StreamEvent
@@ -24,14 +27,33 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | None = None,
         *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
+        profile: str | None = None,
+        timeout_s: float | None = None,
+        max_retries: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
-        self._settings = calls.Settings(address, timeout_s, retry)
+        given = Given(address=address, profile=profile, timeout_s=timeout_s, max_retries=max_retries, retry=retry)
+        self._settings = client_settings(given)
         self._transport = AsyncTransport(self._settings)
         self.jobs = AsyncJobs(self._transport)
+
+    @property
+    def address(self) -> str:
+        """Where it connects."""
+        return self._settings.address
+
+    def with_options(self, *, timeout_s: float | None = None, max_retries: int | None = None) -> Self:
+        """A light copy with other limits, over the same connection.
+
+        It closes with this client. Closing the copy alone cancels what runs through it and leaves the connection.
+        """
+        other = copy.copy(self)
+        other._settings = self._settings.changed(timeout_s, max_retries)
+        other._transport = self._transport.share(other._settings)
+        other.jobs = AsyncJobs(other._transport)
+        return other
 
     async def __aenter__(self) -> Self:
         return self
@@ -53,6 +75,64 @@ class AsyncClient:
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """The same, token by token. Leave with `async with` or close() to cancel the request."""
         return AsyncStream(self._transport, generate_call(self._settings, prompt, options))
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Completion, None]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = ...,
+        return_exceptions: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Completion | EchelonError, None]: ...
+
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = mapping.DEFAULT_CONCURRENCY,
+        return_exceptions: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Completion | EchelonError, None]:
+        """The answer to each prompt, in their order: `async for`. Leave early by aclose(), as contextlib.aclosing."""
+        mapping.check(concurrency, options)
+        return self._map(prompts, concurrency, return_exceptions, options)
+
+    async def _map(
+        self, prompts: Iterable[MapInput], concurrency: int, return_exceptions: bool, options: GenerateOptions
+    ) -> AsyncGenerator[Completion | EchelonError, None]:
+        places, tasks = asyncio.Semaphore(concurrency), set[asyncio.Task[Completion | EchelonError]]()
+
+        async def ask(item: MapInput) -> Completion | EchelonError:
+            try:
+                async with places:
+                    return await self._transport.finish(generate_input(self._settings, item, options))
+            except EchelonError as error:
+                return error
+
+        def start(item: MapInput) -> asyncio.Task[Completion | EchelonError]:
+            task = asyncio.create_task(ask(item))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+
+        try:
+            for task in mapping.in_order(prompts, start, concurrency):
+                yield mapping.outcome(await task, return_exceptions)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""

@@ -5,39 +5,61 @@ Thin: what a call means is in `internal/calls.py`, when it is tried again in `se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Self, Unpack
+import copy
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Literal, Self, Unpack, overload
 
-from echelon.internal import calls
-from echelon.internal.generate import GenerateCall, GenerateOptions, admitted
+from echelon.errors import EchelonError
+from echelon.internal import calls, mapping
+from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input
 from echelon.internal.generate import generate as generate_call
-from echelon.internal.transport import Transport
+from echelon.internal.transport import CANCEL_TIMEOUT_S, Transport
 from echelon.jobs import Jobs
+from echelon.profiles import Given, client_settings
 from echelon.retry import RetryPolicy
 from echelon.session import Finish
 from echelon.types import Admitted, Cluster, ClusterEvent, Completion, Model, Rank, StreamEvent
-
-DEFAULT_ADDRESS = "localhost:50051"
-DEFAULT_TIMEOUT_S = 600.0
 
 
 class Client:
     """A connection to a coordinator, made at the first call.
 
     timeout_s bounds each call, tries again included; a generation may bring its own. A coordinator that is away or
-    asks to wait is tried again until then; a broken stream goes on at the next token.
+    asks to wait is tried again until then, or max_retries times; a broken stream goes on at the next token. What is
+    not given comes from the environment, from the profile or its default: see `profiles.py`.
     """
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | None = None,
         *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
+        profile: str | None = None,
+        timeout_s: float | None = None,
+        max_retries: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
-        self._settings = calls.Settings(address, timeout_s, retry)
+        given = Given(address=address, profile=profile, timeout_s=timeout_s, max_retries=max_retries, retry=retry)
+        self._settings = client_settings(given)
         self._transport = Transport(self._settings)
         self.jobs = Jobs(self._transport)
+
+    @property
+    def address(self) -> str:
+        """Where it connects."""
+        return self._settings.address
+
+    def with_options(self, *, timeout_s: float | None = None, max_retries: int | None = None) -> Self:
+        """A light copy with other limits, over the same connection.
+
+        It closes with this client. Closing the copy alone cancels what runs through it and leaves the connection.
+        """
+        other = copy.copy(self)
+        other._settings = self._settings.changed(timeout_s, max_retries)
+        other._transport = self._transport.share(other._settings)
+        other.jobs = Jobs(other._transport)
+        return other
 
     def __enter__(self) -> Self:
         return self
@@ -59,6 +81,65 @@ class Client:
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """The same, token by token. Leaving the loop early, or close(), cancels the request."""
         return Stream(self._transport, generate_call(self._settings, prompt, options))
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = ...,
+        return_exceptions: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Completion, None, None]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = ...,
+        return_exceptions: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Completion | EchelonError, None, None]: ...
+
+    def map(
+        self,
+        prompts: Iterable[MapInput],
+        *,
+        concurrency: int = mapping.DEFAULT_CONCURRENCY,
+        return_exceptions: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Completion | EchelonError, None, None]:
+        """The answer to each prompt, in their order, with at most `concurrency` asked at once.
+
+        A prompt is a string, or a mapping of generate()'s options that go before those of all. Prompts are taken as
+        they are needed. An error is raised in its place and ends the map, or stands there with return_exceptions.
+        Leaving early, or close(), cancels what runs.
+        """
+        mapping.check(concurrency, options)
+        return self._map(prompts, concurrency, return_exceptions, options)
+
+    def _map(
+        self, prompts: Iterable[MapInput], concurrency: int, return_exceptions: bool, options: GenerateOptions
+    ) -> Generator[Completion | EchelonError, None, None]:
+        workers, scope = mapping.Workers(concurrency), self._transport.share(self._settings)
+
+        def ask(item: MapInput) -> Completion | EchelonError:
+            try:
+                return scope.finish(generate_input(self._settings, item, options))
+            except EchelonError as error:
+                return error
+
+        def start(item: MapInput) -> Future[Completion | EchelonError]:
+            return workers.submit(lambda: ask(item))
+
+        try:
+            for future in mapping.in_order(prompts, start, concurrency):
+                yield mapping.outcome(future.result(), return_exceptions)
+        finally:
+            if not sys.is_finalizing():  # then the threads stand still, and may hold what this would wait for
+                scope.close()
+                workers.close(2 * CANCEL_TIMEOUT_S)
 
     def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""

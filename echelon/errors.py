@@ -46,6 +46,9 @@ class EchelonError(Exception):
         self.request_id = request_id
         self.retry_after_s = retry_after_s
 
+    def __str__(self) -> str:
+        return f"{self.message} (request_id={self.request_id})" if self.request_id else self.message
+
 
 class InvalidRequestError(EchelonError):
     """A field of the request is wrong; the message says which, why, and what to do."""

@@ -42,11 +42,11 @@ class Jobs:
         job.status()
         return job
 
-    def list(self) -> Iterator[JobStatus]:
-        """Every job, page by page as they are read."""
+    def list(self, *, page_size: int = calls.LIST_PAGE_SIZE) -> Iterator[JobStatus]:
+        """Every job, the newest first. They are asked for as they are read, page_size at a time."""
         page_token, more = "", True
         while more:
-            page, page_token = self._transport.finish(calls.list_jobs(self._transport.settings, page_token))
+            page, page_token = self._transport.finish(calls.list_jobs(self._transport.settings, page_token, page_size))
             more = bool(page_token)
             yield from page
 
@@ -101,10 +101,11 @@ class AsyncJobs:
         await job.status()
         return job
 
-    async def list(self) -> AsyncIterator[JobStatus]:
+    async def list(self, *, page_size: int = calls.LIST_PAGE_SIZE) -> AsyncIterator[JobStatus]:
         page_token, more = "", True
         while more:
-            page, page_token = await self._transport.finish(calls.list_jobs(self._transport.settings, page_token))
+            call = calls.list_jobs(self._transport.settings, page_token, page_size)
+            page, page_token = await self._transport.finish(call)
             more = bool(page_token)
             for job in page:
                 yield job

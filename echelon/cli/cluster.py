@@ -12,45 +12,49 @@ import typer
 
 from echelon.aio import AsyncClient
 from echelon.cli import output
-from echelon.retry import RetryPolicy
 from echelon.types import Cluster
 
 STATUS_TIMEOUT_S = 3.0
 
 
-def status(address: output.Address = output.DEFAULT, as_json: output.AsJson = False) -> None:
+def status(
+    address: output.Address = None,
+    profile: output.Profile = None,
+    as_json: output.AsJson = False,
+) -> None:
     """Show the cluster: models, replicas and ranks. Asks once: nothing listening is an answer too.
 
     Example: echelon status --address head:50051
     """
-    cluster = asyncio.run(_cluster(address))
+    client = AsyncClient(address, profile=profile, timeout_s=STATUS_TIMEOUT_S, max_retries=0)
+    cluster = asyncio.run(_cluster(client))
     if as_json:
         output.json_line(cluster)
     else:
-        _show(address, cluster)
+        _show(client.address, cluster)
 
 
 def events(
     after: Annotated[int, typer.Option(help="Only events after this sequence.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new events.")] = False,
-    address: output.Address = output.DEFAULT,
+    address: output.Address = None,
+    profile: output.Profile = None,
     as_json: output.AsJson = False,
 ) -> None:
     """Print the coordinator's decisions and observations, oldest first.
 
     Example: echelon events --follow
     """
-    asyncio.run(_events(address, after, follow, as_json))
+    asyncio.run(_events(AsyncClient(address, profile=profile), after, follow, as_json))
 
 
-async def _cluster(address: str) -> Cluster:
-    once = RetryPolicy(max_retries=0)
-    async with AsyncClient(address, timeout_s=STATUS_TIMEOUT_S, retry=once) as client:
+async def _cluster(client: AsyncClient) -> Cluster:
+    async with client:
         return await client.cluster()
 
 
-async def _events(address: str, after: int, follow: bool, as_json: bool) -> None:
-    async with AsyncClient(address) as client:
+async def _events(client: AsyncClient, after: int, follow: bool, as_json: bool) -> None:
+    async with client:
         async for event in client.events(after=after, follow=follow):
             if as_json:
                 output.json_line(event)

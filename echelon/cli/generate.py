@@ -14,7 +14,6 @@ import typer
 
 from echelon.aio import AsyncClient
 from echelon.cli import output
-from echelon.client import DEFAULT_TIMEOUT_S
 from echelon.errors import InvalidRequestError
 from echelon.internal.generate import GenerateOptions
 from echelon.sampling import SamplingParams
@@ -23,7 +22,8 @@ from echelon.types import Completion
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
-    address: output.Address = output.DEFAULT,
+    address: output.Address = None,
+    profile: output.Profile = None,
     model: Annotated[str, typer.Option(help="The served model, when there are several.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, by the chat template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="At most this many new tokens; default 16.")] = None,
@@ -33,7 +33,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and this many others.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end tokens.")] = False,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds until the whole answer.")] = DEFAULT_TIMEOUT_S,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds until the whole answer; default 600.")
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come, or the answer at its end.")] = True,
     as_json: output.AsJson = False,
 ) -> None:
@@ -51,10 +53,13 @@ def generate(
         logprobs=logprobs,
         ignore_eos=ignore_eos,
     )
-    options: GenerateOptions = {"model": model, "sampling": sampling, "timeout_s": timeout_s}
+    options: GenerateOptions = {"model": model, "sampling": sampling}
+    if timeout_s is not None:
+        options["timeout_s"] = timeout_s
     if chat:
         options["messages"] = [{"role": "user", "content": text}]
-    completion = asyncio.run(_run(address, None if chat else text, options, show=stream and not as_json))
+    client = AsyncClient(address, profile=profile)
+    completion = asyncio.run(_run(client, None if chat else text, options, show=stream and not as_json))
     if as_json:
         output.json_line(output.openai_completion(completion))
     else:
@@ -68,9 +73,9 @@ def _standard_input() -> str:
         raise InvalidRequestError(f"standard input is not UTF-8 at byte {error.start}", field="prompt") from None
 
 
-async def _run(address: str, prompt: str | None, options: GenerateOptions, *, show: bool) -> Completion:
+async def _run(client: AsyncClient, prompt: str | None, options: GenerateOptions, *, show: bool) -> Completion:
     """The whole answer. Ctrl-C leaves the `with` and so cancels the request at the server as well."""
-    async with AsyncClient(address) as client, client.stream(prompt, **options) as events:
+    async with client, client.stream(prompt, **options) as events:
         async for event in events:
             if show:
                 typer.echo(event.text, nl=False)

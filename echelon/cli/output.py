@@ -18,13 +18,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from echelon.client import DEFAULT_ADDRESS
 from echelon.errors import ConfigError, EchelonError, InvalidRequestError
+from echelon.profiles import DEFAULT_ADDRESS
 from echelon.types import Completion, ItemResult
 
-Address = Annotated[str, typer.Option("--address", "-a", envvar="ECHELON_ADDRESS", help="The coordinator's HOST:PORT.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        "-a",
+        help=f"HOST:PORT; else ECHELON_ADDRESS, the profile's, {DEFAULT_ADDRESS}.",
+        show_default=False,
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", help="A section of ~/.config/echelon/config.toml; else ECHELON_PROFILE.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-DEFAULT = DEFAULT_ADDRESS
 
 PIPE_WIDTH = 200  # columns of a table that no terminal bounds
 
@@ -36,8 +49,7 @@ def exit_code(error: EchelonError) -> int:
 
 def error_line(error: EchelonError) -> None:
     """One line on stderr, with the request's id where a log can be searched for it."""
-    request = f" (request {error.request_id})" if error.request_id else ""
-    typer.echo(f"echelon: error: {error.message}{request}", err=True)
+    typer.echo(f"echelon: error: {error}", err=True)
 
 
 def forget_output() -> None:

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from echelon import convert_cluster, convert_jobs
 from echelon.errors import InvalidRequestError
 from echelon.internal.channel import MAX_MESSAGE_BYTES
-from echelon.retry import RetryPolicy
+from echelon.profiles import Settings
 from echelon.session import CallSession, FeedSession, Session
 from echelon.types import (
     Cluster,
@@ -39,15 +39,6 @@ _JOBS = "echelon.v1.BatchJobService"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a client was made with."""
-
-    address: str
-    timeout_s: float
-    retry: RetryPolicy
-
-
-@dataclass(frozen=True, slots=True)
 class Call(Generic[P, M, Y, R]):
     """A remote call: request builds what to send from what the session resumes after, decode reads an answer."""
 
@@ -57,6 +48,7 @@ class Call(Generic[P, M, Y, R]):
     decode: Callable[[Any], M]
     session: Session[P, M, Y, R]
     streams: bool = False
+    request_id: str | None = None  # its errors carry it
 
 
 Unary = Call[None, M, M, M]
@@ -126,12 +118,14 @@ def cancel_job(settings: Settings, job_id: str) -> Unary[JobStatus]:
     return _unary(settings, f"{_JOBS}/CancelBatchJob", request, jobs_pb2.BatchJob, convert_jobs.job_from_proto)
 
 
-def list_jobs(settings: Settings, page_token: str) -> Unary[tuple[list[JobStatus], str]]:
-    """One page, and the token of the next one or nothing."""
+def list_jobs(settings: Settings, page_token: str, page_size: int) -> Unary[tuple[list[JobStatus], str]]:
+    """One page, and the token of the next one or nothing. The server may cut a large page_size."""
+    if not isinstance(page_size, int) or isinstance(page_size, bool) or not 0 < page_size < 2**31:
+        raise InvalidRequestError(f"page_size must be an integer >= 1, got {page_size!r}", field="page_size")
     return _unary(
         settings,
         f"{_JOBS}/ListBatchJobs",
-        jobs_pb2.ListBatchJobsRequest(page_size=LIST_PAGE_SIZE, page_token=page_token),
+        jobs_pb2.ListBatchJobsRequest(page_size=page_size, page_token=page_token),
         jobs_pb2.ListBatchJobsResponse,
         lambda answer: ([convert_jobs.job_from_proto(job) for job in answer.batch_jobs], answer.next_page_token),
     )

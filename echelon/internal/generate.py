@@ -9,13 +9,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from echelon import convert
 from echelon.chat import ChatMessage, ChatPrompt, chat_message
 from echelon.errors import InvalidRequestError
 from echelon.generation_session import GenerationSession, Message, Received
 from echelon.internal import calls
+from echelon.profiles import Settings
 from echelon.sampling import SamplingParams, check_text
 from echelon.types import Admitted, Completion, StreamEvent
 from echelon.v1 import generation_pb2
@@ -67,7 +68,7 @@ class GenerateOptions(TypedDict, total=False):
 GenerateCall = calls.Call[Received, Message, StreamEvent, Completion]
 
 
-def generate(settings: calls.Settings, prompt: str | None, options: GenerateOptions) -> GenerateCall:
+def generate(settings: Settings, prompt: str | None, options: GenerateOptions) -> GenerateCall:
     """One generation, whether its tokens are wanted one by one or at the end."""
     fields: dict[str, Any] = dict(options)
     chat: dict[str, Any] = {name: fields.pop(name, None) for name in ("tools", "template_args")}
@@ -91,7 +92,21 @@ def generate(settings: calls.Settings, prompt: str | None, options: GenerateOpti
 
     session = GenerationSession(request.request_id, timeout_s, settings.retry)
     method, response = "echelon.v1.GenerationService/StreamGenerate", generation_pb2.StreamGenerateResponse
-    return calls.Call(method, resumed, response, convert.stream_from_proto, session, streams=True)
+    return calls.Call(method, resumed, response, convert.stream_from_proto, session, True, session.request_id)
+
+
+MapInput = str | Mapping[str, Any]  # a prompt, or options of generate() and a prompt among them
+
+
+def generate_input(settings: Settings, item: MapInput, shared: GenerateOptions) -> GenerateCall:
+    """One generation of a map: its own options go before those of all."""
+    if isinstance(item, str):
+        return generate(settings, item, shared)
+    if not isinstance(item, Mapping):
+        message = f"a prompt must be a string or a mapping of generate()'s options, got {item!r}"
+        raise InvalidRequestError(message, field="prompts")
+    options: dict[str, Any] = {**shared, **item}
+    return generate(settings, options.pop("prompt", None), cast(GenerateOptions, options))
 
 
 def admitted(call: GenerateCall) -> Admitted | None:

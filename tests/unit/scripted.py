@@ -19,7 +19,7 @@ from echelon import convert
 from echelon.errors import EchelonError
 from echelon.internal.channel import SERVER_OPTIONS
 from echelon.status import abort_status
-from echelon.types import Admitted, Completion, FinishReason, StreamEvent, Usage
+from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEvent, Usage
 from echelon.v1 import cluster_pb2, generation_pb2, jobs_pb2
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
@@ -119,9 +119,13 @@ def completion(request_id: str, ids: tuple[int, ...] = IDS, text: str | None = N
     return Completion(
         request_id=request_id,
         model="tiny",
-        text="".join(WORDS[: len(ids)]) if text is None else text,
-        token_ids=ids,
-        finish_reason=FinishReason.LENGTH,
+        choices=(
+            Choice(
+                text="".join(WORDS[: len(ids)]) if text is None else text,
+                token_ids=ids,
+                finish_reason=FinishReason.LENGTH,
+            ),
+        ),
         usage=Usage(3, len(ids)),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from echelon import convert_cluster
+from echelon import convert_cluster, convert_jobs
 from echelon.cli.app import app
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.types import (
@@ -108,7 +108,7 @@ def test_bad_input_is_one_line_and_exit_2(server: ScriptedServer) -> None:
     [
         (("generate", "-"), b"\xe9t\xe9", "standard input is not UTF-8 at byte 0"),
         (("generate", "caf\udce9"), b"", "prompt must be text, but its character 3 is half of a surrogate pair"),
-        (("generate", "--chat", "caf\udce9"), b"", "content must be text, but its character 3 is half"),
+        (("generate", "--chat", "caf\udce9"), b"", "messages[0].content must be text, but its character 3 is half"),
         (("events", "--after", "-1"), b"", "after must be 0 or more, got -1"),
     ],
 )
@@ -122,7 +122,7 @@ def test_the_servers_error_is_one_line_with_the_request(server: ScriptedServer) 
     error = NotFoundError("model x is not served", request_id="r-7")
     server.on("StreamGenerate", tokens(0, 0, then=lambda context: fail(context, error)))
     result = echelon("generate", "once", address=server.address)
-    assert (result.exit_code, result.stderr) == (1, "echelon: error: model x is not served (request r-7)\n")
+    assert (result.exit_code, result.stderr) == (1, "echelon: error: model x is not served (request_id=r-7)\n")
 
 
 @pytest.mark.parametrize("as_json", [False, True])

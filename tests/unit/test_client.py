@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from echelon import AsyncClient, Client, convert_cluster
+from echelon import AsyncClient, ChatMessage, Client, convert_cluster, convert_jobs
 from echelon.errors import (
     CancelledError,
     ConfigError,
@@ -20,12 +20,13 @@ from echelon.errors import (
     DeadlineError,
     EchelonError,
     InvalidRequestError,
+    NotFoundError,
     OverloadedError,
     UnavailableError,
 )
 from echelon.retry import RetryPolicy
+from echelon.sampling import SamplingParams
 from echelon.types import (
-    ChatMessage,
     Cluster,
     ClusterEvent,
     Completion,
@@ -34,7 +35,6 @@ from echelon.types import (
     JobState,
     JobStatus,
     Model,
-    SamplingParams,
     StreamEvent,
     Usage,
 )
@@ -434,6 +434,31 @@ def test_lists_are_read_to_their_last_page(server: ScriptedServer) -> None:
     assert [request.page_token for request in server.requests["ListBatchJobs"]] == ["", "2", "", "2"]
 
 
+def test_pages_are_asked_for_as_they_are_read(server: ScriptedServer) -> None:
+    names = [f"batchJobs/j{index}" for index in range(5)]
+
+    def pages(request: Any, context: Any) -> Any:
+        first = int(request.page_token or 0)
+        last = first + request.page_size
+        jobs = [jobs_pb2.BatchJob(name=name, state=jobs_pb2.BatchJob.STATE_QUEUED) for name in names[first:last]]
+        token = str(last) if last < len(names) else ""
+        return jobs_pb2.ListBatchJobsResponse(batch_jobs=jobs, next_page_token=token)
+
+    server.on("ListBatchJobs", *[pages] * 8)
+    for listed in both(server.address, lambda client: client.jobs.list(page_size=2)):
+        assert [found.job_id for found in listed] == ["j0", "j1", "j2", "j3", "j4"]
+    assert [(r.page_size, r.page_token) for r in server.requests["ListBatchJobs"]] == [(2, ""), (2, "2"), (2, "4")] * 2
+    with Client(server.address) as client:
+        assert [found.job_id for found, _ in zip(client.jobs.list(page_size=2), range(3), strict=False)] == names_of(3)
+        with pytest.raises(InvalidRequestError, match="page_size must be an integer >= 1, got 0"):
+            list(client.jobs.list(page_size=0))
+    assert len(server.requests["ListBatchJobs"]) == 8, "the third page was not wanted"
+
+
+def names_of(count: int) -> list[str]:
+    return [f"j{index}" for index in range(count)]
+
+
 def test_a_submit_that_broke_is_sent_again_under_the_same_id(server: ScriptedServer) -> None:
     def lost(request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
@@ -459,3 +484,88 @@ def test_a_black_hole_ends_by_the_deadline(stream: Callable[..., Answer]) -> Non
         silent.listen()
         with pytest.raises(DeadlineError):
             stream(f"localhost:{silent.getsockname()[1]}", timeout_s=0.3)
+
+
+def test_errors_of_a_request_carry_its_id(server: ScriptedServer, stream: Callable[..., Answer]) -> None:
+    """Whoever they come from: the server with or without saying it, the transport, the SDK itself."""
+
+    def aborts(code: grpc.StatusCode) -> Any:
+        return tokens(0, 1, then=lambda context: context.abort(code, "by a proxy"))
+
+    anonymous = InvalidRequestError("bad field", field="prompt")
+    server.on("StreamGenerate", tokens(0, 0, then=lambda context: fail(context, anonymous)))
+    server.on("StreamGenerate", aborts(grpc.StatusCode.INTERNAL), aborts(grpc.StatusCode.PERMISSION_DENIED))
+    server.on("StreamGenerate", tokens(0, 1, then=lambda context: time.sleep(1.0)))
+    errors: list[EchelonError] = []
+    for options in ({}, {}, {}, {"timeout_s": 0.3}):
+        with pytest.raises(EchelonError) as caught:
+            stream(server.address, request_id="mine", **options)
+        errors.append(caught.value)
+    server.stop()
+    with pytest.raises(EchelonError) as caught:
+        stream(server.address, request_id="mine", timeout_s=0.3)
+    errors.append(caught.value)
+    assert [error.request_id for error in errors] == ["mine"] * 5
+    assert str(errors[0]) == "bad field (request_id=mine)"
+    assert errors[0].message == "bad field"
+    assert all(str(error).endswith(" (request_id=mine)") for error in errors)
+
+
+def test_other_calls_have_no_request_to_name(server: ScriptedServer) -> None:
+    server.on("GetCluster", lambda request, context: fail(context, NotFoundError("nothing")))
+    with Client(server.address) as client, pytest.raises(NotFoundError) as caught:
+        client.cluster()
+    assert (caught.value.request_id, str(caught.value)) == (None, "nothing")
+
+
+def test_a_copy_with_options_shares_the_connection(server: ScriptedServer) -> None:
+    def away(request: Any, context: Any) -> Any:
+        fail(context, UnavailableError("draining"))
+
+    def here(request: Any, context: Any) -> Any:
+        peers.add(context.peer())
+        return convert_cluster.cluster_to_proto(CLUSTER)
+
+    peers: set[str] = set()
+    server.on("GetCluster", here, away, away, here, here)
+    with Client(server.address, timeout_s=20.0, retry=QUICK) as client:
+        assert client.cluster() == CLUSTER
+        hasty = client.with_options(timeout_s=7, max_retries=0)
+        with pytest.raises(UnavailableError, match="draining"):
+            hasty.cluster()
+        patient = hasty.with_options(max_retries=1)
+        assert patient.cluster() == CLUSTER
+        hasty.close()
+        with pytest.raises(CancelledError, match="closed"):
+            hasty.cluster()
+        with pytest.raises(CancelledError, match="closed"):
+            patient.cluster()
+        assert client.cluster() == CLUSTER
+        other = client.with_options(timeout_s=1)
+        with pytest.raises(ConfigError, match="max_retries must be an integer >= 0, got -1"):
+            client.with_options(max_retries=-1)
+    with pytest.raises(CancelledError, match="closed"):
+        other.cluster()
+    assert len(peers) == 1
+    assert [round(remaining) for remaining in server.remaining_s] == [20, 7, 7, 7, 20]
+
+
+def test_an_asynchronous_copy_does_as_well(server: ScriptedServer) -> None:
+    entered = threading.Event()
+    server.on("StreamGenerate", tokens(0, 1, then=waiting(entered)))
+    server.on("CancelGeneration", cancel_handler(threading.Event()))
+    server.on("GetCluster", lambda request, context: convert_cluster.cluster_to_proto(CLUSTER))
+
+    async def run() -> None:
+        async with AsyncClient(server.address, timeout_s=20.0) as client:
+            copy = client.with_options(timeout_s=9)
+            task = asyncio.create_task(copy.generate("once", request_id="mine"))
+            await asyncio.to_thread(entered.wait, 20)
+            await copy.close()
+            with pytest.raises(CancelledError, match="closed"):
+                await task
+            assert await client.cluster() == CLUSTER
+
+    asyncio.run(run())
+    assert [round(remaining) for remaining in server.remaining_s[::2]] == [9, 20]
+    assert list(server.requests["CancelGeneration"][0].request_ids) == ["mine"]
