@@ -40,7 +40,9 @@ class AnswerText:
         return "".join(self._told)
 
     def push(self, ids: Sequence[int]) -> tuple[int, str]:
-        """How many of these ids belong to the answer, and the text that they settle."""
+        """How many of these ids belong to the answer, and the text that they settle; none after a stop."""
+        if self.matched:
+            return 0, ""
         if not self._stops.texts:
             self._ids += len(ids)
             return len(ids), self._tell(self._detokenizer.push(ids))

@@ -63,9 +63,7 @@ def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences)
 
     core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
     parts = Parts(
-        core=CoordinatorCore(
-            core_config, lambda stops: AnswerText(Detokenizer(tokenizer.decode), stops), journal.state
-        ),
+        core=CoordinatorCore(core_config, new_text, journal.state),
         journal=journal,
         events=EventLog(fences.term),
         metrics=Metrics.create(),

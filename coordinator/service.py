@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -53,7 +53,7 @@ class Stream:
 
     queue: asyncio.Queue[Shown]
     opened_s: float
-    last_delta_s: float | None = None
+    last_delta_s: dict[int, float] = field(default_factory=dict)  # by choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +238,11 @@ class Service:
 
     def _measure(self, stream: Stream, delta: StreamEvent) -> None:
         now = time.monotonic()
-        if stream.last_delta_s is not None:
-            self.metrics.inter_token.observe((now - stream.last_delta_s) / max(len(delta.token_ids), 1))
-        elif delta.sequence == 0:
+        if (last_s := stream.last_delta_s.get(delta.index)) is not None:
+            self.metrics.inter_token.observe((now - last_s) / max(len(delta.token_ids), 1))
+        elif not stream.last_delta_s and delta.sequence == 0:
             self.metrics.time_to_first_token.observe(now - stream.opened_s)
-        stream.last_delta_s = now
+        stream.last_delta_s[delta.index] = now
 
     def _emit(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
         if kind == "request.replayed":

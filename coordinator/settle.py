@@ -6,6 +6,8 @@ version's defaults, draws the same tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from coordinator.model_facts import ModelFacts, check_vocabulary
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import InvalidRequestError
@@ -27,7 +29,7 @@ def settle_sampling(sent: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
             field="sampling.min_tokens",
         )
     check_vocabulary(sent.stop_token_ids, facts, "sampling.stop_token_ids")
-    check_vocabulary(tuple(sent.logit_bias or ()), facts, "sampling.logit_bias")
+    _check_biased(sent.logit_bias or {}, facts)
     end_ids = () if sent.ignore_eos else facts.end_ids
     return Sampling(
         temperature=_first(sent.temperature, defaults.temperature, 1.0),
@@ -50,6 +52,16 @@ def settle_sampling(sent: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
         bad_words=_bad_words(sent.bad_words, tokenizer),
         grammar=_grammar(sent),
     )
+
+
+def _check_biased(logit_bias: Mapping[int, float], facts: ModelFacts) -> None:
+    for token_id in logit_bias:
+        if token_id >= facts.vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias names token {token_id}; {facts.name!r} has {facts.vocab_size} ids, "
+                f"from 0 to {facts.vocab_size - 1}",
+                field="sampling.logit_bias",
+            )
 
 
 def _first(*values: float | None) -> float:

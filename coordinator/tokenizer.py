@@ -37,6 +37,8 @@ _OURS = frozenset(
         "tools",
     }
 )
+# What a template raises over messages and arguments that it was not written for.
+_TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class Tokenizer:
@@ -99,10 +101,11 @@ class Tokenizer:
                     field=f"template_args.{name}",
                 )
         conversation = [_for_template(message) for message in prompt.messages]
-        arguments = {"add_generation_prompt": True, **prompt.template_args, "tools": list(prompt.tools) or None}
+        goes_on = bool(prompt.template_args.get("continue_final_message"))
+        arguments = {"add_generation_prompt": not goes_on, **prompt.template_args, "tools": list(prompt.tools) or None}
         try:
             text = self._source.apply_chat_template(conversation, tokenize=False, **arguments)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", field="messages") from error
         return self.encode_plain(text)
 
@@ -123,5 +126,5 @@ def _for_template(message: ChatMessage) -> dict[str, object]:
 def _arguments(call: ToolCall) -> object:
     try:
         return json.loads(call.arguments_json)
-    except ValueError:
+    except (ValueError, RecursionError):
         return call.arguments_json

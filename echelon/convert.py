@@ -7,6 +7,7 @@ in `convert_cluster.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,12 +48,14 @@ _OPTIONAL_SAMPLING = (
     "logprobs",
     "prompt_logprobs",
 )
-_TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object")
+_TOOL_KEYS = ("type", "function", "name", "description", "parameters", "properties", "required")
+MAX_EXACT_INTEGER = 2**53  # beyond, a double is no integer that somebody wrote
+_TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def sampling_to_proto(sampling: SamplingParams) -> generation_pb2.SamplingParams:
     return generation_pb2.SamplingParams(
-        **{name: getattr(sampling, name) for name in (*_OPTIONAL_SAMPLING, *_TEXT_CONSTRAINTS[:3])},
+        **{name: getattr(sampling, name) for name in (*_OPTIONAL_SAMPLING, *_TEXT_CONSTRAINTS)},
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
         logit_bias=sampling.logit_bias,
@@ -111,31 +114,43 @@ def chat_to_proto(chat: ChatPrompt) -> generation_pb2.ChatPrompt:
 def chat_from_proto(message: generation_pb2.ChatPrompt) -> ChatPrompt:
     return ChatPrompt(
         messages=tuple(message_from_proto(chat) for chat in message.messages),
-        tools=tuple(_mapping(tool) for tool in message.tools),
-        template_args=_mapping(message.template_args),
+        tools=tuple(_mapping(f"tools[{place}]", tool) for place, tool in enumerate(message.tools)),
+        template_args=_mapping("template_args", message.template_args),
     )
 
 
 def _struct(name: str, value: Mapping[str, object]) -> struct_pb2.Struct:
     try:
-        return json_format.ParseDict(dict(value), struct_pb2.Struct())
-    except (json_format.ParseError, TypeError, ValueError) as error:
+        plain = json.loads(json.dumps(dict(value), allow_nan=False))
+        return json_format.ParseDict(plain, struct_pb2.Struct())
+    except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{name} must be a JSON object: {error}", field=name) from None
 
 
-def _mapping(message: struct_pb2.Struct) -> dict[str, object]:
-    """A Struct has doubles alone; a template that prints 3.0 where 3 was sent would change the prompt."""
-    return {key: _whole(value) for key, value in json_format.MessageToDict(message).items()}
+def _mapping(name: str, message: struct_pb2.Struct) -> dict[str, object]:
+    """What a template prints must be what was sent, but a Struct has doubles alone, and its keys have no order."""
+    try:
+        value = json_format.MessageToDict(message)
+    except ValueError as error:  # a number that JSON does not have
+        raise InvalidRequestError(f"{name} must be a JSON object: {error}", field=name) from None
+    return _ordered(value)
 
 
-def _whole(value: object) -> object:
+def _ordered(value: Mapping[str, object]) -> dict[str, object]:
+    """A tool's keys as OpenAI writes them, all others by the alphabet: the same prompt in every process."""
+    places = {key: place for place, key in enumerate(_TOOL_KEYS)}
+    items = sorted(value.items(), key=lambda item: (places.get(item[0], len(places)), item[0]))
+    return {key: _told(each) for key, each in items}
+
+
+def _told(value: object) -> object:
     match value:
-        case float() if value.is_integer():
+        case float() if value.is_integer() and abs(value) <= MAX_EXACT_INTEGER:
             return int(value)
         case list():
-            return [_whole(item) for item in value]
+            return [_told(item) for item in value]
         case dict():
-            return {key: _whole(item) for key, item in value.items()}
+            return _ordered(value)
     return value
 
 

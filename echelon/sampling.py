@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from echelon.errors import InvalidRequestError
 
@@ -21,6 +21,7 @@ MAX_BIASES = 1024
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 SEED_RANGE = range(-(2**63), 2**63)
+MAX_SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Constraint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. `None` takes the model's generation_config.json, then the default named here.
+    """How tokens are drawn. What is None takes the model's generation_config.json, then the default named here.
 
     temperature: >= 0, 0 is greedy; default 1.       top_p: in (0, 1]; default 1.
     top_k: >= 0, 0 keeps every token; default 0.     min_p: in [0, 1], of the likeliest token's probability; default 0.
@@ -77,12 +78,18 @@ class SamplingParams:
     choice: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, normalize in _NORMALIZED.items():
-            object.__setattr__(self, name, normalize(name, getattr(self, name)))
-        for name, (allowed, rule) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise _invalid(name, f"must be {rule}, got {value!r}")
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            if value is None:
+                object.__setattr__(self, name, each.default)
+                continue
+            if name in _NORMALIZED:
+                value = _NORMALIZED[name](name, value)
+                object.__setattr__(self, name, value)
+            if name in _RULES:
+                allowed, rule = _RULES[name]
+                if not allowed(value):
+                    raise _invalid(name, f"must be {rule}, got {shown(value)}")
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _invalid("min_tokens", f"must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         forms = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
@@ -102,10 +109,16 @@ class SamplingParams:
 CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object", "choice")
 
 
+def shown(value: object) -> str:
+    """A value as an error tells it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
+
+
 def check_text(name: str, value: object, field: str) -> str:
     """The value, unless no message can carry it: no string, or half of a surrogate pair, as misread bytes have."""
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{name} must be a string, got {value!r}", field=field)
+        raise InvalidRequestError(f"{name} must be a string, got {shown(value)}", field=field)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -118,31 +131,33 @@ def _invalid(name: str, rule: str) -> InvalidRequestError:
     return InvalidRequestError(f"{name} {rule}", field=f"sampling.{name}")
 
 
-def _texts(name: str, value: object) -> tuple[str, ...] | None:
+def _texts(name: str, value: object) -> tuple[str, ...]:
     """One text alone is taken for a list of it, as OpenAI's clients do."""
-    if value is None:
-        return None
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)):
-        raise _invalid(name, f"must be a text or a list of texts, got {value!r}")
+        raise _invalid(name, f"must be a text or a list of texts, got {shown(value)}")
     return tuple(check_text(f"{name}[{place}]", text, f"sampling.{name}") for place, text in enumerate(texts))
 
 
-def _text(name: str, value: object) -> str | None:
-    return None if value is None else check_text(name, value, f"sampling.{name}")
+def _text(name: str, value: object) -> str:
+    return check_text(name, value, f"sampling.{name}")
 
 
-def _json_text(name: str, value: object) -> str | None:
+def _json_text(name: str, value: object) -> str:
     if not isinstance(value, Mapping):
         return _text(name, value)
     try:
-        return json.dumps(dict(value))
-    except (TypeError, ValueError) as error:
+        return json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise _invalid(name, f"must be JSON: {error}") from None
 
 
 def _ids(name: str, value: object) -> object:
     return tuple(value) if isinstance(value, (list, set, frozenset, range)) else value
+
+
+def _biases(name: str, value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 _NORMALIZED: Mapping[str, Callable[[str, object], object]] = {
@@ -153,6 +168,7 @@ _NORMALIZED: Mapping[str, Callable[[str, object], object]] = {
     "grammar": _text,
     "json_schema": _json_text,
     "stop_token_ids": _ids,
+    "logit_bias": _biases,
 }
 
 
@@ -191,6 +207,7 @@ def _list_of_texts(most: int) -> Callable[[object], bool]:
 
 _PENALTY = (_number(-MAX_PENALTY, MAX_PENALTY), f"a number from {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
 _LOGPROBS = (_integer(0, MAX_LOGPROBS), f"an integer from 0 to {MAX_LOGPROBS}")
+_NOT_EMPTY = (bool, "a text that is not empty")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "temperature": (_number(0, sys.float_info.max), "a finite number >= 0"),
@@ -218,6 +235,9 @@ _RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "ignore_eos": _FLAG,
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
+    "json_schema": _NOT_EMPTY,
+    "regex": _NOT_EMPTY,
+    "grammar": _NOT_EMPTY,
     "json_object": _FLAG,
     "choice": (
         lambda value: isinstance(value, tuple) and bool(value) and all(value),

@@ -27,16 +27,18 @@ from echelon.errors import (
 # What gRPC itself says, under other codes than UNAVAILABLE, when a peer dies in the middle of a stream.
 _BROKEN_TRANSPORT = ("Stream removed", "RST_STREAM", "Socket closed", "GOAWAY", "Connection reset")
 
-MAX_MESSAGE_CHARACTERS = 1000  # it travels three times in the trailing metadata, which gRPC cuts at 8 KiB
+# A message travels three times in the trailing metadata, a field twice; gRPC loses what is over 8 KiB.
+MAX_MESSAGE_BYTES = 1000
+MAX_FIELD_BYTES = 200
 
 
 def pack(error: EchelonError) -> status_pb2.Status:
     """The status of an error, with its details; a long message is cut."""
-    message = error.message[:MAX_MESSAGE_CHARACTERS]
-    metadata = {name: value for name in ("field", "request_id") if (value := getattr(error, name))}
+    message, field = _cut(error.message, MAX_MESSAGE_BYTES), _cut(error.field or "", MAX_FIELD_BYTES)
+    metadata = {name: value for name, value in (("field", field), ("request_id", error.request_id)) if value}
     details = [_any(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata))]
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         details.append(_any(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
@@ -94,6 +96,10 @@ def from_rpc(error: grpc.RpcError, address: str) -> EchelonError:
             return InternalError(f"{address} does not serve this call: {details}")
         case code:
             return error_of(code.value[0], details or code.name)
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode(errors="replace")[:most_bytes].decode(errors="ignore")
 
 
 def _unreachable(address: str, details: str) -> UnavailableError:

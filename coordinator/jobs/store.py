@@ -22,13 +22,13 @@ from coordinator.jobs.events import ItemInterrupted, ItemRecorded, Outcome, Stat
 from echelon.errors import ConfigError, ConflictError, OverloadedError
 from echelon.types import Completion, ItemCounts, ItemResult, JobState, JobStatus, Usage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Where a test may end the process, in the order in which a job meets them.
 CRASH_POINTS = (
     *("create.begun", "create.job", "create.items", "create.committed"),
     *("write.begun", "write.result", "write.state", "write.finish", "write.committed"),
 )
-_USAGE = ("prompt_tokens", "completion_tokens", "recomputed_tokens")
+_USAGE = ("prompt_tokens", "completion_tokens", "recomputed_tokens", "cached_tokens")  # as Usage has them
 
 _metadata = sql.MetaData()
 _jobs = sql.Table(
@@ -67,9 +67,7 @@ _results = sql.Table(
     sql.Column("item_index", sql.Integer, primary_key=True),
     sql.Column("cursor", sql.Integer, nullable=False),
     sql.Column("succeeded", sql.Boolean, nullable=False),
-    sql.Column("prompt_tokens", sql.Integer, nullable=False),
-    sql.Column("completion_tokens", sql.Integer, nullable=False),
-    sql.Column("recomputed_tokens", sql.Integer, nullable=False),
+    *(sql.Column(name, sql.Integer, nullable=False) for name in _USAGE),
     sql.Column("body", sql.Text, nullable=False),  # last, so that summing the others never reads it
     sql.UniqueConstraint("job_id", "cursor"),
 )
@@ -266,6 +264,7 @@ def _begin(connection: sql.Connection) -> None:
 def _migrate(connection: sql.Connection) -> None:
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
     if version not in (0, SCHEMA_VERSION):
-        raise ConfigError(f"the job store has schema {version}, this Echelon reads {SCHEMA_VERSION}", field="state_dir")
+        have = f"the job store has schema {version}, this Echelon reads {SCHEMA_VERSION}"
+        raise ConfigError(f"{have}; give another state-dir, or serve with the Echelon that wrote it", field="state_dir")
     _metadata.create_all(connection)
     connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")

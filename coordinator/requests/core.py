@@ -30,7 +30,7 @@ from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
 from coordinator.requests.router import NOTHING, Link, Router, choose, too_large
-from echelon.errors import InternalError, InvalidRequestError
+from echelon.errors import InternalError
 from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
 
@@ -102,8 +102,12 @@ class CoordinatorCore:
         for running in hello.running:
             life = self._lives.get(running.request)
             link.hold(running.request, running.attempt, life.size if life else NOTHING)
-            if wanted.pop((running.request, running.attempt), None) is None:
+            adopted = wanted.pop((running.request, running.attempt), None)
+            if adopted is None:
                 link.abandon(running.request, running.attempt)
+                continue
+            for choice in adopted.ended_choices():  # an end by a stop string may be news to the leader
+                link.abandon(running.request, running.attempt, choice)
         for life in reversed(wanted.values()):
             self._lives.interrupt(now, life, "its leader does not hold it")
 
@@ -138,16 +142,22 @@ class CoordinatorCore:
         return life if life and life.phase is Phase.RUNNING and life.entry.attempt == attempt else None
 
     def _take_prompted(self, prompted: Prompted) -> None:
-        """Told once for each attempt; the first one counts. Not worth a record unless there is something to tell."""
+        """Told once for each attempt; the first one counts. Not worth a record unless there is something to tell.
+
+        What a replay finds cached is its own request's: one that has tokens had computed its prompt before.
+        """
         life = self._current(prompted.request, prompted.attempt)
-        if life and life.entry.prompted is None and (prompted.cached_tokens or prompted.prompt_logprobs):
+        if life is None or life.entry.prompted:
+            return
+        replayed = prompted.attempt > 1 and life.entry.generated_tokens
+        cached_tokens = 0 if replayed else prompted.cached_tokens
+        if cached_tokens or prompted.prompt_logprobs:
             logprobs = prompted.prompt_logprobs
-            record = PromptedRecord(prompted.request, prompted.attempt, prompted.cached_tokens, logprobs)
-            self._lives.record(record)
+            self._lives.record(PromptedRecord(prompted.request, prompted.attempt, cached_tokens, logprobs))
 
     def _take_run(self, now: float, run: TokenRun) -> None:
         life = self._current(run.request, run.attempt)
-        if life is None:
+        if life is None or life.finishes[run.choice]:  # what a leader made of a choice before it heard of its end
             return
         held = len(life.entry.answers[run.choice].ids)
         if run.first_token > held:
@@ -168,20 +178,18 @@ class CoordinatorCore:
     def _assign(self, now: float) -> None:
         """In their order, while a replica has credits for the first."""
         while life := self._lives.first_queued():
-            if reason := too_large(self._router.links.values(), life.size):
-                error = InvalidRequestError(reason, reason="CONTEXT_TOO_LONG", request_id=life.request_id)
+            size = life.size
+            if error := too_large(self._router.links.values(), size):
                 self._lives.fail(now, life, error)
                 continue
-            link, _ = choose(self._router.links.values(), life.size)
+            link, _ = choose(self._router.links.values(), size)
             if link is None:
                 return
             self._assign_to(now, life, link)
 
     def _assign_to(self, now: float, life: Life, link: Link) -> None:
         entry, request = life.entry, life.entry.request
-        recomputed = entry.recomputed_tokens
-        if entry.attempt:
-            recomputed += len(request.prompt) + entry.generated_tokens
+        recomputed = entry.recomputed_tokens + (life.size.known_tokens if entry.attempt else 0)
         attempt = entry.attempt + 1
         self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
         self._lives.move(life, Phase.RUNNING)

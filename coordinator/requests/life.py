@@ -7,11 +7,11 @@ stream, its place, its detokenizer, the times of its first steps.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.answer_text import AnswerText, Stops
-from coordinator.journal.state import Entry, Finished
+from coordinator.journal.state import Answer, Entry, Finished
 from coordinator.requests.nouns import Outcome, Received, Shown
 from coordinator.requests.router import Size
 from echelon.errors import WIRE_ERRORS, EchelonError, InternalError, InvalidRequestError
@@ -63,7 +63,10 @@ class Life:
 
     def __post_init__(self) -> None:
         self.stop_ids = frozenset(self.sampling.stop_token_ids)
-        self.judge_all()
+        if self.entry.finished:
+            self.finishes = list(self.entry.finished.finishes)
+        else:
+            self.judge_all()
 
     @property
     def request_id(self) -> str:
@@ -82,13 +85,19 @@ class Life:
     def size(self) -> Size:
         """What a replica needs for the choices that go on."""
         prompt = len(self.entry.request.prompt)
-        generated = tuple(len(progress.generated) for progress in self.progress())
+        generated = tuple(len(answer.ids) for _, answer in self._going_on())
         return Size(prompt, generated, prompt + self.sampling.max_tokens)
 
     def progress(self) -> tuple[Progress, ...]:
         """The choices that go on, with the ids they have."""
-        going_on = (choice for choice, finish in enumerate(self.finishes) if finish is None)
-        return tuple(Progress(choice, tuple(self.entry.answers[choice].ids)) for choice in going_on)
+        return tuple(Progress(choice, tuple(answer.ids)) for choice, answer in self._going_on())
+
+    def ended_choices(self) -> tuple[int, ...]:
+        """The choices that have ended, while others may go on."""
+        return tuple(choice for choice, finish in enumerate(self.finishes) if finish)
+
+    def _going_on(self) -> Iterator[tuple[int, Answer]]:
+        return ((choice, self.entry.answers[choice]) for choice, finish in enumerate(self.finishes) if finish is None)
 
     def next_due(self, resume_window_s: float, reattach_s: float) -> tuple[float, Due]:
         """What comes next if nothing else happens, and when."""
@@ -155,7 +164,11 @@ class Life:
         self.stream = None
         self.detached_unix_s = now
         if not self.sampling.stop:
-            self._texts = []
+            self.drop_texts()
+
+    def drop_texts(self) -> None:
+        """Nobody reads them, and nothing is judged by them; who attaches has them read anew."""
+        self._texts = []
 
     def delta(self, choice: int, first: int, ids: tuple[int, ...], text: str) -> StreamEvent:
         """These ids of the entry, from place `first` on, with the text that they settle."""

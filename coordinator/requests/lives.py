@@ -91,6 +91,8 @@ class Lives:
             life = Life(entry, phase, self._new_text, next(self._arrivals), detached_unix_s=now)
             self._lives[life.request_id] = life
             self.phases[phase] += 1
+            if life.ended and not entry.finished:  # the last tokens were written, their end was not
+                self._finish(now, life)
             self._look_at(life, now)
 
     # Streams
@@ -152,6 +154,7 @@ class Lives:
             self._deliver(life, shown)
         if life.phase is Phase.ENDED:
             self._end_stream(life, life.outcome())
+            life.drop_texts()
         elif life.phase is Phase.PARKED:
             self._enqueue(now, life)
 
@@ -184,8 +187,7 @@ class Lives:
     def interrupt(self, now: float, life: Life, reason: str) -> None:
         """A replica lost it, or never had it: replay it from the journal, in its place among those that wait."""
         self._withdraw(life)
-        recomputed = len(life.entry.request.prompt) + life.entry.generated_tokens
-        detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": recomputed}
+        detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": life.size.known_tokens}
         self.emit("request.replayed", life.request_id, **detail)
         if life.stream is None:
             self._park(now, life)
@@ -217,6 +219,7 @@ class Lives:
         self.move(life, Phase.ENDED)
         if life.stream is not None:
             self._end_stream(life, life.outcome())
+        life.drop_texts()
 
     def _forget(self, life: Life) -> None:
         self.record(Forgotten(life.request_id))
@@ -235,9 +238,7 @@ class Lives:
         life.phase = phase
 
     def accept(self, now: float, life: Life, run: TokenRun) -> None:
-        """Journal and deliver what a run of the current attempt adds; it has to start where its answer ends."""
-        if life.finishes[run.choice] is not None:  # what a leader made of it before it heard of the end
-            return
+        """Journal and deliver what a run of the current attempt adds to a choice that goes on; no gap is before it."""
         first = len(life.entry.answers[run.choice].ids)
         new = run.ids[first - run.first_token :]
         ids, text = life.take(run.choice, new)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from echelon.errors import InvalidRequestError
 from echelon.internal.link import Abandon, Assign, Command, Fence, ReplicaHello
 
 Attempt = tuple[str, int]  # request id, attempt
@@ -28,6 +29,11 @@ class Size:
     def choices(self) -> int:
         return len(self.generated_tokens)
 
+    @property
+    def known_tokens(self) -> int:
+        """What a replica has to prefill: the prompt once, and the ids of each choice."""
+        return self.prompt_tokens + sum(self.generated_tokens)
+
     def blocks(self, block_tokens: int) -> int:
         """Of the prompt, which its choices share, and of each choice, with one to grow into."""
         own = sum(-(-generated // block_tokens) + 1 for generated in self.generated_tokens)
@@ -44,7 +50,7 @@ class Link:
     fence: Fence
     hello: ReplicaHello
     acked_report: int = 0
-    blocks_referenced: int = 0  # as last reported
+    blocks_referenced: int = 0  # as last reported, and what was assigned and released since
     held: dict[Attempt, Size] = field(default_factory=dict)  # what was assigned, and not released
     _held_slots: int = 0
     _held_blocks: int = 0
@@ -74,11 +80,14 @@ class Link:
 
     def release(self, request_id: str, attempt: int) -> None:
         size = self.held.pop((request_id, attempt), NOTHING)
+        blocks = size.blocks(self.hello.block_tokens)
         self._held_slots -= size.choices
-        self._held_blocks -= size.blocks(self.hello.block_tokens)
+        self._held_blocks -= blocks
+        self.blocks_referenced = max(self.blocks_referenced - blocks, 0)
 
     def assign(self, assign: Assign, size: Size) -> None:
         self.hold(assign.request, assign.attempt, size)
+        self.blocks_referenced += size.blocks(self.hello.block_tokens)
         self._assigns.append(assign)
 
     def abandon(self, request_id: str, attempt: int, choice: int | None = None) -> None:
@@ -152,16 +161,20 @@ def choose(links: Iterable[Link], size: Size) -> tuple[Link | None, str]:
     return max(able, key=lambda link: link.free_blocks), "most free KV blocks"
 
 
-def too_large(links: Iterable[Link], size: Size) -> str:
-    """Why no replica that is up could ever hold a request of this size; empty if one could, or none is up."""
-    reason = ""
+def too_large(links: Iterable[Link], size: Size) -> InvalidRequestError | None:
+    """Why no replica that is up could ever hold a request of this size; None if one could, or none is up."""
+    error: InvalidRequestError | None = None
     for link in links:
         hello = link.hello
         limit = min(hello.kv_blocks * hello.block_tokens, hello.max_context)
         if size.longest_tokens > limit:
-            reason = f"prompt + max_tokens = {size.longest_tokens} tokens, over the {limit} that a replica can hold"
+            longest = f"prompt + max_tokens = {size.longest_tokens} tokens"
+            error = InvalidRequestError(
+                f"{longest}, over the {limit} that a replica can hold", reason="CONTEXT_TOO_LONG"
+            )
         elif size.choices > hello.slots:
-            reason = f"n={size.choices} choices, over the {hello.slots} (max-running) that a replica runs at once"
+            many = f"n={size.choices} choices are over the {hello.slots} that a replica runs at once (max-running)"
+            error = InvalidRequestError(f"{many}; ask for fewer, or send several requests")
         else:
-            return ""
-    return reason
+            return None
+    return error

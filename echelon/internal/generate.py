@@ -17,7 +17,7 @@ from echelon.errors import InvalidRequestError
 from echelon.generation_session import GenerationSession, Message, Received
 from echelon.internal import calls
 from echelon.profiles import Settings
-from echelon.sampling import SamplingParams, check_text
+from echelon.sampling import SamplingParams, check_text, shown
 from echelon.types import Admitted, Completion, StreamEvent
 from echelon.v1 import generation_pb2
 
@@ -73,10 +73,10 @@ def generate(settings: Settings, prompt: str | None, options: GenerateOptions) -
     fields: dict[str, Any] = dict(options)
     chat: dict[str, Any] = {name: fields.pop(name, None) for name in ("tools", "template_args")}
     request = _with_input(prompt, fields.pop("messages", None), fields.pop("token_ids", None), chat)
-    request.model = fields.pop("model", "")
-    request.request_id = fields.pop("request_id", None) or uuid.uuid4().hex
+    request.model = check_text("model", fields.pop("model", None) or "", "model")
+    request.request_id = check_text("request_id", fields.pop("request_id", None) or uuid.uuid4().hex, "request_id")
     request.priority = _priority(fields.pop("priority", 0))
-    request.cache_salt = check_text("cache_salt", fields.pop("cache_salt", ""), "cache_salt")
+    request.cache_salt = check_text("cache_salt", fields.pop("cache_salt", None) or "", "cache_salt")
     timeout_s = fields.pop("timeout_s", settings.timeout_s)
     calls.check_timeout(timeout_s)
     sampling = fields.pop("sampling", SamplingParams())
@@ -138,20 +138,26 @@ def _with_input(
         request.text = check_text("prompt", text, "prompt")
     elif token_ids is not None:
         for index, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or not 0 <= token_id < 2**31:
-                message = f"token_ids[{index}] must be an integer >= 0, got {token_id!r}"
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < 2**31:
+                message = f"token_ids[{index}] must be an integer >= 0, got {shown(token_id)}"
                 raise InvalidRequestError(message, field="token_ids")
         request.token_ids.ids.extend(token_ids)
         request.token_ids.SetInParent()
     elif messages is not None:
-        prompt = ChatPrompt(
-            messages=tuple(chat_message(index, message) for index, message in enumerate(messages)),
-            tools=tuple(chat.get("tools") or ()),
-            template_args=dict(chat.get("template_args") or {}),
-        )
-        request.chat.CopyFrom(convert.chat_to_proto(prompt))
+        request.chat.CopyFrom(convert.chat_to_proto(_chat(messages, chat)))
         request.chat.SetInParent()
     return request
+
+
+def _chat(messages: Sequence[ChatMessage | Mapping[str, Any]], chat: Mapping[str, Any]) -> ChatPrompt:
+    tools, template_args = chat.get("tools") or (), chat.get("template_args") or {}
+    for name, value in (("messages", messages), ("tools", tools)):
+        if not isinstance(value, (list, tuple)):
+            raise InvalidRequestError(f"{name} must be a list, got {shown(value)}", field=name)
+    if not isinstance(template_args, Mapping):
+        raise InvalidRequestError(f"template_args must be a mapping, got {shown(template_args)}", field="template_args")
+    made = tuple(chat_message(index, message) for index, message in enumerate(messages))
+    return ChatPrompt(made, tuple(tools), template_args)
 
 
 def _priority(value: object) -> int:

@@ -32,7 +32,7 @@ class Finish(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling with every default and the seed settled; what each field means stands at echelon.types.SamplingParams.
+    """Sampling with every default and the seed settled; echelon.sampling.SamplingParams says what each field means.
 
     stop_token_ids hold the model's end ids too, unless ignored. stop strings are judged by the coordinator alone.
     bad_words are token ids. grammar is llguidance's own form of a constraint, empty for any text.

@@ -13,6 +13,7 @@ NAMES = {
     "AsyncClient",
     "CancelledError",
     "ChatMessage",
+    "Choice",
     "Client",
     "Completion",
     "ConfigError",
@@ -27,6 +28,7 @@ NAMES = {
     "SamplingParams",
     "StreamEvent",
     "StreamTakenOverError",
+    "ToolCall",
     "UnavailableError",
 }
 HEAVY = ("torch", "ray", "transformers", "tokenizers", "numpy", "pydantic", "rich", "typer", "yaml", "sqlalchemy")

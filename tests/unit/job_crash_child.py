@@ -16,7 +16,7 @@ from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
 from coordinator.requests.nouns import Shown
 from echelon.errors import InvalidRequestError
-from echelon.types import Completion, FinishReason
+from echelon.types import Choice, Completion, FinishReason
 
 CRASHED = 77
 JSONL = b'{"custom_id": "a", "prompt": "x"}\n{"custom_id": "b", "prompt": "y"}\n' + (
@@ -31,9 +31,9 @@ class Generation:
         yield Completion(
             request_id=fields.request_id,
             model=fields.model,
-            text=f"{fields.prompt} {fields.sampling.seed}",
-            token_ids=(1,),
-            finish_reason=FinishReason.STOP,
+            choices=(
+                Choice(text=f"{fields.prompt} {fields.sampling.seed}", token_ids=(1,), finish_reason=FinishReason.STOP),
+            ),
         )
 
     def cancel(self, request_ids: Sequence[str]) -> Sequence[str]:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.frontend import ChatPrompt
 from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch
-from echelon.chat import ChatMessage
+from echelon.chat import ChatMessage, ChatPrompt
 from echelon.errors import InvalidRequestError
 from echelon.sampling import SamplingParams
 
@@ -53,7 +52,7 @@ def test_items_keep_their_order_and_blank_lines_are_passed_over() -> None:
             HI,
             SamplingParams(),
         ),
-        (completion(prompt="x", max_tokens=4, n=1, stream=False), "x", SamplingParams(max_tokens=4)),
+        (completion(prompt="x", max_tokens=4, n=1, stream=False), "x", SamplingParams(max_tokens=4, n=1)),
         (completion(prompt=[1, 2], logprobs=2, temperature=None), (1, 2), SamplingParams(logprobs=2)),
         (
             completion(prompt="x", stop_token_ids=[5], ignore_eos=True),
@@ -98,7 +97,6 @@ def test_the_model_and_the_template_arguments_are_taken() -> None:
         (short(token_ids=[-1]), "token_ids", "must be a list of token ids"),
         (short(prompt="x", template_args={}), "template_args", "goes with messages only"),
         (short(prompt="x", body_tokens=4), "body_tokens", "is unknown; known here are custom_id, model, prompt"),
-        (short(prompt="x", stop="."), "stop", "is unknown; known here are custom_id"),
         (
             short(prompt="x", temperature=-1),
             "temperature",

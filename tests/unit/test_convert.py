@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 
 from echelon import convert, convert_cluster, convert_jobs
+from echelon.chat import ChatMessage
 from echelon.errors import InternalError, InvalidRequestError, NotFoundError
+from echelon.sampling import SamplingParams
 from echelon.types import (
     Admitted,
-    ChatMessage,
+    Choice,
     Cluster,
     ClusterEvent,
     Completion,
@@ -22,7 +24,6 @@ from echelon.types import (
     Model,
     Rank,
     Replica,
-    SamplingParams,
     StreamEvent,
     Timing,
     TokenLogprob,
@@ -34,12 +35,13 @@ LOGPROBS = (TokenLogprob(5, -0.25, ((5, -0.25), (9, -2.5))), TokenLogprob(6, -1.
 COMPLETION = Completion(
     request_id="r",
     model="tiny",
-    text="grüße",
-    token_ids=(5, 6),
-    finish_reason=FinishReason.STOP,
-    logprobs=LOGPROBS,
-    usage=Usage(3, 2, 4),
+    choices=(
+        Choice(text="grüße", token_ids=(5, 6), finish_reason=FinishReason.STOP, logprobs=LOGPROBS, matched_stop="e"),
+        Choice(index=1, text="x", token_ids=(7,), finish_reason=FinishReason.LENGTH),
+    ),
+    usage=Usage(3, 3, 4, 2),
     timing=Timing(0.25, 0.5, 1.75),
+    prompt_logprobs=LOGPROBS,
 )
 
 

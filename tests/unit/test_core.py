@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from coordinator.answer_text import AnswerText, Stops
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal.state import JournalState, Record
 from coordinator.requests.core import CoordinatorCore, CoreConfig, Counts
@@ -27,7 +28,7 @@ from coordinator.requests.events import (
     Tick,
 )
 from coordinator.requests.lives import REATTACH_S
-from coordinator.requests.nouns import Request, Shown
+from coordinator.requests.nouns import Received, Request, Shown
 from echelon.errors import (
     CancelledError,
     ConflictError,
@@ -46,6 +47,7 @@ from echelon.internal.link import (
     Fence,
     Finish,
     Logprob,
+    Progress,
     Released,
     ReplicaHello,
     Report,
@@ -67,6 +69,10 @@ def request(request_id: str = "r", max_tokens: int = 8, **changes: object) -> Re
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def new_text(stops: Stops) -> AnswerText:
+    return AnswerText(Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids)), stops)
+
+
 @dataclass
 class Shell:
     """Runs the core and sorts its effects; what was appended survives `restart`."""
@@ -83,7 +89,7 @@ class Shell:
 
     def __post_init__(self) -> None:
         config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens)
-        self.core = CoordinatorCore(config, lambda: Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids)), self.state)
+        self.core = CoordinatorCore(config, new_text, self.state)
 
     def post(self, event: Event) -> list[Effect]:
         effects = self.core.step(self.now, event)
@@ -141,7 +147,7 @@ def shell() -> Shell:
 
 def test_a_request_from_submit_to_final(shell: Shell) -> None:
     shell.post(Submit(1, request(max_tokens=3)))
-    assert shell.assigns() == [Assign("r", 1, (1, 2, 3), (), request(max_tokens=3).sampling)]
+    assert shell.assigns() == [Assign("r", 1, (1, 2, 3), (Progress(0),), request(max_tokens=3).sampling)]
     shell.now = 101.0
     shell.run(0, 5)
     shell.now = 103.0
@@ -196,13 +202,13 @@ def test_a_run_that_overlaps_is_trimmed_and_one_behind_a_gap_is_made_again(shell
     shell.run(4, 9)
     assert shell.ids(1) == [5, 6, 7]
     assert shell.abandons() == [Abandon("r", 1)]
-    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5, 6, 7), request().sampling)
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (Progress(0, (5, 6, 7)),), request().sampling)
 
 
 def test_a_second_stream_takes_over_and_is_shown_what_it_lacks(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     shell.run(0, 5, 6)
-    shell.post(Submit(2, request(), received=(5,)))
+    shell.post(Submit(2, request(), received=((5,),)))
     assert isinstance(shell.last_error(1), StreamTakenOverError)
     assert shell.shown[2] == [Admitted("r", 3, 7), StreamEvent("r", 0, 1, "<6>", (6,))]
     shell.run(2, 8)
@@ -211,10 +217,10 @@ def test_a_second_stream_takes_over_and_is_shown_what_it_lacks(shell: Shell) -> 
 
 
 @pytest.mark.parametrize(
-    ("other", "received"), [({"digest": b"other"}, ()), ({}, (6,))], ids=["other content", "other tokens"]
+    ("other", "received"), [({"digest": b"other"}, ()), ({}, ((6,),))], ids=["other content", "other tokens"]
 )
 def test_what_does_not_belong_to_the_request_is_a_conflict(
-    shell: Shell, other: dict[str, object], received: tuple[int, ...]
+    shell: Shell, other: dict[str, object], received: Received
 ) -> None:
     shell.post(Submit(1, request()))
     shell.run(0, 5)
@@ -225,8 +231,8 @@ def test_what_does_not_belong_to_the_request_is_a_conflict(
 
 
 def test_an_unknown_request_continues_from_the_ids_its_client_holds(shell: Shell) -> None:
-    shell.post(Submit(1, request(), received=(5, 6)))
-    assert shell.assigns()[0].generated == (5, 6)
+    shell.post(Submit(1, request(), received=((5, 6),)))
+    assert shell.assigns()[0].choices == (Progress(0, (5, 6)),)
     shell.run(2, 7, finish=Finish.STOP)
     assert shell.shown[1][:2] == [Admitted("r", 3, 7), StreamEvent("r", 0, 2, "<7>", (7,))]
     final = shell.shown[1][2]
@@ -236,12 +242,12 @@ def test_an_unknown_request_continues_from_the_ids_its_client_holds(shell: Shell
 
 def test_received_ids_that_are_the_whole_answer_need_no_replica() -> None:
     shell = Shell()
-    shell.post(Submit(1, request(), received=(5, STOP_ID)))
+    shell.post(Submit(1, request(), received=((5, STOP_ID),)))
     assert isinstance(shell.shown[1][-1], Completion)
 
 
-@pytest.mark.parametrize("received", [(STOP_ID, 5), (5,) * 9])
-def test_received_ids_that_cannot_be_are_refused(shell: Shell, received: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("received", [((STOP_ID, 5),), ((5,) * 9,), ((5,), (6,))])
+def test_received_ids_that_cannot_be_are_refused(shell: Shell, received: Received) -> None:
     shell.post(Submit(1, request(), received=received))
     error = shell.last_error(1)
     assert isinstance(error, InvalidRequestError)
@@ -252,11 +258,11 @@ def test_received_ids_that_cannot_be_are_refused(shell: Shell, received: tuple[i
 def test_a_client_that_holds_more_than_a_damaged_journal_is_believed(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     shell.run(0, 5)
-    shell.post(Submit(2, request(), received=(5, 6)))
+    shell.post(Submit(2, request(), received=((5, 6),)))
     assert shell.abandons() == [Abandon("r", 1)]
     shell.run(1, 8)  # of the attempt that is over
     assert shell.ids(2) == []
-    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5, 6), request().sampling)
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (Progress(0, (5, 6)),), request().sampling)
 
 
 def test_a_lost_stream_parks_the_request_and_a_new_one_resumes_it(shell: Shell) -> None:
@@ -266,8 +272,8 @@ def test_a_lost_stream_parks_the_request_and_a_new_one_resumes_it(shell: Shell) 
     assert shell.abandons() == [Abandon("r", 1)]
     assert shell.core.counts == Counts(0, 0, 1)
     shell.report(released=(Released("r", 1),))
-    shell.post(Submit(2, request(), received=(5,)))
-    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (5,), request().sampling)
+    shell.post(Submit(2, request(), received=((5,),)))
+    assert shell.assigns()[-1] == Assign("r", 2, (1, 2, 3), (Progress(0, (5,)),), request().sampling)
 
 
 def test_a_parked_request_is_forgotten_after_the_resume_window(shell: Shell) -> None:
@@ -288,7 +294,7 @@ def test_a_finished_answer_is_replayed_within_the_window_then_forgotten(shell: S
     shell.post(Submit(2, request()))
     assert shell.shown[2] == shell.shown[1]
     successor = shell.restart()
-    successor.post(Submit(3, request(), received=(5,)))
+    successor.post(Submit(3, request(), received=((5,),)))
     assert successor.ids(3) == [STOP_ID]
     assert isinstance(successor.shown[3][-1], Completion)
     shell.now += WINDOW_S
@@ -339,9 +345,12 @@ def test_credits_bound_what_a_leader_is_given_and_only_released_gives_them_back(
 
 
 def test_blocks_are_credits_too(shell: Shell) -> None:
-    shell.post(Submit(1, request("a", max_tokens=57)))  # 60 tokens: 15 of 20 blocks
-    shell.post(Submit(2, request("b", max_tokens=18)))  # 21 tokens: 6 blocks
+    shell.post(Submit(1, request("a", prompt=(1,) * 55)))  # 14 of 20 blocks, and one to grow into
+    shell.post(Submit(2, request("b", prompt=(1,) * 20)))  # 5, and one to grow into
     assert [assign.request for assign in shell.assigns()] == ["a"]
+    shell.run(0, STOP_ID, finish=Finish.STOP, name="a")
+    shell.report(released=(Released("a", 1),))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b"]
 
 
 def test_what_no_replica_can_ever_hold_is_refused_with_the_arithmetic(shell: Shell) -> None:
@@ -382,7 +391,10 @@ def test_the_end_of_an_epoch_replays_its_requests_first_and_in_order(shell: Shel
     shell.run(2, 7, name="b")  # a message of the dead
     shell.open(fence=Fence(1, 0, 2))
     again = shell.assigns()[2:]
-    assert [(assign.request, assign.attempt, assign.generated) for assign in again] == [("a", 2, ()), ("b", 2, (5, 6))]
+    assert [(assign.request, assign.attempt, assign.choices) for assign in again] == [
+        ("a", 2, (Progress(0),)),
+        ("b", 2, (Progress(0, (5, 6)),)),
+    ]
     shell.post(Reported(Report(Fence(1, 0, 2), 1, (TokenRun("b", 0, 2, 2, (STOP_ID,), finish=Finish.STOP),))))
     final = shell.shown[2][-1]
     assert isinstance(final, Completion)
@@ -403,7 +415,7 @@ def test_a_link_that_comes_back_goes_on_where_it_was(shell: Shell) -> None:
     shell.post(Submit(2, request("b")))
     shell.post(LinkClosed(FENCE))
     shell.post(StreamClosed(2))
-    shell.open(Running("a", 1, 1), Running("b", 1, 1), Running("stranger", 4, 0))
+    shell.open(Running("a", 1), Running("b", 1), Running("stranger", 4))
     assert len(shell.assigns()) == 2
     assert shell.abandons() == [Abandon("b", 1), Abandon("stranger", 4)]
     shell.run(0, 5, name="a")
@@ -429,10 +441,10 @@ def test_a_successor_adopts_what_runs_and_resumes_its_stream(shell: Shell) -> No
     shell.post(Submit(1, request()))
     shell.run(0, 5)
     successor = shell.restart()
-    successor.open(Running("r", 1, 3))
+    successor.open(Running("r", 1))
     successor.run(0, 5)  # unacknowledged, so sent again
     successor.run(1, 6, 7)
-    successor.post(Submit(9, request(), received=(5,)))
+    successor.post(Submit(9, request(), received=((5,),)))
     assert successor.ids(9) == [6, 7]
     assert successor.assigns() == []
     assert successor.abandons() == []
@@ -441,7 +453,7 @@ def test_a_successor_adopts_what_runs_and_resumes_its_stream(shell: Shell) -> No
 def test_a_successor_parks_what_no_client_asks_for(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     successor = shell.restart()
-    successor.open(Running("r", 1, 3))
+    successor.open(Running("r", 1))
     assert successor.core.counts == Counts(0, 1, 0)
     successor.now += REATTACH_S
     successor.post(Tick())
@@ -455,6 +467,6 @@ def test_a_crash_between_the_last_token_and_its_end_is_healed(shell: Shell) -> N
     shell.records.pop()
     successor = shell.restart()
     successor.post(ReplicaEnded(FENCE, "gone too"))
-    successor.post(Submit(2, request(), received=(5, STOP_ID)))
+    successor.post(Submit(2, request(), received=((5, STOP_ID),)))
     assert isinstance(successor.shown[2][-1], Completion)
     assert successor.assigns() == []

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.frontend import ChatPrompt, GenerateFields, ModelFacts, check_client_request_id, digest_of, resolve
+from coordinator.frontend import GenerateFields, check_client_request_id, digest_of, resolve
+from coordinator.model_facts import ModelFacts
 from coordinator.requests.nouns import Request
 from coordinator.tokenizer import Tokenizer
-from echelon.chat import ChatMessage
+from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import InvalidRequestError, NotFoundError
 from echelon.internal.link import Sampling
 from echelon.sampling import SamplingParams
@@ -61,9 +62,9 @@ def test_stop_ids_join_the_end_ids_unless_those_are_ignored(run: Run) -> None:
 
 
 def test_text_and_chat_are_encoded(run: Run) -> None:
-    chat = ChatPrompt((ChatMessage("user", "fox"),), {"add_generation_prompt": False})
+    chat = ChatPrompt((ChatMessage("user", "fox"),), (), {"add_generation_prompt": False})
     assert run(GenerateFields(prompt="fox")).prompt == run.tokenizer.encode("fox")
-    assert run(GenerateFields(prompt=chat)).prompt == run.tokenizer.chat(chat.messages, chat.template_args)
+    assert run(GenerateFields(prompt=chat)).prompt == run.tokenizer.chat(chat)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +121,20 @@ def test_the_digest_covers_the_content_and_nothing_else(run: Run) -> None:
         replace(IDS, prompt=(5, 6, 8)),
         replace(IDS, prompt="fox"),
         replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),))),
-        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),), {"tools": []})),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),), ({"type": "function"},))),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox"),), (), {"type": "function"})),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox", (ToolCall("1", "f"),)),))),
+        replace(IDS, prompt=ChatPrompt((ChatMessage("user", "fox", (), "1"),))),
         replace(IDS, model="tiny"),
         replace(IDS, sampling=SamplingParams(seed=99)),  # sent, though equal to the drawn one
         replace(IDS, sampling=SamplingParams(max_tokens=16)),
+        replace(IDS, sampling=SamplingParams(n=2)),
+        replace(IDS, sampling=SamplingParams(stop=("a", "b"))),
+        replace(IDS, sampling=SamplingParams(stop=("b", "a"))),
+        replace(IDS, sampling=SamplingParams(logit_bias={5: 1.0})),
+        replace(IDS, sampling=SamplingParams(logit_bias={6: 1.0})),
+        replace(IDS, priority=-1),
+        replace(IDS, cache_salt="tenant"),
     ]
     assert len({digest_of(fields) for fields in (IDS, *others)}) == len(others) + 1
 

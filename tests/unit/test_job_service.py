@@ -27,7 +27,7 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.sampling import SamplingParams
-from echelon.types import Admitted, Completion, FinishReason, ItemCounts, ItemResult, JobState
+from echelon.types import Admitted, Choice, Completion, FinishReason, ItemCounts, ItemResult, JobState
 
 Answer = Callable[[GenerateFields], Awaitable[Shown | None]]
 
@@ -63,9 +63,7 @@ def completion(fields: GenerateFields) -> Completion:
     return Completion(
         request_id=fields.request_id,
         model=fields.model,
-        text=f"<{fields.prompt}>",
-        token_ids=(1,),
-        finish_reason=FinishReason.STOP,
+        choices=(Choice(text=f"<{fields.prompt}>", token_ids=(1,), finish_reason=FinishReason.STOP),),
     )
 
 

@@ -16,17 +16,23 @@ from coordinator.jobs import codec as job_codec
 from coordinator.jobs.events import ItemInterrupted, ItemRecorded, StateChanged
 from coordinator.jobs.store import CRASH_POINTS, JobStore, NewItem, NewJob
 from echelon.errors import ConfigError, ConflictError, OverloadedError, UnavailableError
-from echelon.types import Completion, FinishReason, ItemCounts, JobState, Timing, TokenLogprob, Usage
+from echelon.types import Choice, Completion, FinishReason, ItemCounts, JobState, Timing, TokenLogprob, Usage
 
 ANSWER = Completion(
     request_id="job.a.0",
     model="m",
-    text="fuchs 狐 \U0001f98a",
-    token_ids=(1, 2),
-    finish_reason=FinishReason.LENGTH,
-    logprobs=(TokenLogprob(1, -0.1, ((1, -0.1), (5, -2.5))), TokenLogprob(2, -math.inf)),
-    usage=Usage(3, 2, 1),
+    choices=(
+        Choice(
+            text="fuchs 狐 \U0001f98a",
+            token_ids=(1, 2),
+            finish_reason=FinishReason.LENGTH,
+            logprobs=(TokenLogprob(1, -0.1, ((1, -0.1), (5, -2.5))), TokenLogprob(2, -math.inf)),
+        ),
+        Choice(index=1, text="x", token_ids=(3,), finish_reason=FinishReason.STOP, matched_stop="."),
+    ),
+    usage=Usage(3, 3, 1, 2),
     timing=Timing(0.1, 0.2, 0.3),
+    prompt_logprobs=(TokenLogprob(7, -1.5), TokenLogprob(8, -0.5, ((9, -0.25),))),
 )
 ERROR = OverloadedError("full", field="f", request_id="job.a.1")
 
@@ -57,7 +63,7 @@ def test_all_of_a_job_is_found_again(store: JobStore, path: Path) -> None:
     reopened = JobStore(path)
     first, second = reopened.load()
     assert first.status.counts == ItemCounts(3, succeeded=1, failed=1, interrupted=1)
-    assert (first.status.state, first.status.usage) == (JobState.RUNNING, Usage(3, 2, 1))
+    assert (first.status.state, first.status.usage) == (JobState.RUNNING, Usage(3, 3, 1, 2))
     assert (first.status.create_unix_s, first.status.start_unix_s, first.status.end_unix_s) == (5.0, 6.0, None)
     assert (first.done, first.interrupted, first.last_cursor) == (frozenset({0, 2}), frozenset({0}), 2)
     assert (second.status.job_id, second.status.state, second.status.end_unix_s) == ("b", JobState.CANCELLED, 8.0)
@@ -108,7 +114,7 @@ def test_another_schema_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version=99")
     connection.close()
-    with pytest.raises(ConfigError, match="schema 99, this Echelon reads 1"):
+    with pytest.raises(ConfigError, match="schema 99, this Echelon reads 2; give another state-dir"):
         JobStore(path)
 
 

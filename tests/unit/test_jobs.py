@@ -48,10 +48,13 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.sampling import SamplingParams
-from echelon.types import Completion, FinishReason, ItemCounts, JobState, JobStatus, Usage
+from echelon.types import Choice, Completion, FinishReason, ItemCounts, JobState, JobStatus, Usage
 
 ANSWER = Completion(
-    request_id="r", model="m", text="t", token_ids=(1, 2), finish_reason=FinishReason.STOP, usage=Usage(3, 2, 1)
+    request_id="r",
+    model="m",
+    choices=(Choice(text="t", token_ids=(1, 2), finish_reason=FinishReason.STOP),),
+    usage=Usage(3, 2, 1),
 )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.journal.codec import FRAME, frame, unframe
-from coordinator.journal.state import Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
+from coordinator.journal.state import Answer, Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
 from coordinator.requests.nouns import Request
 from echelon.internal.link import Finish, Logprob, Sampling
 
@@ -15,12 +15,12 @@ SAMPLING = Sampling(0.7, 0.9, 40, 16, -(2**63), (2, 7), 0)
 REQUEST = Request("r", b"\x00\xff", "m", (1, 2, 2**31 - 1), SAMPLING, 1234.5, 1000.25)
 LOGPROBS = (Logprob(-0.5, (3, 4), (-0.5, -2.0)), Logprob(-1.0))
 STORY: list[Record] = [
-    Opened(REQUEST, (9,)),
+    Opened(REQUEST, ((9,),)),
     Assigned("r", 1, 0, 3),
     Tokens("r", 1, 1, (3, 4), LOGPROBS),
     Assigned("r", 2, 1, 5, 6),
     Tokens("r", 2, 3, (5,), (Logprob(-3.0),)),
-    Finished("r", 1100.0, Finish.LENGTH),
+    Finished("r", 1100.0, (Finish.LENGTH,)),
 ]
 
 
@@ -31,7 +31,7 @@ def state_of(records: list[Record]) -> JournalState:
 
 
 def test_every_record_survives_its_bytes() -> None:
-    records = [*STORY, Finished("r", 1.0, None, "DEADLINE", "too late"), Forgotten("r")]
+    records = [*STORY, Finished("r", 1.0, (), "DEADLINE", "too late"), Forgotten("r")]
     content = frame(records, term=3)
     assert unframe(content) == (records, len(content))
 
@@ -67,8 +67,7 @@ def test_zeros_behind_the_end_are_no_record() -> None:
 
 def test_the_fold_of_a_request() -> None:
     entry = state_of(STORY).entries["r"]
-    assert entry.ids == [9, 3, 4, 5]
-    assert entry.logprobs == [None, *LOGPROBS, Logprob(-3.0)]
+    assert entry.answers == [Answer([9, 3, 4, 5], [None, *LOGPROBS, Logprob(-3.0)])]
     assert (entry.attempt, entry.recomputed_tokens) == (2, 6)
     assert entry.finished is not None
     assert not state_of([*STORY, Forgotten("r")]).entries

@@ -58,7 +58,7 @@ def test_a_torn_tail_is_left_out_and_never_written_behind(tmp_path: Path) -> Non
     assert second.damaged_bytes == 8
     append(second, Tokens("a", 1, 2, (7,)))
     second.close()
-    assert reopened(tmp_path).state.entries["a"].ids == [5, 6, 7]
+    assert reopened(tmp_path).state.entries["a"].answers[0].ids == [5, 6, 7]
 
 
 def test_full_segments_are_replaced_by_what_is_still_remembered(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_full_segments_are_replaced_by_what_is_still_remembered(tmp_path: Path) 
     journal.close()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
     assert len(segments(tmp_path)) == 1
-    assert reopened(tmp_path).state.entries["kept"].ids == list(range(300))
+    assert reopened(tmp_path).state.entries["kept"].answers[0].ids == list(range(300))
 
 
 def test_a_crash_between_copy_and_removal_changes_nothing(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_after_a_full_disk_the_lost_records_go_first(
     append(journal, Tokens("a", 1, 1, (6,)))
     journal.close()
     again = reopened(tmp_path)
-    assert again.state.entries["a"].ids == [5, 6]
+    assert again.state.entries["a"].answers[0].ids == [5, 6]
     assert again.damaged_bytes == 0
 
 

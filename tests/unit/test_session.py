@@ -13,6 +13,7 @@ from echelon.errors import (
     StreamTakenOverError,
     UnavailableError,
 )
+from echelon.generation_session import GenerationSession
 from echelon.retry import RetryPolicy, decide_retry
 from echelon.session import (
     REACHED_S,
@@ -28,11 +29,10 @@ from echelon.session import (
     Received,
     Sleep,
     Start,
-    StreamSession,
     Timer,
     Yield,
 )
-from echelon.types import Admitted, Completion, FinishReason, StreamEvent
+from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEvent
 
 POLICY = RetryPolicy(initial_s=1.0, max_s=8.0)
 
@@ -44,11 +44,12 @@ def delta(sequence: int, *ids: int, text: str | None = None) -> Received[StreamE
 
 def final(*ids: int, text: str | None = None) -> Received[Completion]:
     words = "".join(f"{token_id} " for token_id in ids) if text is None else text
-    return Received(Completion(request_id="r", model="m", text=words, token_ids=ids, finish_reason=FinishReason.STOP))
+    choice = Choice(text=words, token_ids=ids, finish_reason=FinishReason.STOP)
+    return Received(Completion(request_id="r", model="m", choices=(choice,)))
 
 
-def started(timeout_s: float | None = 100.0) -> StreamSession:
-    session = StreamSession("r", timeout_s, POLICY)
+def started(timeout_s: float | None = 100.0) -> GenerationSession:
+    session = GenerationSession("r", timeout_s, POLICY)
     assert session.step(0.0, Start()) == [Open((), timeout_s)]
     return session
 
@@ -71,7 +72,7 @@ def test_a_broken_stream_resumes_after_the_tokens_it_holds() -> None:
     (sleep,) = session.step(2.0, Broken(UnavailableError("gone")))
     assert isinstance(sleep, Sleep)
     assert 0.5 <= sleep.seconds <= 1.0
-    assert session.step(3.0, Timer()) == [Open((1, 2), 97.0)]
+    assert session.step(3.0, Timer()) == [Open(((1, 2),), 97.0)]
     assert session.step(4.0, delta(2, 3)) == [Yield(delta(2, 3).message)]
     assert session.step(5.0, final(1, 2, 3)) == [Finish(final(1, 2, 3).message)]
 
@@ -81,7 +82,7 @@ def test_a_stream_that_ends_without_its_final_is_broken() -> None:
     session.step(1.0, delta(0, 1))
     (effect,) = session.step(2.0, Ended())
     assert isinstance(effect, Sleep)
-    assert session.step(3.0, Timer()) == [Open((1,), 97.0)]
+    assert session.step(3.0, Timer()) == [Open(((1,),), 97.0)]
 
 
 def test_repeated_deltas_are_dropped() -> None:
@@ -99,7 +100,7 @@ def test_a_delta_out_of_place_is_never_handed_on_but_asked_for_again(lost: Recei
     session.step(1.0, delta(0, 1, 2))
     (effect,) = session.step(2.0, lost)
     assert isinstance(effect, Sleep)
-    assert session.step(3.0, Timer()) == [Open((1, 2), 97.0)]
+    assert session.step(3.0, Timer()) == [Open(((1, 2),), 97.0)]
 
 
 def test_what_the_deltas_left_out_comes_with_the_final() -> None:

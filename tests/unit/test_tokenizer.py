@@ -6,16 +6,21 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from coordinator.tokenizer import Tokenizer
+from echelon.chat import ChatMessage, ChatPrompt
 from echelon.errors import ConfigError, InvalidRequestError
-from echelon.types import ChatMessage
 from tests.tiny import BEGIN, make_checkpoint
 
-HELLO = (ChatMessage("user", "The quick brown fox"),)
+HELLO = ChatPrompt((ChatMessage("user", "The quick brown fox"),))
+
+
+def with_args(**template_args: object) -> ChatPrompt:
+    return replace(HELLO, template_args=template_args)
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +48,28 @@ def test_a_chat_is_what_transformers_makes_of_it_with_one_begin_token(tokenizer:
     theirs = PreTrainedTokenizerFast.from_pretrained(directory)
     conversation = [{"role": "user", "content": "The quick brown fox"}]
     for prompted in (True, False):
-        ids = tokenizer.chat(HELLO, {"add_generation_prompt": prompted})
+        ids = tokenizer.chat(with_args(add_generation_prompt=prompted))
         assert list(ids) == theirs.apply_chat_template(conversation, add_generation_prompt=prompted)["input_ids"]
         assert ids.count(theirs.convert_tokens_to_ids(BEGIN)) == 1
-    assert tokenizer.chat(HELLO, {}) == tokenizer.chat(HELLO, {"add_generation_prompt": True})
+    assert tokenizer.chat(HELLO) == tokenizer.chat(with_args(add_generation_prompt=True))
 
 
 def test_a_client_cannot_bring_its_own_template(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequestError, match=r"template_args\.chat_template cannot be set") as caught:
-        tokenizer.chat(HELLO, {"chat_template": "{{ 1 }}"})
+        tokenizer.chat(with_args(chat_template="{{ 1 }}"))
     assert caught.value.field == "template_args.chat_template"
 
 
 def test_what_the_template_refuses_is_the_requests_fault(tmp_path: Path) -> None:
     directory = _tokenizer_only(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequestError, match="refuses these messages: roles must alternate"):
-        Tokenizer.from_directory(directory).chat(HELLO, {})
+        Tokenizer.from_directory(directory).chat(HELLO)
 
 
 def test_without_a_chat_template_a_chat_is_refused_and_text_is_not(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(_tokenizer_only(tmp_path, None))
     with pytest.raises(InvalidRequestError, match="no chat template; send text or token_ids") as caught:
-        tokenizer.chat(HELLO, {})
+        tokenizer.chat(HELLO)
     assert caught.value.field == "messages"
     assert tokenizer.encode("fox")
 
@@ -86,8 +91,8 @@ def test_threads_share_one_tokenizer(tokenizer: Tokenizer) -> None:
 def test_loading_and_chatting_import_no_torch(directory: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from coordinator.tokenizer import Tokenizer;"
-        "from echelon.types import ChatMessage;"
-        f"t = Tokenizer.from_directory(Path({str(directory)!r})); t.chat((ChatMessage('user', 'fox'),), {{}});"
+        "from echelon.chat import ChatMessage, ChatPrompt;"
+        f"t = Tokenizer.from_directory(Path({str(directory)!r})); t.chat(ChatPrompt((ChatMessage('user', 'fox'),)));"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 0
