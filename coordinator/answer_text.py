@@ -62,7 +62,7 @@ class AnswerText:
     def _push(self, token_id: int) -> str:
         self._ids += 1
         open_text = self._held_back + self._detokenizer.push([token_id])
-        if self._ids > self._stops.min_tokens and (found := self._find(open_text)):
+        if self._ids > self._stops.min_tokens and (found := self._find(open_text, len(self._held_back))):
             start, self.matched = found
             self._held_back = ""
             return self._tell(open_text[: start + len(self.matched)] if self._stops.keep else open_text[:start])
@@ -70,9 +70,13 @@ class AnswerText:
         self._held_back = open_text[len(open_text) - keep :]
         return self._tell(open_text[: len(open_text) - keep])
 
-    def _find(self, text: str) -> tuple[int, str] | None:
-        """The stop string that begins first, the longest of those that begin together."""
-        found = [(text.find(stop), -len(stop), stop) for stop in self._stops.texts if stop in text]
+    def _find(self, text: str, passed: int) -> tuple[int, str] | None:
+        """The stop string that begins first, the longest of those that begin together.
+
+        One within the first `passed` characters was complete before it could end the answer, and does not now.
+        """
+        starts = ((text.find(stop, max(passed - len(stop) + 1, 0)), stop) for stop in self._stops.texts)
+        found = [(start, -len(stop), stop) for start, stop in starts if start >= 0]
         return (min(found)[0], min(found)[2]) if found else None
 
     def _may_begin_stop(self, text: str) -> int:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 
-from coordinator.answer_text import AnswerText, Stops
-from coordinator.detokenizer import Detokenizer
-from coordinator.journal.state import JournalState, Record
-from coordinator.requests.core import CoordinatorCore, CoreConfig, Counts
+from coordinator.requests.core import Counts
 from coordinator.requests.events import (
     Append,
     Cancel,
     Deliver,
     Drain,
-    Effect,
-    Emit,
-    Event,
     LinkClosed,
-    LinkOpened,
     ReplicaEnded,
     Reported,
     Send,
@@ -28,12 +21,11 @@ from coordinator.requests.events import (
     Tick,
 )
 from coordinator.requests.lives import REATTACH_S
-from coordinator.requests.nouns import Received, Request, Shown
+from coordinator.requests.nouns import Received
 from echelon.errors import (
     CancelledError,
     ConflictError,
     DeadlineError,
-    EchelonError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
@@ -43,99 +35,17 @@ from echelon.errors import (
 from echelon.internal.link import (
     Abandon,
     Assign,
-    Command,
     Fence,
     Finish,
     Logprob,
     Progress,
     Released,
-    ReplicaHello,
     Report,
     Running,
-    Sampling,
     TokenRun,
 )
 from echelon.types import Admitted, Completion, FinishReason, StreamEvent, TokenLogprob
-
-WINDOW_S = 30.0
-STOP_ID = 999
-FENCE = Fence(1, 0, 1)
-HELLO = ReplicaHello(slots=2, kv_blocks=20, block_tokens=4, max_context=64)
-
-
-def request(request_id: str = "r", max_tokens: int = 8, **changes: object) -> Request:
-    sampling = Sampling(0.0, 1.0, 0, max_tokens, 7, (STOP_ID,))
-    made = Request(request_id, b"digest of " + request_id.encode(), "m", (1, 2, 3), sampling, 1000.0, 100.0)
-    return replace(made, **changes)  # type: ignore[arg-type]
-
-
-def new_text(stops: Stops) -> AnswerText:
-    return AnswerText(Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids)), stops)
-
-
-@dataclass
-class Shell:
-    """Runs the core and sorts its effects; what was appended survives `restart`."""
-
-    state: JournalState = field(default_factory=JournalState)
-    term: int = 1
-    now: float = 100.0
-    max_queue_tokens: int = 1000
-    records: list[Record] = field(default_factory=list)
-    shown: dict[int, list[Shown]] = field(default_factory=dict)
-    commands: list[Command] = field(default_factory=list)
-    told: list[Emit] = field(default_factory=list)
-    report_seq: int = 0
-
-    def __post_init__(self) -> None:
-        config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens)
-        self.core = CoordinatorCore(config, new_text, self.state)
-
-    def post(self, event: Event) -> list[Effect]:
-        effects = self.core.step(self.now, event)
-        for effect in effects:
-            match effect:
-                case Append(record):
-                    self.records.append(record)
-                case Deliver(stream, shown):
-                    self.shown.setdefault(stream, []).append(shown)
-                case Send(command):
-                    self.commands.append(command)
-                case Emit():
-                    self.told.append(effect)
-        return effects
-
-    def restart(self) -> Shell:
-        """A successor that has nothing but the records."""
-        state = JournalState()
-        state.apply_all(self.records)
-        return Shell(state, self.term + 1, self.now, records=list(self.records), report_seq=self.report_seq)
-
-    def run(
-        self, first: int, *ids: int, attempt: int = 1, finish: Finish | None = None, name: str = "r"
-    ) -> list[Effect]:
-        return self.report(runs=(TokenRun(name, 0, attempt, first, ids, finish=finish),))
-
-    def report(self, runs: tuple[TokenRun, ...] = (), released: tuple[Released, ...] = ()) -> list[Effect]:
-        self.report_seq += 1
-        return self.post(Reported(Report(replace(FENCE, term=self.term), self.report_seq, runs, released)))
-
-    def open(self, *running: Running, fence: Fence | None = None) -> None:
-        self.post(LinkOpened(fence or replace(FENCE, term=self.term), replace(HELLO, running=running)))
-
-    def assigns(self) -> list[Assign]:
-        return [assign for command in self.commands for assign in command.assigns]
-
-    def abandons(self) -> list[Abandon]:
-        return [abandon for command in self.commands for abandon in command.abandons]
-
-    def ids(self, stream: int) -> list[int]:
-        return [i for event in self.shown[stream] if isinstance(event, StreamEvent) for i in event.token_ids]
-
-    def last_error(self, stream: int) -> Exception:
-        last = self.shown[stream][-1]
-        assert isinstance(last, EchelonError), last
-        return last
+from tests.unit.core_shell import FENCE, STOP_ID, WINDOW_S, Shell, request
 
 
 @pytest.fixture
