@@ -16,12 +16,14 @@ import torch
 
 from echelon.internal.link import Fence
 from echelon.internal.v1 import control_pb2
-from models.config import read_model_config
+from models.config import ModelConfig, read_model_config
+from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel import mesh
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
+from worker.matchers import Matchers
 from worker.memory import settle_kv_blocks
 from worker.plan_socket import PlanReceiver, PlanServer
 from worker.runner import Runner, RunnerLimits
@@ -72,10 +74,11 @@ def form_epoch(
     )
     model = build_model(config, context)
     load_weights(model, config, Path(command.model_path), context, progress)
-    command.kv_blocks = settle_kv_blocks(model, config, context, command)
+    matchers = _matchers(config, Path(command.model_path))
+    command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
-    runner = Runner(model, kv_cache, context, limits)
+    runner = Runner(model, kv_cache, context, limits, matchers)
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command), None)
     return Epoch(fence, runner, plans, lead, model.resident_bytes, kv_cache.resident_bytes)
 
@@ -86,6 +89,11 @@ def private_host(coordinator_address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, int(port)))  # a datagram socket sends nothing on connect
         return str(probe.getsockname()[0])
+
+
+def _matchers(config: ModelConfig, directory: Path) -> Matchers:
+    """Constraints over the model's vocabulary, which is read when the first of them comes."""
+    return Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), torch.get_num_threads())
 
 
 def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:

@@ -17,16 +17,28 @@ from models.decoder import DecoderModel
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
 from worker.kv_cache import KVCache
+from worker.matchers import Matchers
 from worker.plan import Admit, Row, StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
 
 
 def settle_kv_blocks(
-    model: DecoderModel, config: ModelConfig, context: ParallelContext, command: control_pb2.FormEpoch
+    model: DecoderModel,
+    config: ModelConfig,
+    context: ParallelContext,
+    command: control_pb2.FormEpoch,
+    matchers: Matchers,
 ) -> int:
     """Blocks for every rank. Raises ConfigError when not one request of max_context tokens has room beside a step."""
     block_bytes = kv_bytes_per_block(config, context.tensor.size, command.block_tokens, context.dtype.itemsize)
-    step_bytes = _largest_step_bytes(model, config, context, command) if context.device.type == "cuda" else 0
+    step_bytes = 0
+    if context.device.type == "cuda":
+        limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
+        runner = Runner(model, KVCache(config, context, 1, command.block_tokens), context, limits, matchers)
+        plan = largest_step(command.max_running, command.max_context, command.max_step_tokens, context.epoch)
+        step_bytes = _peak_bytes(runner, plan, context.device)
+        del runner
+        torch.cuda.empty_cache()
     own = torch.tensor([command.kv_blocks - -(-step_bytes // block_bytes)], device=context.device)
     blocks = int(context.tensor.all_gather(own).min())
     needed = -(-command.max_context // command.block_tokens)
@@ -55,17 +67,9 @@ def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch
     return StepPlan(Fence(0, 0, epoch), 1, admits, (), tuple(rows))
 
 
-def _largest_step_bytes(
-    model: DecoderModel, config: ModelConfig, context: ParallelContext, command: control_pb2.FormEpoch
-) -> int:
-    """Device bytes that the step takes at its peak. Block tables start as zeros, so that all rows read block 0."""
-    limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
-    runner = Runner(model, KVCache(config, context, 1, command.block_tokens), context, limits)
-    plan = largest_step(command.max_running, command.max_context, command.max_step_tokens, context.epoch)
-    before = torch.cuda.memory_allocated(context.device)
-    torch.cuda.reset_peak_memory_stats(context.device)
+def _peak_bytes(runner: Runner, plan: StepPlan, device: torch.device) -> int:
+    """Device bytes that a step takes at its peak. Block tables start as zeros, so that all rows read block 0."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     runner.run(decode(encode(plan)))
-    peak = torch.cuda.max_memory_allocated(context.device) - before
-    del runner
-    torch.cuda.empty_cache()
-    return peak
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,8 +1,8 @@
 """StepPlan and StepResult: what the leader tells every rank to run, and what comes back.
 
 Immutable, torch-free, the same in the engine, the simulator and the runner. On the wire a plan is the protobuf
-record echelon.internal.v1.StepPlan whose tables are little-endian int32, so a rank copies them to its device
-as they are. Encoding lives here beside the layout it must agree with.
+record echelon.internal.v1.StepPlan: tables of fixed width as little-endian bytes that a rank reads as they lie, and a
+message for each admit with rules of no fixed size. Encoding lives here beside the layout it must agree with.
 """
 
 from __future__ import annotations
@@ -14,16 +14,36 @@ import numpy as np
 import numpy.typing as npt
 
 from echelon.internal.link import Fence, Logprob, Sampling
-from echelon.internal.v1 import control_pb2, plan_pb2
+from echelon.internal.v1 import control_pb2, link_pb2, plan_pb2
 
 Int32Array = npt.NDArray[np.int32]
 
-ADMIT_WIDTH = 7  # slot, choice, seed low, seed high, temperature bits, top_p bits, top_k
+Records = npt.NDArray[np.void]
+
+ADMIT = np.dtype(
+    [
+        ("slot", "<i4"),
+        ("choice", "<i4"),
+        ("seed", "<i8"),
+        ("prompt_tokens", "<i4"),
+        ("top_k", "<i4"),
+        ("min_tokens", "<i4"),
+        ("temperature", "<f8"),
+        ("top_p", "<f8"),
+        ("min_p", "<f8"),
+        ("presence_penalty", "<f8"),
+        ("frequency_penalty", "<f8"),
+        ("repetition_penalty", "<f8"),
+    ]
+)
 BLOCK_WIDTH = 3  # slot, index in the slot's block table, block id
+TOLD_WIDTH = 3  # slot, first position, tokens
 ROW_WIDTH = 5  # slot, first position, tokens, offset of given ids or -1, logprobs wanted (see below)
+SCORED_WIDTH = 3  # index of its row, alternatives, id after the row's last or -1
 
 NO_SAMPLE = -2  # in a row's last column: the row ends before its prompt does, nothing is sampled
 NO_LOGPROBS = -1  # sampled, no log-probabilities; k >= 0: the sampled token's and the k likeliest
+NO_ID = -1  # stands in a result where no id could be drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,42 +103,70 @@ class StepResult:
     """Ids of the plan's sampled rows in row order; logprobs beside them, None where none were asked.
 
     scores: of the plan's scored rows in row order, the log-probabilities of the prompt tokens that they predict.
+    faults: (index among the sampled rows, why) of rows that no id could be drawn for, because the matcher of their
+    constraint broke: it exceeded its limits, or the ids to go on from do not follow the grammar. Their id is NO_ID.
     """
 
     step: int
     ids: tuple[int, ...]
     logprobs: tuple[Logprob | None, ...]
     scores: tuple[tuple[Logprob, ...], ...] = ()
+    faults: tuple[tuple[int, str], ...] = ()
+
+
+class Rules(NamedTuple):
+    """Of an admit, what has no fixed size. stop_ids: only where min_tokens keeps them back for a while."""
+
+    slot: int
+    stop_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanTables:
-    """A decoded plan as a rank uses it: admits [A, 7], blocks [B, 3], rows [R, 5], token_ids [given], all int32."""
+    """A decoded plan as a rank uses it.
+
+    admits: [admits] of dtype ADMIT. rules: of those admits that have any. blocks [B, 3], rows [R, 5], told [told, 3],
+    scored [scored rows, 3], token_ids [given] and told_ids [told ids], one row's after another's: all int32.
+    """
 
     fence: Fence
     step: int
-    admits: Int32Array
+    admits: Records
+    rules: tuple[Rules, ...]
     blocks: Int32Array
+    told: Int32Array
+    told_ids: Int32Array
     rows: Int32Array
+    scored: Int32Array
     token_ids: Int32Array
 
 
 def encode(plan: StepPlan) -> bytes:
     """The wire form of a plan."""
     rows: list[tuple[int, int, int, int, int]] = []
+    scored: list[tuple[int, int, int]] = []
     given: list[int] = []
-    for row in plan.rows:
-        wanted = NO_SAMPLE if not row.sampled else NO_LOGPROBS if row.logprobs is None else row.logprobs
-        rows.append((row.slot, row.first, row.tokens, -1 if row.given is None else len(given), wanted))
-        if row.given is not None:
-            given.extend(row.given)
+    for index, (slot, first, tokens, ids, sampled, logprobs, alternatives, next_id) in enumerate(plan.rows):
+        wanted = NO_SAMPLE if not sampled else NO_LOGPROBS if logprobs is None else logprobs
+        rows.append((slot, first, tokens, -1 if ids is None else len(given), wanted))
+        if ids is not None:
+            given.extend(ids)
+        if alternatives is not None:
+            scored.append((index, alternatives, -1 if next_id is None else next_id))
     record = plan_pb2.StepPlan(
         fence=control_pb2.Fence(term=plan.fence.term, replica=plan.fence.replica, epoch=plan.fence.epoch),
         step=plan.step,
-        admits=_admit_table(plan.admits).tobytes(),
+        admits=_admit_table(plan.admits),
         blocks=np.asarray(plan.blocks, dtype="<i4").tobytes(),
         rows=np.asarray(rows, dtype="<i4").tobytes(),
         token_ids=np.asarray(given, dtype="<i4").tobytes(),
+        rules=[_rules_message(rules) for admit in plan.admits if (rules := _rules_of(admit)) is not None],
+        told=np.asarray([(told.slot, told.first, len(told.ids)) for told in plan.told], dtype="<i4").tobytes(),
+        told_ids=np.asarray([token for told in plan.told for token in told.ids], dtype="<i4").tobytes(),
+        scored=np.asarray(scored, dtype="<i4").tobytes(),
     )
     return record.SerializeToString()
 
@@ -127,27 +175,69 @@ def decode(payload: bytes) -> PlanTables:
     """The tables of a plan read from a socket."""
     record = plan_pb2.StepPlan.FromString(payload)
 
-    def table(content: bytes, width: int) -> Int32Array:
-        return np.frombuffer(content, dtype="<i4").reshape(-1, width)
+    def ids(content: bytes) -> Int32Array:
+        return np.frombuffer(content, dtype="<i4")
 
     return PlanTables(
         fence=Fence(record.fence.term, record.fence.replica, record.fence.epoch),
         step=record.step,
-        admits=table(record.admits, ADMIT_WIDTH),
-        blocks=table(record.blocks, BLOCK_WIDTH),
-        rows=table(record.rows, ROW_WIDTH),
-        token_ids=np.frombuffer(record.token_ids, dtype="<i4"),
+        admits=np.frombuffer(record.admits, dtype=ADMIT),
+        rules=tuple(_rules_from(message) for message in record.rules),
+        blocks=ids(record.blocks).reshape(-1, BLOCK_WIDTH),
+        told=ids(record.told).reshape(-1, TOLD_WIDTH),
+        told_ids=ids(record.told_ids),
+        rows=ids(record.rows).reshape(-1, ROW_WIDTH),
+        scored=ids(record.scored).reshape(-1, SCORED_WIDTH),
+        token_ids=ids(record.token_ids),
     )
 
 
-def _admit_table(admits: tuple[Admit, ...]) -> Int32Array:
-    """[admits, ADMIT_WIDTH]; floats travel as their float32 bits, the seed as two halves."""
-    table = np.zeros((len(admits), ADMIT_WIDTH), dtype="<i4")
-    for index, admit in enumerate(admits):
-        sampling = admit.sampling
-        seed = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
-        table[index, :2] = admit.slot, admit.choice
-        table[index, 2:4] = np.array([seed & 0xFFFF_FFFF, seed >> 32], dtype="<u4").view("<i4")
-        table[index, 4:6] = np.array([sampling.temperature, sampling.top_p], dtype="<f4").view("<i4")
-        table[index, 6] = sampling.top_k
-    return table
+def _admit_table(admits: tuple[Admit, ...]) -> bytes:
+    return np.array([_admit_record(admit) for admit in admits], dtype=ADMIT).tobytes()
+
+
+def _admit_record(admit: Admit) -> tuple[float, ...]:
+    """In the order of ADMIT."""
+    sampling = admit.sampling
+    return (
+        admit.slot,
+        admit.choice,
+        sampling.seed,
+        admit.prompt_tokens,
+        sampling.top_k,
+        sampling.min_tokens,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.repetition_penalty,
+    )
+
+
+def _rules_of(admit: Admit) -> Rules | None:
+    sampling = admit.sampling
+    stop_ids = sampling.stop_token_ids if sampling.min_tokens else ()
+    rules = Rules(admit.slot, stop_ids, sampling.logit_bias, sampling.bad_words, sampling.grammar)
+    return rules if any(rules[1:]) else None
+
+
+def _rules_message(rules: Rules) -> plan_pb2.Rules:
+    return plan_pb2.Rules(
+        slot=rules.slot,
+        stop_ids=rules.stop_ids,
+        biased_ids=[token for token, _ in rules.logit_bias],
+        biases=[bias for _, bias in rules.logit_bias],
+        bad_words=[link_pb2.Ids(ids=word) for word in rules.bad_words],
+        grammar=rules.grammar,
+    )
+
+
+def _rules_from(message: plan_pb2.Rules) -> Rules:
+    return Rules(
+        slot=message.slot,
+        stop_ids=tuple(message.stop_ids),
+        logit_bias=tuple(zip(message.biased_ids, message.biases, strict=True)),
+        bad_words=tuple(tuple(word.ids) for word in message.bad_words),
+        grammar=message.grammar,
+    )

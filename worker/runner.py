@@ -7,18 +7,26 @@ and gathers all ids, so ranks agree on what comes next. It must not know request
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from echelon.internal.link import Logprob
 from models.decoder import DecoderModel
 from parallel.context import ParallelContext
 from worker import sampler
-from worker.batch import SlotState, StepBatch, apply_and_build
+from worker.batch import Share, StepBatch, apply_and_build
 from worker.kv_cache import KVCache
-from worker.plan import PlanTables, StepResult
+from worker.logit_rules import Allowed
+from worker.matchers import Masks, Matchers
+from worker.pending import PendingStep, pack
+from worker.plan import NO_ID, PlanTables, StepResult
+from worker.sampler import RuledRows
+from worker.slots import SlotState
+from worker.upload import upload_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,46 +38,23 @@ class RunnerLimits:
     block_tokens: int
 
 
-class PendingStep:
-    """A step that was launched. outcome [sampled rows, 1 or more] float64: see `Runner`'s packing."""
-
-    def __init__(self, step: int, logprobs: tuple[int | None, ...], outcome: Tensor) -> None:
-        self._step = step
-        self._logprobs = logprobs
-        self._copied: torch.cuda.Event | None = None
-        self._outcome = outcome
-        if outcome.device.type == "cuda":
-            self._outcome = torch.empty_like(outcome, device="cpu", pin_memory=True)
-            self._outcome.copy_(outcome, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def result(self) -> StepResult:
-        """Waits for the device to reach the end of the step."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        rows = self._outcome.tolist()
-        return StepResult(
-            step=self._step,
-            ids=tuple(int(row[0]) for row in rows),
-            logprobs=tuple(_unpack(row, wanted) for row, wanted in zip(rows, self._logprobs, strict=True)),
-        )
-
-
 class Runner:
-    """Applies plans in order to one model and its cache.
+    """Applies plans in order to one model and its cache."""
 
-    A step's outcome is one float64 tensor, so that one gather and one copy to the host carry it: a row holds its id
-    (exact below 2^53) and, if any row of the step asked for log-probabilities, its own, the likeliest ids and theirs.
-    """
-
-    def __init__(self, model: DecoderModel, kv_cache: KVCache, context: ParallelContext, limits: RunnerLimits) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: KVCache,
+        context: ParallelContext,
+        limits: RunnerLimits,
+        matchers: Matchers,
+    ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._context = context
-        self._block_tokens = limits.block_tokens
-        blocks_per_slot = -(-limits.max_context // limits.block_tokens)
-        self._state = SlotState(limits.max_running, blocks_per_slot, context.device)
+        self._matchers = matchers
+        self._piece_rows = sampler.piece_rows(model.head.vocabulary)
+        self._state = SlotState(limits.max_running, limits.max_context, limits.block_tokens, context.device)
 
     def run(self, tables: PlanTables) -> StepResult:
         """Launch a plan and wait for it. Every rank returns the same."""
@@ -77,39 +62,68 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, tables: PlanTables) -> PendingStep:
-        """Queue a plan's work on the device."""
+        """Queue a plan's work on the device. Of a constrained row, the id before must have been on its way."""
         assert tables.fence.epoch == self._context.epoch, "a plan of another epoch"
         tensor = self._context.tensor
-        batch = apply_and_build(tables, self._state, self._block_tokens, tensor.rank, tensor.size)
-        if not len(tables.rows):
-            return PendingStep(tables.step, (), torch.empty(0, 1))
-        hidden = self._model(batch.forward, self._kv_cache)
-        if not batch.logprobs:
-            return PendingStep(tables.step, (), torch.empty(0, 1))
-        outcome = self._sample(self._model.row_logits(hidden), batch)
-        self._state.last_ids[batch.slots] = outcome[:, 0].long()
-        return PendingStep(tables.step, batch.logprobs, outcome)
+        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, self._piece_rows)
+        following = self._matchers.begin(tables, [row.slot for part in batch.ruled for row in part.constrained])
+        sampled, scored = len(batch.logprobs), len(batch.targets)
+        hidden = self._model(batch.forward, self._kv_cache) if len(tables.rows) else torch.empty(0, 0)
+        masks = None if following is None else following.result()
+        outcome, scores = torch.empty(0, 1), None
+        if sampled:
+            outcome = self._sample(hidden[:sampled], batch, masks)
+            self._state.write(batch.slots, batch.positions, outcome[:, 0])
+        if scored:
+            scores = self._score(hidden[sampled:], batch.targets)
+        constraints = self._matchers.of(batch.sampled_slots.tolist())
+        pending = PendingStep(tables.step, outcome, batch.logprobs, scores, batch.scored, constraints)
+        for row, constraint in constraints.items():
+            constraint.drawn = (pending, row)
+        return pending
 
-    def _sample(self, logits: Tensor, batch: StepBatch) -> Tensor:
+    def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
         share = batch.share
-        logits = logits[: share.size]
-        ids = sampler.sample(logits, batch.sampling, batch.paths)
+        logits = self._model.row_logits(hidden)[: share.size]
+        ids = sampler.sample(logits, batch.sampling, batch.paths, _masked(batch.ruled, masks, logits.device))
         top = sampler.logprobs_width(logits.shape[-1])
         width = 1 if all(wanted is None for wanted in batch.logprobs) else 2 + 2 * top
         outcome = torch.zeros(share.padded // self._context.tensor.size, width, dtype=torch.float64, device=ids.device)
         outcome[: share.size, 0] = ids
         if len(batch.logprob_rows):
-            own, top_ids, top_logprobs = sampler.logprobs(logits, ids, batch.logprob_rows)
-            parts = (own[:, None].double(), top_ids.double(), top_logprobs.double())
-            outcome[batch.logprob_rows, 1:] = torch.cat(parts, dim=1)
+            outcome[batch.logprob_rows, 1:] = pack(*sampler.logprobs(logits, ids, batch.logprob_rows))
+        if masks is not None and masks.failed:
+            constrained = [row.row for part in batch.ruled for row in part.constrained]
+            failed = np.array([constrained[row] for row in masks.failed])
+            outcome[upload_one(failed, outcome.device), 0] = NO_ID
         return self._context.tensor.all_gather(outcome, dim=0)[: len(batch.logprobs)]
 
+    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of the tokens that follow these, packed, in pieces that bound the logits: [C, width]."""
+        group = self._context.tensor
+        pieces, together = [], self._piece_rows * group.size
+        for piece, wanted in zip(hidden.split(together), targets.split(together), strict=True):
+            share = Share.of(len(wanted), group.rank, group.size)
+            logits = self._model.row_logits(piece)[: share.size]
+            rows = torch.arange(share.size, device=logits.device)
+            packed = pack(*sampler.logprobs(logits, wanted[share.rows], rows))
+            padded = F.pad(packed, (0, 0, 0, share.padded // group.size - share.size))
+            pieces.append(group.all_gather(padded, dim=0)[: len(wanted)])
+        return torch.cat(pieces)
 
-def _unpack(row: list[float], wanted: int | None) -> Logprob | None:
-    """A row of the outcome as asked: the `wanted` likeliest, the lower id first among equals."""
-    if wanted is None:
-        return None
-    top = (len(row) - 2) // 2
-    pairs = sorted(zip(row[2 : 2 + top], row[2 + top :], strict=True), key=lambda pair: (-pair[1], pair[0]))[:wanted]
-    return Logprob(row[1], tuple(int(token) for token, _ in pairs), tuple(value for _, value in pairs))
+
+def _masked(ruled: Sequence[RuledRows], masks: Masks | None, device: torch.device) -> Sequence[RuledRows]:
+    """The rows, and what their constraints allow as the first rule; each constrained row has a mask, in order."""
+    if masks is None or not len(masks.bits):
+        return ruled
+    bits = upload_one(masks.bits, device)
+    parts, taken = [], 0
+    for part in ruled:
+        if part.constrained:
+            places = upload_one(np.array([row.place for row in part.constrained]), device)
+            allowed = Allowed(places, bits[taken : taken + len(places)])
+            part = replace(part, rules=(allowed, *part.rules))
+            taken += len(places)
+        parts.append(part)
+    return parts

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 
 from worker.epoch import Epoch
+from worker.pending import PendingStep
 from worker.plan import StepResult, decode
-from worker.runner import PendingStep
 
 
 class Steps:

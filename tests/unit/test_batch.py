@@ -5,25 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echelon.internal.link import Fence
+from echelon.internal.link import Fence, Sampling
 from models.batch import ForwardBatch
-from worker.batch import Share, SlotState, StepBatch, apply_and_build
-from worker.plan import Admit, Row, StepPlan, decode, encode
+from worker.batch import Share, StepBatch, apply_and_build
+from worker.plan import Admit, Row, StepPlan, Told, decode, encode
+from worker.slots import SlotState
 
 FENCE = Fence(1, 0, 1)
 BLOCK_TOKENS = 4
 
 
 def new_state() -> SlotState:
-    return SlotState(max_running=6, blocks_per_slot=5, device=torch.device("cpu"))
+    return SlotState(max_running=6, max_context=20, block_tokens=BLOCK_TOKENS, device=torch.device("cpu"))
 
 
 def build(state: SlotState, plan: StepPlan, rank: int = 0, ranks: int = 1) -> StepBatch:
-    return apply_and_build(decode(encode(plan)), state, BLOCK_TOKENS, rank, ranks)
+    return apply_and_build(decode(encode(plan)), state, rank, ranks, piece_rows=64)
 
 
-def greedy(slot: int) -> Admit:
-    return Admit(slot=slot, choice=0, seed=0, temperature=0.0, top_p=1.0, top_k=0)
+def admit(
+    slot: int, choice: int = 0, seed: int = 0, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
+) -> Admit:
+    return Admit(slot, choice, 3, Sampling(temperature, top_p, top_k, 100, seed))
 
 
 def chunk(slot: int, first: int, *given: int, sampled: bool = False, logprobs: int | None = None) -> Row:
@@ -41,7 +44,7 @@ def lists(batch: ForwardBatch) -> dict[str, object]:
 
 def test_a_mixed_step_is_laid_out_with_decode_rows_first() -> None:
     state = new_state()
-    state.last_ids[:] = torch.tensor([100, 101, 102, 103, 104, 105])
+    state.history[:] = torch.arange(6)[:, None] * 100 + torch.arange(20)
     plan = StepPlan(
         FENCE,
         step=1,
@@ -55,7 +58,7 @@ def test_a_mixed_step_is_laid_out_with_decode_rows_first() -> None:
     )
     batch = build(state, plan)
     assert lists(batch.forward) == {
-        "token_ids": [103, 101, 60, 61, 62, 63, 50, 51],
+        "token_ids": [305, 100, 60, 61, 62, 63, 50, 51],
         "positions": [5, 0, 6, 7, 8, 9, 0, 1],
         "slot_mapping": [7 * 4 + 1, 2 * 4, 12 * 4 + 2, 12 * 4 + 3, 13 * 4, 13 * 4 + 1, 0, 1],
         "decode_block_tables": [[9, 7], [2, 0]],
@@ -81,22 +84,22 @@ def test_blocks_that_a_decode_row_does_not_use_yet_are_padded_with_zero() -> Non
 def test_admitted_sampling_arrives_exact_and_stays_until_the_slot_is_taken_again() -> None:
     state = new_state()
     seeds = (-1, 2**63 - 1, -(2**63), 0x1234_5678_9ABC_DEF0)
-    admits = tuple(Admit(slot, slot + 1, seed, 0.75, 0.5, 40) for slot, seed in enumerate(seeds))
+    admits = tuple(admit(slot, slot + 1, seed, 0.75, 0.5, 40) for slot, seed in enumerate(seeds))
     build(state, StepPlan(FENCE, 1, admits=admits))
-    taken = (Admit(1, 9, 5, 0.1, 1.0, 0),)
+    taken = (admit(1, 9, 5, 0.1, 1.0, 0),)
     batch = build(state, StepPlan(FENCE, 2, admits=taken, rows=tuple(decode_row(slot, 7) for slot in range(4))))
     assert batch.sampling.seed.tolist() == [-1, 5, -(2**63), 0x1234_5678_9ABC_DEF0]
     assert batch.sampling.choice.tolist() == [1, 9, 3, 4]
-    assert batch.sampling.temperature.tolist() == [0.75, torch.tensor(0.1, dtype=torch.float32).item(), 0.75, 0.75]
+    assert batch.sampling.temperature.tolist() == [0.75, 0.1, 0.75, 0.75]
     assert batch.sampling.top_p.tolist() == [0.5, 1.0, 0.5, 0.5]
     assert batch.sampling.top_k.tolist() == [40, 0, 40, 40]
     assert batch.sampling.position.tolist() == [8] * 4
 
 
 def test_the_sampling_path_follows_from_the_parameters() -> None:
-    settings = ((0.0, 0.5, 3), (1.0, 1.0, 0), (1.0, 0.9, 0), (1.0, 1.0, 5), (0.0, 1.0, 0))
-    admits = tuple(Admit(slot, 0, 0, *setting) for slot, setting in enumerate(settings))
-    batch = build(new_state(), StepPlan(FENCE, 1, admits=admits, rows=tuple(decode_row(slot, 0) for slot in range(5))))
+    settings = ((0.0, 0.5, 3), (1.0, 1.0, 0), (1.0, 0.9, 0), (1.0, 1.0, 5), (0.0, 1.0, 0), (1e-300, 1.0, 0))
+    admits = tuple(admit(slot, 0, 0, *setting) for slot, setting in enumerate(settings))
+    batch = build(new_state(), StepPlan(FENCE, 1, admits=admits, rows=tuple(decode_row(slot, 0) for slot in range(6))))
     assert batch.paths.plain.tolist() == [1]
     assert batch.paths.truncated.tolist() == [2, 3]
 
@@ -121,7 +124,7 @@ def test_rows_without_sample_are_left_out_and_logprobs_keep_row_order() -> None:
 
 def test_a_plan_without_rows_changes_state_alone() -> None:
     state = new_state()
-    batch = build(state, StepPlan(FENCE, 1, admits=(greedy(2),), blocks=((2, 1, 8),)))
+    batch = build(state, StepPlan(FENCE, 1, admits=(admit(2),), blocks=((2, 1, 8),)))
     assert state.block_tables[2].tolist() == [0, 8, 0, 0, 0]
     assert batch.forward.token_ids.shape == (0,)
     assert batch.forward.decode_block_tables.shape == (0, 0)
@@ -140,7 +143,7 @@ def test_every_sampled_row_is_in_the_share_of_exactly_one_rank() -> None:
 
 
 def test_ranks_split_the_sampling_of_a_step_and_agree_on_the_rest() -> None:
-    admits = tuple(Admit(slot, 0, slot, float(slot % 2), 1.0, 0) for slot in range(5))
+    admits = tuple(admit(slot, 0, slot, float(slot % 2)) for slot in range(5))
     rows = tuple(decode_row(slot, 2, logprobs=1 if slot == 4 else None) for slot in range(5))
     batches = [build(new_state(), StepPlan(FENCE, 1, admits=admits, rows=rows), rank, 2) for rank in range(2)]
 

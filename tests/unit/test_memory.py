@@ -44,7 +44,7 @@ def settle(folder: Path, neighbour: int, wanted: int) -> int:
     command = control_pb2.FormEpoch(
         kv_blocks=wanted, block_tokens=16, max_context=64, max_running=4, max_step_tokens=32
     )
-    return settle_kv_blocks(None, config, context, command)  # type: ignore[arg-type]
+    return settle_kv_blocks(None, config, context, command, None)  # type: ignore[arg-type]
 
 
 def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:

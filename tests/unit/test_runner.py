@@ -14,14 +14,16 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echelon.internal.link import Fence, Logprob
+from echelon.internal.link import Fence, Logprob, Sampling
 from models.config import read_model_config
+from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel.context import ParallelContext, solo_context
 from parallel.mesh import close, form_context, open_store
 from tests.tiny import make_checkpoint
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
+from worker.matchers import Matchers
 from worker.plan import Admit, Row, StepPlan, StepResult, decode, encode
 from worker.runner import Runner, RunnerLimits
 
@@ -45,6 +47,10 @@ class Ask:
     top_k: int = 0
     seed: int = 0
     logprobs: int | None = None
+
+    def admit(self) -> Admit:
+        sampling = Sampling(self.temperature, self.top_p, self.top_k, self.tokens, self.seed)
+        return Admit(self.slot, 0, len(self.prompt), sampling)
 
     def row(self, step: int) -> Row | None:
         """Its row in a step: prompt chunks, then decode rows, whose ids the plan cannot know."""
@@ -78,7 +84,7 @@ def plans_of(asks: list[Ask], seed: int = 0) -> list[StepPlan]:
             while held[row.slot] < row.first + row.tokens:
                 blocks.append((row.slot, held[row.slot] // LIMITS.block_tokens, free.pop()))
                 held[row.slot] += LIMITS.block_tokens
-        admits = tuple(Admit(ask.slot, 0, ask.seed, ask.temperature, ask.top_p, ask.top_k) for ask in begun)
+        admits = tuple(ask.admit() for ask in begun)
         plans.append(StepPlan(FENCE, len(plans) + 1, admits, tuple(blocks), tuple(rows)))
     return plans
 
@@ -104,7 +110,8 @@ def new_runner(directory: Path, context: ParallelContext) -> Runner:
     cache = KVCache(config, context, BLOCKS, LIMITS.block_tokens)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # whatever is read without having been written shows
-    return Runner(model, cache, context, LIMITS)
+    matchers = Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), threads=1)
+    return Runner(model, cache, context, LIMITS, matchers)
 
 
 def answer(directory: Path, asks: list[Ask], seed: int = 0) -> list[Answer]:

@@ -1,0 +1,104 @@
+"""PendingStep: a step whose work is queued on the device, and the packing in which its outcome travels to the host.
+
+In every rank's runner. One float64 tensor has a row for each sampled row, so that one gather and one copy to the host
+carry it: its id (exact below 2^53) and, if any row of the step asked for log-probabilities, its own, the likeliest
+ids and theirs. Scored tokens make a second one, without the id. Knows no plan and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echelon.internal.link import Logprob
+from worker.matchers import Constraint
+from worker.plan import NO_ID, StepResult
+
+
+def pack(own: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
+    """Log-probabilities [n], and of the k likeliest ids [n, k] each: [n, 1 + 2 k]."""
+    return torch.cat([own[:, None].double(), top_ids.double(), top_logprobs.double()], dim=1)
+
+
+def unpack(packed: Tensor, wanted: Sequence[int | None]) -> list[Logprob | None]:
+    """Rows of `pack` as asked: the `wanted` likeliest of each, the lower id first among equals."""
+    rows = packed.numpy()
+    top = rows.shape[1] // 2
+    ids, logprobs = rows[:, 1 : 1 + top], rows[:, 1 + top :]
+    order = np.lexsort((ids, -logprobs))
+    ordered_ids = np.take_along_axis(ids, order, 1).astype(np.int64).tolist()
+    ordered = np.take_along_axis(logprobs, order, 1).tolist()
+    return [
+        None if count is None else Logprob(own, tuple(near[:count]), tuple(values[:count]))
+        for own, near, values, count in zip(rows[:, 0].tolist(), ordered_ids, ordered, wanted, strict=True)
+    ]
+
+
+class PendingStep:
+    """A step that was launched. outcome [sampled rows, 1 or more] and scores [scored tokens, ...], as packed above.
+
+    logprobs: of every sampled row, None or how many alternatives it wants. scored: of every scored row, how many of
+    the scores are its, and how many alternatives it wants. constraints: of the sampled rows that have one.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        outcome: Tensor,
+        logprobs: tuple[int | None, ...] = (),
+        scores: Tensor | None = None,
+        scored: tuple[tuple[int, int], ...] = (),
+        constraints: Mapping[int, Constraint] | None = None,
+    ) -> None:
+        self._step = step
+        self._logprobs = logprobs
+        self._scored = scored
+        self._constraints = constraints or {}
+        self._outcome = _to_host(outcome)
+        self._scores = None if scores is None else _to_host(scores)
+        self._copied: torch.cuda.Event | None = None
+        if outcome.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def id_of(self, row: int) -> int:
+        """The id of a sampled row. Waits for the device to reach the end of the step."""
+        self._wait()
+        return int(self._outcome[row, 0])
+
+    def result(self) -> StepResult:
+        """Waits for the device to reach the end of the step."""
+        self._wait()
+        ids = tuple(int(token) for token in self._outcome[:, 0].tolist())
+        packed = self._outcome.shape[1] > 1
+        return StepResult(
+            step=self._step,
+            ids=ids,
+            logprobs=tuple(unpack(self._outcome[:, 1:], self._logprobs)) if packed else (None,) * len(ids),
+            scores=self._unpacked_scores(),
+            faults=tuple((row, found.reason) for row, found in self._constraints.items() if ids[row] == NO_ID),
+        )
+
+    def _unpacked_scores(self) -> tuple[tuple[Logprob, ...], ...]:
+        if self._scores is None:
+            return tuple(() for _ in self._scored)
+        wanted = [alternatives for count, alternatives in self._scored for _ in range(count)]
+        found = [logprob for logprob in unpack(self._scores, wanted) if logprob is not None]
+        ends = accumulate(count for count, _ in self._scored)
+        return tuple(tuple(found[end - count : end]) for end, (count, _) in zip(ends, self._scored, strict=True))
+
+    def _wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor, or where it lies on a device the copy that it is on its way to."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
