@@ -10,12 +10,14 @@ from coordinator.cluster import Cluster
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.fences import Fences
+from coordinator.grammars import Grammars
 from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts
 from coordinator.placement import plan_replica
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.service import Parts, Service
+from coordinator.settle import Served
 from coordinator.tokenizer import Tokenizer
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
@@ -61,14 +63,14 @@ def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences)
     def new_text(stops: Stops) -> AnswerText:
         return AnswerText(Detokenizer(tokenizer.decode), stops)
 
+    facts = ModelFacts.of(config.served_model_name, config.max_context, model)
     core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
     parts = Parts(
         core=CoordinatorCore(core_config, new_text, journal.state),
         journal=journal,
         events=EventLog(fences.term),
         metrics=Metrics.create(),
-        tokenizer=tokenizer,
-        facts=ModelFacts.of(config.served_model_name, config.max_context, model),
+        served=Served(facts, tokenizer, Grammars(config.model, facts)),
     )
     return Service(parts)
 

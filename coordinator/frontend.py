@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from coordinator.model_facts import ModelFacts, check_model, check_vocabulary
 from coordinator.requests.nouns import Received, Request
-from coordinator.settle import settle_sampling
+from coordinator.settle import Served, settle_sampling
 from coordinator.tokenizer import Tokenizer
 from echelon.chat import ChatPrompt
 from echelon.errors import InvalidRequestError
@@ -59,16 +59,15 @@ def check_received(received: Received, facts: ModelFacts) -> None:
         check_vocabulary(ids, facts, f"resume.received[{choice}]")
 
 
-def resolve(
-    fields: GenerateFields, facts: ModelFacts, tokenizer: Tokenizer, now: float, drawn_seed: int, drawn_id: str
-) -> Request:
+def resolve(fields: GenerateFields, served: Served, now: float, drawn_seed: int, drawn_id: str) -> Request:
     """The request to run. drawn_seed and drawn_id fill what the client left open.
 
     Raises InvalidRequestError or NotFoundError naming the field.
     """
+    facts = served.facts
     check_model(fields.model, facts)
-    prompt = prompt_ids(fields.prompt, facts, tokenizer)
-    sampling = settle_sampling(fields.sampling, facts, tokenizer, drawn_seed)
+    prompt = prompt_ids(fields.prompt, served)
+    sampling = settle_sampling(fields.sampling, served, drawn_seed)
     wanted = len(prompt) + sampling.max_tokens
     if wanted > facts.max_context:
         raise InvalidRequestError(
@@ -104,10 +103,10 @@ def digest_of(fields: GenerateFields) -> bytes:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
-def prompt_ids(prompt: Prompt | None, facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
+def prompt_ids(prompt: Prompt | None, served: Served) -> tuple[int, ...]:
     """The ids that the model is given. Raises InvalidRequestError naming the field."""
-    ids = _encode(prompt, tokenizer)
-    check_vocabulary(ids, facts, "token_ids" if isinstance(prompt, tuple) else "text")
+    ids = _encode(prompt, served.tokenizer)
+    check_vocabulary(ids, served.facts, "token_ids" if isinstance(prompt, tuple) else "text")
     return ids
 
 

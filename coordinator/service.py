@@ -20,7 +20,7 @@ from coordinator.frontend import GenerateFields, Prompt, check_received, prompt_
 from coordinator.journal.file import JournalFile
 from coordinator.journal.state import Finished, Opened, Record, Tokens
 from coordinator.metrics import Metrics
-from coordinator.model_facts import ModelFacts, check_vocabulary
+from coordinator.model_facts import check_vocabulary
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import (
     Append,
@@ -37,7 +37,7 @@ from coordinator.requests.events import (
     Tick,
 )
 from coordinator.requests.nouns import Outcome, Received, Shown
-from coordinator.tokenizer import Tokenizer
+from coordinator.settle import Served
 from echelon.errors import EchelonError, OverloadedError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report
 from echelon.types import Completion, StreamEvent
@@ -72,8 +72,7 @@ class Parts:
     journal: JournalFile
     events: EventLog
     metrics: Metrics
-    tokenizer: Tokenizer
-    facts: ModelFacts
+    served: Served
 
 
 class Service:
@@ -83,9 +82,9 @@ class Service:
         self.core = parts.core
         self.events = parts.events
         self.metrics = parts.metrics
-        self.facts = parts.facts
+        self.facts = parts.served.facts
         self._journal = parts.journal
-        self._tokenizer = parts.tokenizer
+        self._served = parts.served
         self._streams: dict[int, Stream] = {}
         self._stream_ids = itertools.count(1)
         self._links: dict[int, Callable[[Command], None]] = {}
@@ -99,7 +98,7 @@ class Service:
         Raises EchelonError when the request is refused before the core knows it.
         """
         seed, drawn_id = secrets.randbits(63), secrets.token_hex(16)
-        request = await asyncio.to_thread(resolve, fields, self.facts, self._tokenizer, time.time(), seed, drawn_id)
+        request = await asyncio.to_thread(resolve, fields, self._served, time.time(), seed, drawn_id)
         if received is not None:
             check_received(received, self.facts)
         if self._journal_failed and not self.core.is_open(request.request_id):
@@ -125,12 +124,12 @@ class Service:
 
     async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
         """The ids that a generation would be given for this prompt."""
-        return await asyncio.to_thread(prompt_ids, prompt, self.facts, self._tokenizer)
+        return await asyncio.to_thread(prompt_ids, prompt, self._served)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         """The text of these ids, special tokens left out."""
         check_vocabulary(token_ids, self.facts, "token_ids")
-        return await asyncio.to_thread(self._tokenizer.decode, token_ids)
+        return await asyncio.to_thread(self._served.tokenizer.decode, token_ids)
 
     def cancel(self, request_ids: Sequence[str]) -> list[str]:
         """End these requests; answers the ids that were still running."""

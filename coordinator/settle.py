@@ -7,7 +7,9 @@ version's defaults, draws the same tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from coordinator.grammars import Grammars
 from coordinator.model_facts import ModelFacts, check_vocabulary
 from coordinator.tokenizer import Tokenizer
 from echelon.errors import InvalidRequestError
@@ -17,8 +19,18 @@ from echelon.sampling import SamplingParams
 DEFAULT_MAX_TOKENS = 16
 
 
-def settle_sampling(sent: SamplingParams, facts: ModelFacts, tokenizer: Tokenizer, drawn_seed: int) -> Sampling:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The served model, and what reads texts for it."""
+
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    grammars: Grammars
+
+
+def settle_sampling(sent: SamplingParams, served: Served, drawn_seed: int) -> Sampling:
     """Raises InvalidRequestError naming the field."""
+    facts = served.facts
     defaults = facts.default_sampling
     max_tokens = DEFAULT_MAX_TOKENS if sent.max_tokens is None else sent.max_tokens
     min_tokens = sent.min_tokens or 0
@@ -39,18 +51,18 @@ def settle_sampling(sent: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
         seed=drawn_seed if sent.seed is None else sent.seed,
         stop_token_ids=tuple(dict.fromkeys((*sent.stop_token_ids, *end_ids))),
         logprobs=sent.logprobs,
-        min_p=_first(sent.min_p, 0.0),
+        min_p=_first(sent.min_p, defaults.min_p, 0.0),
         presence_penalty=_first(sent.presence_penalty, 0.0),
         frequency_penalty=_first(sent.frequency_penalty, 0.0),
-        repetition_penalty=_first(sent.repetition_penalty, 1.0),
+        repetition_penalty=_first(sent.repetition_penalty, defaults.repetition_penalty, 1.0),
         min_tokens=min_tokens,
         stop=sent.stop,
         include_stop=sent.include_stop,
         n=sent.n or 1,
         prompt_logprobs=sent.prompt_logprobs,
         logit_bias=tuple(sorted((sent.logit_bias or {}).items())),
-        bad_words=_bad_words(sent.bad_words, tokenizer),
-        grammar=_grammar(sent),
+        bad_words=_bad_words(sent.bad_words, served.tokenizer),
+        grammar=_grammar(sent, served.grammars),
     )
 
 
@@ -74,7 +86,12 @@ def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int,
     return tuple(dict.fromkeys(ids for ids in spellings if ids))
 
 
-def _grammar(sent: SamplingParams) -> str:
+def _grammar(sent: SamplingParams, grammars: Grammars) -> str:
     if sent.constraint is None:
         return ""
-    raise InvalidRequestError(f"{sent.constraint.kind} is not served", field=f"sampling.{sent.constraint.kind}")
+    if sent.ignore_eos:
+        raise InvalidRequestError(
+            f"ignore_eos cannot go with {sent.constraint.kind}: an end token tells that the form is complete",
+            field="sampling.ignore_eos",
+        )
+    return grammars.settle(sent.constraint)

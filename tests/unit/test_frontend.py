@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from coordinator.frontend import GenerateFields, check_client_request_id, digest_of, resolve
+from coordinator.grammars import Grammars
 from coordinator.model_facts import ModelFacts
 from coordinator.requests.nouns import Request
+from coordinator.settle import Served
 from coordinator.tokenizer import Tokenizer
 from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import InvalidRequestError, NotFoundError
@@ -22,21 +25,28 @@ IDS = GenerateFields(prompt=(5, 6, 7))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.from_directory(make_checkpoint(tmp_path_factory.mktemp("model")))
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.from_directory(directory)
 
 
 @pytest.fixture
-def run(tokenizer: Tokenizer) -> Run:
-    return Run(tokenizer)
+def run(tokenizer: Tokenizer, directory: Path) -> Run:
+    return Run(tokenizer, directory)
 
 
 class Run:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, directory: Path) -> None:
         self.tokenizer = tokenizer
+        self.directory = directory
 
     def __call__(self, fields: GenerateFields, facts: ModelFacts = FACTS, now: float = 100.0) -> Request:
-        return resolve(fields, facts, self.tokenizer, now, drawn_seed=99, drawn_id="drawn")
+        served = Served(facts, self.tokenizer, Grammars(self.directory, facts))
+        return resolve(fields, served, now, drawn_seed=99, drawn_id="drawn")
 
 
 def test_what_is_left_open_is_drawn_or_documented(run: Run) -> None:
@@ -149,3 +159,32 @@ def test_ids_of_job_items_and_odd_ones_are_refused(request_id: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_client_request_id(request_id)
     assert caught.value.field == "request_id"
+
+
+def test_a_constraint_becomes_a_grammar_that_was_tried_on_the_vocabulary(run: Run) -> None:
+    assert run(replace(IDS, sampling=SamplingParams(regex="[ab]{3}"))).sampling.grammar
+    assert run(IDS).sampling.grammar == ""
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field", "words"),
+    [
+        (SamplingParams(regex="[a"), "sampling.regex", "regex cannot be used"),
+        (SamplingParams(json_schema='{"type": "nothing"}'), "sampling.json_schema", "cannot be used"),
+        (SamplingParams(json_schema="{"), "sampling.json_schema", "it is not JSON"),
+        (SamplingParams(grammar="start: missing"), "sampling.grammar", "missing"),
+        (SamplingParams(json_object=True, ignore_eos=True), "sampling.ignore_eos", "json_object"),
+        (SamplingParams(regex="a" * 100_001), "sampling.regex", "100001 characters, over the limit of 100000"),
+    ],
+)
+def test_a_constraint_that_cannot_be_followed_is_refused_by_name(
+    run: Run, sampling: SamplingParams, field: str, words: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        run(replace(IDS, sampling=sampling))
+    assert caught.value.field == field and words in caught.value.message
+
+
+def test_a_model_without_end_tokens_takes_no_constraint(run: Run) -> None:
+    with pytest.raises(InvalidRequestError, match="needs a model that has an end token"):
+        run(replace(IDS, sampling=SamplingParams(regex="a")), replace(FACTS, end_ids=()))
