@@ -79,9 +79,9 @@ class ServeConfig(BaseModel):
     journal: Journal = Field(default="write", description="fsync survives power loss too, for a disk flush a step.")
     metrics_address: str | None = Field(default=None, description="host:port of a Prometheus endpoint; default: none.")
 
-    @field_validator("model", mode="before")
+    @field_validator("model")
     @classmethod
-    def _is_path_or_hub_id(cls, value: object) -> object:
+    def _is_path_or_hub_id(cls, value: Path | str) -> Path | str:
         return Path(value) if isinstance(value, str) and not HUB_ID.fullmatch(value) else value
 
     @field_validator("address", "metrics_address", "ray_address")
