@@ -15,18 +15,19 @@ import json
 import statistics
 import time
 
-from echelon.internal.link import Assign, Fence, Sampling
+from echelon.internal.link import Assign, Fence, Progress, Sampling
+from worker.limits import EngineLimits
 from worker.plan import StepResult, encode
-from worker.scheduler import EngineLimits, Scheduler
+from worker.scheduler import Scheduler
 
 PROMPT_TOKENS = 512
 MAX_TOKENS = 512
 
 
 def request(number: int) -> Assign:
-    """Lengths differ, so that requests do not end in the same step."""
+    """Lengths differ, so that requests do not end in the same step; prompts too, so that none is found in the cache."""
     sampling = Sampling(temperature=1.0, top_p=0.9, top_k=50, max_tokens=MAX_TOKENS - 97 * number % 256, seed=number)
-    return Assign(f"request-{number}", 1, tuple(range(PROMPT_TOKENS)), (), sampling)
+    return Assign(f"request-{number}", 1, tuple(range(number, number + PROMPT_TOKENS)), (Progress(0),), sampling)
 
 
 def measure(running: int, steps: int) -> dict[str, list[float]]:

@@ -20,10 +20,10 @@ from echelon.internal.link import (
     ReplicaStats,
     Report,
     Running,
-    TokenRun,
 )
+from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
-from worker.scheduler import EngineLimits, Scheduler, refusal
+from worker.scheduler import Outcome, Scheduler
 
 __all__ = [
     "Commanded",
@@ -98,8 +98,7 @@ class EngineCore:
         self._report_seq = 0
         self._unacked: deque[Report] = deque()
         self._counters = {"released": 0, "refused_commands": 0}
-        self._runs: list[TokenRun] = []  # what this step reports
-        self._released: list[Released] = []
+        self._outcome = Outcome()  # what this step reports
 
     @property
     def fence(self) -> Fence:
@@ -117,17 +116,18 @@ class EngineCore:
             case Commanded(command):
                 self._obey(command)
             case Completed(result):
-                self._commit(result)
+                self._tell(self._scheduler.commit(result))
         reports = self._report()
         return [*self._plan_ahead(), *hello, *reports]
 
     def stats(self) -> ReplicaStats:
         """Where the epoch stands."""
-        counters = {**self._scheduler.counters, **self._counters}
-        return ReplicaStats(counters["steps"], self._scheduler.blocks_referenced, counters)
+        scheduler = self._scheduler
+        counters = {**scheduler.counters, **self._counters}
+        return ReplicaStats(counters["steps"], scheduler.blocks_referenced, counters, scheduler.blocks_cached)
 
     def check_integrity(self) -> None:
-        """Every slot and block is free or held by exactly one request."""
+        """Every slot and block is free, or held by those that run."""
         self._scheduler.check_integrity()
 
     def _open_link(self, term: int) -> list[Effect]:
@@ -145,8 +145,7 @@ class EngineCore:
         """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming."""
         last_runs = [run for report in self._unacked for run in report.runs if run.finish]
         running = {run.request: Running(run.request, run.attempt) for run in last_runs}
-        for sequence in self._scheduler:
-            assign = sequence.assign
+        for assign in self._scheduler:
             running[assign.request] = Running(assign.request, assign.attempt)
         return ReplicaHello(
             slots=self._limits.max_running,
@@ -168,10 +167,15 @@ class EngineCore:
             self._assign(assign)
 
     def _abandon(self, abandon: Abandon) -> None:
-        """Answered even if that attempt is not held: its end may not have reached the coordinator."""
-        if self._scheduler.held_attempt(abandon.request) == abandon.attempt:
-            self._scheduler.release(abandon.request)
-        self._tell_released(abandon.request, abandon.attempt)
+        """Answered even if that attempt is not held, for its end may not have reached the coordinator.
+
+        To let go of one choice is answered if it was the last that was held; its own end is told by its run, if any.
+        """
+        request, attempt = abandon.request, abandon.attempt
+        if self._scheduler.held_attempt(request) == attempt:
+            self._tell(self._scheduler.release(request, abandon.choice))
+        elif abandon.choice is None:
+            self._tell(Outcome(released=[Released(request, attempt)]))
 
     def _assign(self, assign: Assign) -> None:
         """Hold the request, instead of an older attempt at it; one that can never fit is released with the reason."""
@@ -179,25 +183,17 @@ class EngineCore:
         if held is not None:
             if assign.attempt <= held:
                 return
-            self._scheduler.release(assign.request)
-            self._tell_released(assign.request, held)
+            self._tell(self._scheduler.release(assign.request))
         if reason := refusal(assign, self._limits):
-            self._tell_released(assign.request, assign.attempt, reason)
-        elif ended := self._scheduler.add(assign):
-            self._tell_run(ended)
+            self._tell(Outcome(released=[Released(assign.request, assign.attempt, reason)]))
+        else:
+            self._tell(self._scheduler.add(assign))
 
-    def _commit(self, result: StepResult) -> None:
-        for run in self._scheduler.commit(result):
-            self._tell_run(run)
-
-    def _tell_run(self, run: TokenRun) -> None:
-        self._runs.append(run)
-        if run.finish:
-            self._tell_released(run.request, run.attempt)
-
-    def _tell_released(self, request: str, attempt: int, error: str = "") -> None:
-        self._counters["released"] += 1
-        self._released.append(Released(request, attempt, error))
+    def _tell(self, outcome: Outcome) -> None:
+        self._outcome.runs += outcome.runs
+        self._outcome.prompted += outcome.prompted
+        self._outcome.released += outcome.released
+        self._counters["released"] += len(outcome.released)
 
     def _plan_ahead(self) -> list[Effect]:
         """Plans until one runs and one waits; none that could bring more reports than may stay unacknowledged."""
@@ -212,12 +208,19 @@ class EngineCore:
 
     def _report(self) -> list[Effect]:
         """What this step has to tell, numbered and kept; sent if somebody listens."""
-        if not self._runs and not self._released:
+        told, self._outcome = self._outcome, Outcome()
+        if not (told.runs or told.released):
             return []
-        if self._released and self._scheduler.idle:
+        if told.released and self._scheduler.idle:
             self._scheduler.check_integrity()
         self._report_seq += 1
-        report = Report(self._fence, self._report_seq, tuple(self._runs), tuple(self._released), stats=self.stats())
-        self._runs, self._released = [], []
+        report = Report(
+            self._fence,
+            self._report_seq,
+            tuple(told.runs),
+            tuple(told.released),
+            stats=self.stats(),
+            prompted=tuple(told.prompted),
+        )
         self._unacked.append(report)
         return [SendReport(report)] if self._link_open else []

@@ -3,120 +3,72 @@
 Lives in the leader, without torch, clock or I/O. `schedule` fills a step's token budget with decode rows first and
 chunks of prompts after them; `commit` takes the ids of the oldest plan and says what they mean. Plans are made ahead
 of results: a decode row needs no id, because the ranks keep the last one they sampled. Ranks run plans in order, so
-slot and blocks of an ended request go to the next plan at once, even while an older plan still has a row of it; the
-id of that row is dropped. Knows nothing of links, reports and acknowledgements.
+what a sequence gives back serves the next plan at once, even while older plans still have rows of it; their ids are
+accepted if it was preempted, and dropped if it ended. Knows nothing of links, reports and acknowledgements.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-from echelon.internal.link import Assign, Fence, Finish, Logprob, TokenRun
-from worker.block_pool import BlockPool
-from worker.plan import Admit, Row, StepPlan, StepResult
+from echelon.internal.link import Assign, Fence, Finish, Logprob, Prompted, Released, TokenRun
+from worker.draft import Draft, Flight
+from worker.limits import EngineLimits, refusal
+from worker.plan import StepPlan, StepResult
+from worker.prefix_cache import PrefixCache, chain, root_hash
+from worker.sequence import NO_SLOT, Request, Sequence, State
 
-COUNTERS = ("steps", "prefill_chunks", "chunked_prompts", "decode_rows", "replayed_requests")
+COUNTERS = (
+    "steps",
+    "prefill_chunks",
+    "chunked_prompts",
+    "decode_rows",
+    "replayed_requests",
+    "preemptions",
+    "recomputed_tokens",  # computed again after a preemption
+    "cache_hits",  # beginnings that found something in the cache
+    "cached_tokens",  # found there, instead of computed
+    "shared_prefix_tokens",  # of these, computed for another choice of the same request
+)
 
-
-NO_SLOT = -1  # of a request that waits for one
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most."""
-
-    max_running: int
-    kv_blocks: int
-    block_tokens: int
-    max_step_tokens: int
-    max_context: int
-    max_unacked_reports: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            assert getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One attempt at a request: what is known of its ids, what it holds, and how far plans have taken it."""
-
-    assign: Assign
-    given: tuple[int, ...]  # prompt and replayed ids: prefilled, never sampled
-    generated: int  # committed ids, replayed ones included
-    max_tokens: int
-    end: int  # prompt + max_tokens: no id is drawn for this position or a later one
-    stop_ids: frozenset[int]
-    logprobs: int | None
-    reserved: int  # blocks that it may come to hold
-    slot: int = NO_SLOT
-    planned: int = 0  # positions computed by the plans made so far
-    blocks: list[int] = field(default_factory=list)
-    released: bool = False
-
-    @property
-    def prefilled(self) -> bool:
-        return self.planned >= len(self.given)
-
-    @property
-    def drawn(self) -> bool:
-        """The plans made so far draw its last id."""
-        return self.planned + 1 >= self.end
-
-    def finish(self, last_id: int) -> Finish | None:
-        """Whether the choice ends with this id: by an end token, else by its limit."""
-        if last_id in self.stop_ids:
-            return Finish.STOP
-        return Finish.LENGTH if self.generated >= self.max_tokens else None
+_ORDER = attrgetter("order")
 
 
 @dataclass(slots=True)
-class Draft:
-    """A plan in the making."""
+class Outcome:
+    """What has become of requests: new ids, prompts that are computed, attempts of which nothing is held any more."""
 
-    budget: int
-    admits: list[Admit] = field(default_factory=list)
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
-
-
-def blocks_needed(assign: Assign, block_tokens: int) -> int:
-    """Blocks reserved for a request from its admission to its end, so that nothing that runs can starve."""
-    return -(-(len(assign.prompt) + assign.sampling.max_tokens) // block_tokens)
-
-
-def refusal(assign: Assign, limits: EngineLimits) -> str:
-    """Why a request can never run within these limits; empty if it can."""
-    prompt, new = len(assign.prompt), assign.sampling.max_tokens
-    if not prompt or new < 1:
-        return f"prompt of {prompt} tokens and max_tokens {new}: both must be at least 1"
-    if prompt + new > limits.max_context:
-        return f"prompt {prompt} + max_tokens {new} = {prompt + new} tokens exceed max_context {limits.max_context}"
-    if (blocks := blocks_needed(assign, limits.block_tokens)) > limits.kv_blocks:
-        return f"{prompt + new} tokens need {blocks} blocks of {limits.block_tokens}; the cache has {limits.kv_blocks}"
-    return ""
+    runs: list[TokenRun] = field(default_factory=list)
+    prompted: list[Prompted] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
 
 
 class Scheduler:
-    """Holds every request from `add` until its last id is committed or `release`; first come, first served."""
+    """Holds every request from `add` until its last choice ends or is released; by priority, then first come first.
+
+    Blocks are given as they are needed. When none is left, the running sequence that is last in that order gives
+    back all it holds and waits to be computed again: the first one always goes on, so all come to their end.
+    """
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
-        self._pool = BlockPool(limits.kv_blocks)
-        self._unreserved = limits.kv_blocks
+        self._cache = PrefixCache(limits.kv_blocks, limits.block_tokens)
         self._free_slots = list(reversed(range(limits.max_running)))
-        self._held: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()  # only the head can have begun its prefill
-        self._decoding: list[Sequence] = []  # prefilled, with ids left to draw
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # step, and whose ids it samples
+        self._held: dict[str, Request] = {}
+        self._waiting: list[Sequence] = []  # in order
+        self._running: list[Sequence] = []  # in order
+        self._in_flight: deque[Flight] = deque()
         self._step = 0
+        self._arrivals = 0
         self.counters = dict.fromkeys(COUNTERS, 0)
 
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._held.values())
+    def __iter__(self) -> Iterator[Assign]:
+        return (request.assign for request in self._held.values())
 
     @property
     def plans_in_flight(self) -> int:
@@ -128,137 +80,213 @@ class Scheduler:
 
     @property
     def blocks_referenced(self) -> int:
-        return self._pool.referenced_blocks
+        return self._cache.referenced_blocks
+
+    @property
+    def blocks_cached(self) -> int:
+        return self._cache.cached_blocks
 
     def held_attempt(self, request: str) -> int | None:
         """The attempt that is held of a request, if one is."""
         return self._held[request].assign.attempt if request in self._held else None
 
-    def add(self, assign: Assign) -> TokenRun | None:
-        """Queue a request. If its replayed ids end it already, nothing is left to do: the empty run says how."""
+    def add(self, assign: Assign) -> Outcome:
+        """Queue the choices of a request. One that its replayed ids end already gets an empty run that says how."""
         assert assign.request not in self._held, f"{assign.request} is held"
         assert not (reason := refusal(assign, self._limits)), reason
-        sequence = Sequence(
-            assign=assign,
-            given=assign.prompt + assign.choices[0].generated,
-            generated=len(assign.choices[0].generated),
-            max_tokens=assign.sampling.max_tokens,
-            end=len(assign.prompt) + assign.sampling.max_tokens,
-            stop_ids=frozenset(assign.sampling.stop_token_ids),
-            logprobs=assign.sampling.logprobs,
-            reserved=blocks_needed(assign, self._limits.block_tokens),
-        )
-        if assign.choices[0].generated:
-            self.counters["replayed_requests"] += 1
-            if finish := sequence.finish(assign.choices[0].generated[-1]):
-                return TokenRun(assign.request, 0, assign.attempt, sequence.generated, (), finish=finish)
-        self._held[assign.request] = sequence
-        self._waiting.append(sequence)
-        return None
+        hashes = chain(root_hash(assign.cache_salt), assign.prompt, self._limits.block_tokens)
+        request = self._held[assign.request] = Request(assign, self._arrivals, hashes)
+        self._arrivals += 1
+        self.counters["replayed_requests"] += any(progress.generated for progress in assign.choices)
+        request.choices = {progress.choice: Sequence.of(request, progress) for progress in assign.choices}
+        outcome = Outcome()
+        for sequence in list(request.choices.values()):
+            insort(self._waiting, sequence, key=_ORDER)
+            if sequence.generated and (finish := sequence.finish()):
+                run = TokenRun(assign.request, sequence.choice, assign.attempt, sequence.generated, (), finish=finish)
+                outcome.runs.append(run)
+                self._end(sequence, outcome)
+        return outcome
 
     def schedule(self, fence: Fence) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute."""
-        draft = Draft(self._limits.max_step_tokens)
-        self._decode(draft)
-        self._prefill(draft)
+        """The next step, or None if there is nothing to compute before another result."""
+        draft = Draft(self._step + 1, self._limits.max_step_tokens)
+        prefilling = self._decode(draft)
+        self._prefill(draft, prefilling)
         if not draft.rows:
             return None
-        self._step += 1
-        self._in_flight.append((self._step, draft.sampled))
-        return StepPlan(fence, self._step, tuple(draft.admits), tuple(draft.blocks), tuple(draft.rows))
+        self._step = draft.step
+        self._in_flight.append(draft.flight())
+        for sequence in draft.prefilled:
+            self._cache.keep(sequence)
+        for sequence in draft.drawn:
+            self._give_back(sequence, State.DRAWN)
+        return draft.plan(fence)
 
-    def commit(self, result: StepResult) -> list[TokenRun]:
-        """The ids of the oldest plan, without those of requests that ended since; a finish marks a request's last."""
-        step, sampled = self._in_flight.popleft()
-        assert result.step == step, f"results come in order: expected step {step}, got {result.step}"
+    def commit(self, result: StepResult) -> Outcome:
+        """What the oldest plan brought, without the ids of sequences that ended since."""
+        flight = self._in_flight.popleft()
+        assert result.step == flight.step, f"results come in order: expected step {flight.step}, got {result.step}"
         self.counters["steps"] += 1
-        return [
-            self._accept(sequence, token_id, logprob)
-            for sequence, token_id, logprob in zip(sampled, result.ids, result.logprobs, strict=True)
-            if not sequence.released
-        ]
+        for request, scores in zip(flight.scored, result.scores, strict=True):
+            request.scores += scores
+        outcome = Outcome()
+        for sequence, token_id, logprob in zip(flight.sampled, result.ids, result.logprobs, strict=True):
+            if sequence.state is not State.ENDED:
+                self._accept(sequence, token_id, logprob, outcome)
+        return outcome
 
-    def release(self, request: str) -> None:
-        """Let go of all that a request holds, whatever it is doing."""
-        sequence = self._held.pop(request)
-        sequence.released = True
-        if sequence.slot != NO_SLOT:
-            self._pool.free(sequence.blocks)
-            self._free_slots.append(sequence.slot)
-            self._unreserved += sequence.reserved
-        if not sequence.prefilled:
-            self._waiting.remove(sequence)
-        elif not sequence.drawn:
-            self._decoding.remove(sequence)
+    def release(self, request: str, choice: int | None = None) -> Outcome:
+        """Let go of a choice of a request, or of all that it holds, whatever they are doing."""
+        outcome = Outcome()
+        choices = self._held[request].choices
+        for sequence in [choices[each] for each in choices if choice is None or each == choice]:
+            self._end(sequence, outcome)
+        return outcome
 
     def check_integrity(self) -> None:
-        """Slots, blocks and reservations are all free or held by exactly one request."""
-        slots, unreserved = list(self._free_slots), self._unreserved
-        for sequence in self:
-            if sequence.slot != NO_SLOT:
-                slots.append(sequence.slot)
-                unreserved += sequence.reserved
-            assert len(sequence.blocks) <= sequence.reserved, f"{sequence.assign.request} exceeds its reservation"
+        """Slots and blocks are all free or held by those that run, and every sequence is where its state says."""
+        sequences = [sequence for request in self._held.values() for sequence in request.choices.values()]
+        for state, queue in ((State.WAITING, self._waiting), (State.RUNNING, self._running)):
+            expected = sorted((sequence for sequence in sequences if sequence.state is state), key=_ORDER)
+            assert queue == expected, f"{state.name}: {len(queue)} queued, {len(expected)} held"
+        slots = self._free_slots + [sequence.slot for sequence in self._running]
         assert sorted(slots) == list(range(self._limits.max_running)), f"slots {sorted(slots)}"
-        assert unreserved == self._limits.kv_blocks, f"{unreserved} blocks free or reserved"
-        self._pool.check_integrity(sequence.blocks for sequence in self)
+        assert all(sequence.slot == NO_SLOT for sequence in sequences if sequence.state is not State.RUNNING)
+        self._cache.check_integrity(sequences)
 
-    def _decode(self, draft: Draft) -> None:
-        """One row for each request that generates. They fit: the step in which a prompt ends has a token for it too."""
-        assert len(self._decoding) <= draft.budget, f"{len(self._decoding)} decode rows, budget {draft.budget}"
-        for sequence in self._decoding:
+    def _decode(self, draft: Draft) -> list[Sequence]:
+        """One row for each sequence that generates and can; returns those that prefill."""
+        prefilling: list[Sequence] = []
+        block_tokens = self._limits.block_tokens
+        for sequence in self._running:  # the last ones may leave meanwhile
             position = sequence.planned
-            self._extend(draft, sequence, position + 1)
-            draft.rows.append(Row(sequence.slot, position, 1, None, True, sequence.logprobs))
-        draft.sampled += self._decoding
-        draft.budget -= len(self._decoding)
-        self.counters["decode_rows"] += len(self._decoding)
-        self._decoding = [sequence for sequence in self._decoding if not sequence.drawn]
+            if position < sequence.given:
+                prefilling.append(sequence)
+                continue
+            if sequence.constrained and position >= len(sequence.ids):
+                continue
+            if not draft.budget:
+                break
+            if position == len(sequence.blocks) * block_tokens and not self._grow(draft, sequence):
+                break
+            draft.add_decode_row(sequence)
+        self.counters["decode_rows"] += len(draft.rows)
+        return prefilling
 
-    def _prefill(self, draft: Draft) -> None:
-        """Chunks of prompts with what is left of the budget; only the last chunk can stop short of its prompt's end."""
-        while draft.budget and self._waiting and self._admit(draft, self._waiting[0]):
-            sequence = self._waiting[0]
-            first = sequence.planned
-            chunk = sequence.given[first : first + draft.budget]
-            self._extend(draft, sequence, first + len(chunk))
-            logprobs = sequence.logprobs if sequence.prefilled else None
-            draft.rows.append(Row(sequence.slot, first, len(chunk), chunk, sequence.prefilled, logprobs))
-            draft.budget -= len(chunk)
-            self.counters["prefill_chunks"] += 1
-            self.counters["chunked_prompts"] += first == 0 and not sequence.prefilled
-            if sequence.prefilled:
-                self._waiting.popleft()
-                draft.sampled.append(sequence)
-                if not sequence.drawn:
-                    self._decoding.append(sequence)
-
-    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
-        """Whether the request has a slot, or there is one for it now, with blocks enough until its end."""
-        if sequence.slot != NO_SLOT:
-            return True
-        if not self._free_slots or sequence.reserved > self._unreserved:
-            return False
-        self._unreserved -= sequence.reserved
-        sequence.slot = self._free_slots.pop()
-        assign = sequence.assign
-        draft.admits.append(Admit(sequence.slot, 0, len(assign.prompt), assign.sampling))
+    def _grow(self, draft: Draft, sequence: Sequence) -> bool:
+        """A block for the sequence's next position, preempting if none is free. False: it was the last itself."""
+        while not self._cache.free_blocks:
+            last = self._running[-1]
+            assert len(self._running) > 1, f"{last.request.assign.request} does not fit alone"
+            self._preempt(last)
+            if last is sequence:
+                return False
+        draft.blocks.append((sequence.slot, len(sequence.blocks), self._cache.grow(sequence)))
         return True
 
-    def _extend(self, draft: Draft, sequence: Sequence, planned: int) -> None:
-        """Plan the positions before `planned`, with blocks for them to lie in."""
-        sequence.planned = planned
-        while len(sequence.blocks) * self._limits.block_tokens < planned:
-            block = self._pool.allocate()
-            draft.blocks.append((sequence.slot, len(sequence.blocks), block))
-            sequence.blocks.append(block)
+    def _preempt(self, sequence: Sequence) -> None:
+        """It is to be prefilled again up to its last id, once that is committed: ids in flight are drawn already."""
+        if sequence.planned >= sequence.given:
+            sequence.given = sequence.planned + 1
+        self._give_back(sequence, State.WAITING)
+        insort(self._waiting, sequence, key=_ORDER)
+        self.counters["preemptions"] += 1
 
-    def _accept(self, sequence: Sequence, token_id: int, logprob: Logprob | None) -> TokenRun:
-        """The run of one new id; releases the request if that ends it."""
-        assign, first = sequence.assign, sequence.generated
-        sequence.generated += 1
-        finish = sequence.finish(token_id)
-        if finish:
-            self.release(assign.request)
+    def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
+        """Chunks of prompts with what is left of the budget. Who has to wait for slot or blocks is not overtaken."""
+        admitting = True
+        for sequence in heapq.merge(prefilling, tuple(self._waiting), key=_ORDER):
+            if not draft.budget:
+                break
+            if sequence.request.unscored and not draft.scored_budget:
+                continue
+            if sequence.state is State.WAITING:
+                if sequence.request.computing_step == draft.step:
+                    continue  # the prompt that it shares can be found from the next step on
+                admitting = admitting and self._admit(draft, sequence)
+                if not admitting:
+                    continue
+            self._add_chunk(draft, sequence)
+
+    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
+        """Give it a slot and blocks for what is given, unless ids of it are in flight or others would soon lack blocks.
+
+        One block is left for each that runs: it lasts for as many steps as a block has tokens.
+        """
+        if not self._free_slots or len(sequence.ids) < sequence.given:
+            return False
+        if not self._cache.begin(sequence, spare=len(self._running)):
+            return False
+        self._dequeue(self._waiting, sequence)
+        insort(self._running, sequence, key=_ORDER)
+        sequence.state, sequence.due_at = State.RUNNING, 0
+        sequence.slot = self._free_slots.pop()
+        draft.admit(sequence)
+        self._count_hit(sequence)
+        return True
+
+    def _count_hit(self, sequence: Sequence) -> None:
+        request, of_prompt = sequence.request, min(sequence.cached, sequence.prompt_tokens)
+        self.counters["cache_hits"] += sequence.cached > 0
+        self.counters["cached_tokens"] += sequence.cached
+        if request.cached_tokens is None:
+            request.cached_tokens = of_prompt
+        elif not sequence.computed:
+            self.counters["shared_prefix_tokens"] += of_prompt
+
+    def _add_chunk(self, draft: Draft, sequence: Sequence) -> None:
+        """The next positions of what is given; while they fill blocks of the prompt, other choices wait for these."""
+        row = draft.add_chunk(sequence)
+        end, block_tokens = row.first + row.tokens, self._limits.block_tokens
+        if row.first // block_tokens < (sequence.prompt_tokens - 1) // block_tokens:
+            sequence.request.computing_step = draft.step
+        self.counters["prefill_chunks"] += 1
+        self.counters["chunked_prompts"] += row.first == sequence.cached and not row.sampled
+        self.counters["recomputed_tokens"] += max(0, min(end, sequence.computed) - row.first)
+
+    def _give_back(self, sequence: Sequence, state: State) -> None:
+        """Slot and blocks of a running sequence, to those that the next plan is for."""
+        self._dequeue(self._running, sequence)
+        self._cache.end(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.state = NO_SLOT, state
+
+    def _accept(self, sequence: Sequence, token_id: int, logprob: Logprob | None, outcome: Outcome) -> None:
+        """One new id of a choice, told as a run; the choice may end with it."""
+        assign, ids = sequence.assign, sequence.ids
+        first = len(ids) - sequence.prompt_tokens
+        ids.append(token_id)
+        finish = None
+        if len(ids) >= sequence.due_at or token_id in sequence.stop_ids:
+            finish = self._attend(sequence, outcome)
         logprobs = () if logprob is None else (logprob,)
-        return TokenRun(assign.request, 0, assign.attempt, first, (token_id,), logprobs, finish)
+        run = TokenRun(assign.request, sequence.choice, assign.attempt, first, (token_id,), logprobs, finish)
+        outcome.runs.append(run)
+        if finish:
+            self._end(sequence, outcome)
+
+    def _attend(self, sequence: Sequence, outcome: Outcome) -> Finish | None:
+        """What few ids bring: the first of a prompt, one that fills a block, one that may be the last."""
+        if not sequence.request.prompted:
+            outcome.prompted.append(sequence.request.tell_prompted())
+        self._cache.keep(sequence)
+        sequence.due_at = min((sequence.kept + 1) * self._limits.block_tokens, sequence.end)
+        return sequence.finish()
+
+    def _end(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Forget a choice, and its request with its last one."""
+        if sequence.state is State.RUNNING:
+            self._give_back(sequence, State.ENDED)
+        elif sequence.state is State.WAITING:
+            self._dequeue(self._waiting, sequence)
+        sequence.state = State.ENDED
+        request = sequence.request
+        del request.choices[sequence.choice]
+        if not request.choices:
+            del self._held[request.assign.request]
+            outcome.released.append(Released(request.assign.request, request.assign.attempt))
+
+    @staticmethod
+    def _dequeue(queue: list[Sequence], sequence: Sequence) -> None:
+        del queue[bisect_left(queue, sequence.order, key=_ORDER)]

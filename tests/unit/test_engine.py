@@ -1,12 +1,11 @@
-"""The engine against a fake coordinator and fake ranks: every interleaving ends with the tokens of an undisturbed run.
+"""The engine against a fake coordinator and a fake device: any interleaving ends with the tokens of an undisturbed run.
 
-The fake ranks execute encoded plans as real ones do: state a slot, a cache addressed through block tables, and a
-model whose next id hashes all earlier ids as it finds them in that cache.
+The device executes plans as ranks do: state a slot, a cache addressed through block tables, and a model whose next id
+hashes all that it finds in that cache.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -22,13 +21,15 @@ from echelon.internal.link import (
     Fence,
     Finish,
     Logprob,
+    Progress,
+    Prompted,
     Released,
     ReplicaHello,
     Report,
     Running,
-    Sampling,
     TokenRun,
 )
+from tests.unit.paged_device import STOP_ID, PagedDevice, answer, prompt_scores, request
 from worker.engine import (
     Commanded,
     Completed,
@@ -40,74 +41,25 @@ from worker.engine import (
     RunPlan,
     SendReport,
 )
-from worker.plan import NO_LOGPROBS, NO_SAMPLE, StepResult, decode, encode
+from worker.plan import StepPlan
 
 FENCE = Fence(term=1, replica=0, epoch=1)
-STOP_ID = 0
-
-
-def next_id(seed: int, earlier: list[int]) -> int:
-    """The fake model: depends on every earlier id and its place; one in 16 is the end token."""
-    return zlib.crc32(repr((seed, earlier)).encode()) % 16
-
-
-def answer(prompt: tuple[int, ...], sampling: Sampling) -> list[int]:
-    """The ids of an undisturbed run."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + sampling.max_tokens:
-        ids.append(next_id(sampling.seed, ids))
-        if ids[-1] in sampling.stop_token_ids:
-            break
-    return ids[len(prompt) :]
-
-
-class FakeRanks:
-    """Runs plans in order, with nothing but what plans have told."""
-
-    def __init__(self, block_tokens: int) -> None:
-        self.block_tokens = block_tokens
-        self.cache: dict[tuple[int, int], int] = {}
-        self.blocks: dict[int, dict[int, int]] = {}
-        self.seeds: dict[int, int] = {}
-        self.last_ids: dict[int, int] = {}
-
-    def run(self, payload: bytes) -> StepResult:
-        plan = decode(payload)
-        for slot, _, seed, *_ in plan.admits.tolist():
-            self.seeds[slot], self.blocks[slot] = seed, {}
-            self.last_ids.pop(slot, None)
-        for slot, index, block in plan.blocks.tolist():
-            self.blocks[slot][index] = block
-        ids: list[int] = []
-        logprobs: list[Logprob | None] = []
-        for slot, first, tokens, offset, wanted in plan.rows.tolist():
-            given = [self.last_ids[slot]] if offset < 0 else plan.token_ids[offset : offset + tokens].tolist()
-            self.cache.update({self._place(slot, first + i): token for i, token in enumerate(given)})
-            if wanted != NO_SAMPLE:
-                earlier = [self.cache[self._place(slot, position)] for position in range(first + tokens)]
-                self.last_ids[slot] = next_id(self.seeds[slot], earlier)
-                ids.append(self.last_ids[slot])
-                logprobs.append(None if wanted == NO_LOGPROBS else Logprob(-float(ids[-1])))
-        return StepResult(plan.step, tuple(ids), tuple(logprobs))
-
-    def _place(self, slot: int, position: int) -> tuple[int, int]:
-        return self.blocks[slot][position // self.block_tokens], position % self.block_tokens
 
 
 class Replica:
-    """An engine, its ranks and the plans between them."""
+    """An engine, its device and the plans between them."""
 
     def __init__(self, limits: EngineLimits, fence: Fence = FENCE) -> None:
         self.engine = EngineCore(fence, limits)
-        self.ranks = FakeRanks(limits.block_tokens)
-        self.plans: deque[bytes] = deque()
+        self.device = PagedDevice(limits.block_tokens)
+        self.plans: deque[StepPlan] = deque()
 
     def do(self, event: Event) -> list[Report]:
         reports: list[Report] = []
         for effect in self.engine.step(0.0, event):
             match effect:
                 case RunPlan(plan):
-                    self.plans.append(encode(plan))
+                    self.plans.append(plan)
                 case SendReport(report):
                     reports.append(report)
         assert len(self.plans) <= 2
@@ -123,7 +75,7 @@ class Replica:
         return self.do(Commanded(Command(fence or self.engine.fence, acked, assigns, abandons)))
 
     def complete(self) -> list[Report]:
-        return self.do(Completed(self.ranks.run(self.plans.popleft())))
+        return self.do(Completed(self.device.run(self.plans.popleft())))
 
     def finish(self) -> list[Report]:
         reports: list[Report] = []
@@ -141,25 +93,26 @@ def limits(max_running: int = 4, kv_blocks: int = 32, max_step_tokens: int = 16,
 
 
 def assign(
-    name: str,
-    prompt: int = 5,
-    max_tokens: int = 4,
-    *,
-    attempt: int = 1,
-    stop: bool = False,
-    logprobs: int | None = None,
+    name: str, prompt: int = 5, max_tokens: int = 4, *, attempt: int = 1, stop: bool = False, choices: int = 1
 ) -> Assign:
-    seed = zlib.crc32(name.encode()) % 1000
-    sampling = Sampling(1.0, 1.0, 0, max_tokens, seed, (STOP_ID,) if stop else (), logprobs)
-    return Assign(name, attempt, tuple(range(20, 20 + prompt)), (), sampling)
+    """All prompts begin alike."""
+    progress = [Progress(choice) for choice in range(choices)]
+    stops = (STOP_ID,) if stop else ()
+    return request(name, range(20, 20 + prompt), max_tokens, attempt=attempt, choices=progress, stop_token_ids=stops)
 
 
-def ids_of(reports: list[Report], name: str, attempt: int = 1) -> list[int]:
-    """The ids of one attempt, which must come without gap and in order."""
+def resumed(assign: Assign, attempt: int, *generated: int) -> Assign:
+    """The assignment again, for its first choice with these ids."""
+    return replace(assign, attempt=attempt, choices=(Progress(0, generated),))
+
+
+def ids_of(reports: list[Report], name: str, attempt: int = 1, choice: int = 0) -> list[int]:
+    """The ids of one choice of one attempt, which must come without gap and in order."""
     ids: list[int] = []
-    for run in (run for report in reports for run in report.runs if (run.request, run.attempt) == (name, attempt)):
-        assert run.first_token == len(ids)
-        ids += run.ids
+    for run in (run for report in reports for run in report.runs):
+        if (run.request, run.attempt, run.choice) == (name, attempt, choice):
+            assert run.first_token == len(ids)
+            ids += run.ids
     return ids
 
 
@@ -174,9 +127,9 @@ def test_one_step_ahead_every_request_gets_the_tokens_it_gets_alone() -> None:
     reports = replica.command(*requests)
     assert len(replica.plans) == 2, "the second plan does not wait for the first result"
     reports += replica.finish()
-    for request in requests:
-        assert ids_of(reports, request.request) == answer(request.prompt, request.sampling)
-    assert {released.request for released in released_in(reports)} == {request.request for request in requests}
+    for each in requests:
+        assert ids_of(reports, each.request) == answer(each)
+    assert {released.request for released in released_in(reports)} == {each.request for each in requests}
     assert [report.report_seq for report in reports] == list(range(1, len(reports) + 1))
     assert replica.counters["chunked_prompts"] >= 3
     assert replica.engine.stats().blocks_referenced == 0
@@ -185,13 +138,13 @@ def test_one_step_ahead_every_request_gets_the_tokens_it_gets_alone() -> None:
 def test_the_last_run_carries_the_finish_and_the_same_report_the_release() -> None:
     replica = Replica(limits())
     replica.open_link()
-    replica.command(request := assign("a", max_tokens=2, logprobs=0))
+    replica.command(asked := request("a", range(5), 2, logprobs=0))
     first, last = replica.finish()
-    ids = answer(request.prompt, request.sampling)
+    ids = answer(asked)
     assert first.runs == (TokenRun("a", 0, 1, 0, (ids[0],), (Logprob(-float(ids[0])),)),)
     assert last.runs == (TokenRun("a", 0, 1, 1, (ids[1],), (Logprob(-float(ids[1])),), Finish.LENGTH),)
     assert (first.released, last.released) == ((), (Released("a", 1),))
-    assert last.stats and last.stats.blocks_referenced == 0 and last.stats.step == 2
+    assert last.stats and (last.stats.blocks_referenced, last.stats.blocks_cached, last.stats.step) == (0, 1, 2)
 
 
 def test_cancelled_requests_hold_nothing_from_then_on() -> None:
@@ -214,15 +167,41 @@ def test_abandoning_what_is_not_held_is_answered_and_touches_nothing_else() -> N
     assert len(ids_of(replica.finish(), "a", attempt=2)) == 4
 
 
+def test_choices_are_let_go_of_one_by_one_and_released_with_the_last() -> None:
+    replica = Replica(limits())
+    replica.open_link()
+    replica.command(asked := assign("a", max_tokens=6, choices=3))
+    reports = replica.complete()
+    assert replica.command(Abandon("a", 1, 0), Abandon("a", 1, 7), Abandon("a", 2, 1), Abandon("other", 1, 0)) == []
+    (report,) = replica.command(Abandon("a", 1, 0), Abandon("a", 1, 1), Abandon("a", 1, 2))
+    assert report.released == (Released("a", 1),) and report.stats and report.stats.blocks_referenced == 0
+    assert replica.finish() == [] and replica.counters["released"] == 1
+    replica.command(replace(asked, attempt=2))
+    reports = replica.finish()
+    assert [ids_of(reports, "a", 2, choice) for choice in range(3)] == [answer(asked, choice) for choice in range(3)]
+    assert released_in(reports) == [Released("a", 2)]
+
+
+def test_a_prompt_is_told_once_an_attempt_before_its_first_token_with_its_scores() -> None:
+    replica = Replica(limits(max_step_tokens=4))
+    replica.open_link()
+    replica.command(asked := request("a", range(9), 3, prompt_logprobs=1, choices=[Progress(0), Progress(1)]))
+    reports = replica.finish()
+    told = [(number, prompted) for number, report in enumerate(reports) for prompted in report.prompted]
+    assert told == [(0, Prompted("a", 1, 0, prompt_scores(asked)))] and reports[0].runs
+    replica.command(replace(asked, attempt=2, sampling=replace(asked.sampling, prompt_logprobs=None)))
+    assert [prompted for report in replica.finish() for prompted in report.prompted] == [Prompted("a", 2, 8)]
+
+
 def test_a_newer_attempt_replaces_an_older_one_and_no_other() -> None:
     replica = Replica(limits())
     replica.open_link()
-    replica.command(request := assign("a"))
-    ids = answer(request.prompt, request.sampling)
+    replica.command(asked := assign("a"))
+    ids = answer(asked)
     (first,) = replica.complete()
-    (report,) = replica.command(replace(request, attempt=2, generated=first.runs[0].ids))
+    (report,) = replica.command(resumed(asked, 2, *first.runs[0].ids))
     assert report.released == (Released("a", 1),)
-    assert replica.command(request, replace(request, attempt=2)) == []
+    assert replica.command(asked, replace(asked, attempt=2)) == []
     runs = [run for report in replica.finish() for run in report.runs]
     assert [(run.attempt, run.first_token, run.ids) for run in runs] == [(2, n, (ids[n],)) for n in (1, 2, 3)]
     assert replica.counters["replayed_requests"] == 1
@@ -240,7 +219,7 @@ def test_what_can_never_fit_is_released_with_the_reason_and_the_rest_runs() -> N
 def test_replayed_ids_that_end_the_request_are_answered_at_once() -> None:
     replica = Replica(limits())
     replica.open_link()
-    (report,) = replica.command(replace(assign("a", max_tokens=2), generated=(3, 4)))
+    (report,) = replica.command(resumed(assign("a", max_tokens=2), 1, 3, 4))
     assert report.runs == (TokenRun("a", 0, 1, 2, (), finish=Finish.LENGTH),)
     assert report.released == (Released("a", 1),) and not replica.plans
 
@@ -271,19 +250,19 @@ def test_reports_are_kept_until_acknowledged_and_told_again_under_the_new_term()
     assert replica.complete() == [] and replica.complete() == [], "nobody listens, and it goes on"
     hello, *again = replica.open_link(term=2)
     assert hello.report_seq == 0 and hello.hello == ReplicaHello(
-        slots=4, kv_blocks=32, block_tokens=4, max_context=64, running=(Running("a", 1, 3), Running("b", 1, 3))
+        slots=4, kv_blocks=32, block_tokens=4, max_context=64, running=(Running("a", 1), Running("b", 1))
     ), "a has ended, but the coordinator may not know"
     assert again[0] == replace(sent[0], fence=Fence(2, 0, 1))
     assert [report.report_seq for report in again] == [1, 2, 3]
     replica.command(acked=3)
     hello, *again = replica.open_link(term=2)
-    assert hello.hello and hello.hello.running == (Running("b", 1, 3),) and again == []
+    assert hello.hello and hello.hello.running == (Running("b", 1),) and again == []
 
 
 def test_without_acknowledgements_it_pauses_and_goes_on_with_them() -> None:
     replica = Replica(limits(unacked=5))
     replica.open_link()
-    replica.command(request := assign("a", max_tokens=20))
+    replica.command(asked := assign("a", max_tokens=20))
     replica.do(LinkClosed())
     replica.finish()
     _, *kept = replica.open_link(term=2)
@@ -293,20 +272,24 @@ def test_without_acknowledgements_it_pauses_and_goes_on_with_them() -> None:
     assert [report.report_seq for report in reports] == [6, 7]
     while replica.plans or replica.command(acked=reports[-1].report_seq) or replica.plans:
         reports += replica.finish()
-    assert ids_of(kept + reports, "a") == answer(request.prompt, request.sampling)
+    assert ids_of(kept + reports, "a") == answer(asked)
 
 
 @dataclass
 class Book:
-    """What the fake coordinator knows of a request."""
+    """What the fake coordinator knows of a request, by choice; over: those that have ended or that it does not want."""
 
-    prompt: tuple[int, ...]
-    sampling: Sampling
+    asked: Assign
+    whole: list[list[int]]
+    ids: list[list[int]]
+    over: set[int] = field(default_factory=set)
     attempt: int = 0
     wanted: bool = True  # False: parked
     assigned: bool = False
-    finished: bool = False
-    ids: list[int] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.over) == len(self.ids)
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -337,15 +320,32 @@ class Interleavings(RuleBasedStateMachine):
         book = self.books[name]
         book.attempt += 1
         book.assigned = True
-        self.send(Assign(name, book.attempt, book.prompt, tuple(book.ids), book.sampling))
+        left = tuple(Progress(choice, tuple(ids)) for choice, ids in enumerate(book.ids) if choice not in book.over)
+        self.send(replace(book.asked, attempt=book.attempt, choices=left))
 
-    @rule(prompt=st.integers(1, 9), max_tokens=st.integers(1, 7), stop=st.booleans())
-    def submit(self, prompt: int, max_tokens: int, stop: bool) -> None:
+    @rule(
+        prompt=st.integers(1, 9),
+        max_tokens=st.integers(1, 7),
+        stop=st.booleans(),
+        choices=st.sampled_from((1, 1, 2, 3)),
+    )
+    def submit(self, prompt: int, max_tokens: int, stop: bool, choices: int) -> None:
         name = f"r{len(self.books)}"
-        request = assign(name, prompt, max_tokens, stop=stop)
-        self.books[name] = Book(request.prompt, request.sampling)
+        asked = assign(name, prompt, max_tokens, stop=stop, choices=choices)
+        self.books[name] = Book(
+            asked, [answer(asked, choice) for choice in range(choices)], [[] for _ in range(choices)]
+        )
         if self.linked:
             self.assign(name)
+
+    @rule(pick=st.integers(0, 9), choice=st.integers(0, 2))
+    @precondition(lambda self: self.linked and self.books)
+    def drop_choice(self, pick: int, choice: int) -> None:
+        name = list(self.books)[pick % len(self.books)]
+        book = self.books[name]
+        if book.assigned and choice < len(book.ids):
+            book.over.add(choice)
+            self.send(Abandon(name, book.attempt, choice))
 
     @rule(pick=st.integers(0, 9))
     @precondition(lambda self: self.linked and self.books)
@@ -428,19 +428,27 @@ class Interleavings(RuleBasedStateMachine):
                 self.send(Abandon(name, held.attempt))
             if expected and not (held and held.attempt == book.attempt and book.assigned):
                 self.assign(name)
+            elif expected:
+                self.send(*(Abandon(name, book.attempt, choice) for choice in book.over))
 
     def take(self, run: TokenRun) -> None:
         book = self.books[run.request]
         assert run.attempt <= book.attempt
         if run.attempt < book.attempt or not book.wanted:
             return
-        assert run.first_token <= len(book.ids), "an id is missing"
-        known = book.ids[run.first_token :]
+        ids = book.ids[run.choice]
+        if run.choice in book.over and run.first_token > len(ids):
+            return  # it was dropped, and other ids of it went with a link
+        assert run.first_token <= len(ids), "an id is missing"
+        known = ids[run.first_token :]
         assert list(run.ids[: len(known)]) == known[: len(run.ids)], "another id than before"
-        new = run.ids[len(known) :]
-        assert not (new and book.finished), "an id after the end"
-        book.ids += new
-        book.finished |= run.finish is not None
+        if run.choice in book.over:
+            return
+        ids += run.ids[len(known) :]
+        assert ids == book.whole[run.choice][: len(ids)]
+        if run.finish:
+            assert ids == book.whole[run.choice]
+            book.over.add(run.choice)
 
     @invariant()
     def bounded(self) -> None:
@@ -463,8 +471,7 @@ class Interleavings(RuleBasedStateMachine):
                 break
             else:
                 self.acknowledge()
-        for book in self.books.values():
-            assert book.finished and book.ids == answer(book.prompt, book.sampling)
+        assert all(book.finished for book in self.books.values())
         self.replica.command(acked=self.seen)
         (hello,) = self.replica.open_link(self.term)
         assert hello.hello and hello.hello.running == ()

@@ -1,0 +1,240 @@
+"""Any workload in too small a pool: every choice gets the ids that it gets alone, and nothing is kept in the end.
+
+Plans run on a device that sees only what plans tell, and reads what it computed before through block tables. What is to
+be shown has to happen: preemptions, hits, shared prompts and the rest are counted over all examples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import given as given_by
+from hypothesis import strategies as st
+
+from echelon.internal.link import Assign, Fence, Finish, Progress
+from tests.unit.paged_device import STOP_ID, PagedDevice, answer, prompt_scores, request
+from worker.draft import SCORED_STEP_TOKENS
+from worker.limits import EngineLimits, refusal
+from worker.plan import StepPlan
+from worker.scheduler import Outcome, Scheduler
+
+FENCE = Fence(1, 0, 1)
+PLANS_AHEAD = 3
+PROMPTS = (tuple(range(20, 40)), (*range(20, 26), *range(50, 64)))  # they begin alike
+
+
+@dataclass
+class Book:
+    """What is known of a request outside: each choice's ids, all that it will have, and which ended or are unwanted."""
+
+    assign: Assign
+    ids: dict[int, list[int]]
+    whole: dict[int, list[int]]
+    over: set[int] = field(default_factory=set)
+    prompted: bool = False
+    released: bool = False
+
+
+class Workbench:
+    """A scheduler, a device and the plans between them; checks all that each of them says."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.device = PagedDevice(limits.block_tokens)
+        self.plans: deque[StepPlan] = deque()
+        self.books: dict[str, Book] = {}
+        self.counted: Counter[str] = Counter()
+
+    def add(self, assign: Assign) -> None:
+        if not refusal(assign, self.limits):
+            ids = {progress.choice: list(progress.generated) for progress in assign.choices}
+            self.books[assign.request] = Book(assign, ids, {choice: answer(assign, choice) for choice in ids})
+            self.take(self.scheduler.add(assign))
+
+    def again(self, name: str) -> None:
+        """A newer attempt at what has not ended, with the ids that are known."""
+        book = self.books[name]
+        left = tuple(Progress(choice, tuple(ids)) for choice, ids in book.ids.items() if choice not in book.over)
+        if self.scheduler.held_attempt(name) is not None:
+            self.take(self.scheduler.release(name))
+        if left:
+            book.assign = replace(book.assign, attempt=book.assign.attempt + 1, choices=left)
+            book.prompted = book.released = False
+            self.take(self.scheduler.add(book.assign))
+
+    def release(self, name: str, choice: int | None) -> None:
+        if self.scheduler.held_attempt(name) is not None:
+            book = self.books[name]
+            book.over |= set(book.ids) if choice is None else {choice} & set(book.ids)
+            self.take(self.scheduler.release(name, choice))
+
+    def schedule(self) -> None:
+        if len(self.plans) < PLANS_AHEAD and (plan := self.scheduler.schedule(FENCE)):
+            self.check_plan(plan)
+            self.plans.append(plan)
+
+    def complete(self) -> None:
+        if self.plans:
+            self.take(self.scheduler.commit(self.device.run(self.plans.popleft())))
+            self.counted["completed"] += 1
+
+    def check_plan(self, plan: StepPlan) -> None:
+        assert 0 < sum(row.tokens for row in plan.rows) <= self.limits.max_step_tokens
+        assert sum(row.tokens for row in plan.rows if row.scored is not None) <= SCORED_STEP_TOKENS
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots) <= self.limits.max_running
+        decodes = [row.given is None for row in plan.rows]
+        assert decodes == sorted(decodes, reverse=True), "decode rows come first"
+        assert all(row.sampled for row in plan.rows if row.given is None)
+        assert {admit.slot for admit in plan.admits} <= set(slots)
+        assert all(0 <= block < self.limits.kv_blocks for _, _, block in plan.blocks)
+
+    def take(self, outcome: Outcome) -> None:
+        for told in outcome.prompted:
+            book = self.books[told.request]
+            assert told.attempt == book.assign.attempt and not book.prompted, "told twice"
+            assert told.prompt_logprobs == prompt_scores(book.assign)
+            assert 0 <= told.cached_tokens < len(book.assign.prompt) + 1
+            book.prompted = True
+        for run in outcome.runs:
+            book = self.books[run.request]
+            assert run.attempt == book.assign.attempt and run.choice not in book.over and not book.released
+            ids, whole = book.ids[run.choice], book.whole[run.choice]
+            assert run.first_token == len(ids) and (book.prompted or not run.ids)
+            ids += run.ids
+            assert ids == whole[: len(ids)]
+            assert (run.finish is not None) == (len(ids) == len(whole))
+            if run.finish:
+                assert (run.finish is Finish.STOP) == (ids[-1] in book.assign.sampling.stop_token_ids)
+                book.over.add(run.choice)
+        for released in outcome.released:
+            book = self.books[released.request]
+            if released.attempt == book.assign.attempt:
+                assert not book.released
+                book.released = True
+        self.scheduler.check_integrity()
+
+    def finish(self) -> None:
+        """Whatever is left comes to its end, with the device one plan behind."""
+        while not self.scheduler.idle or self.plans:
+            if len(self.plans) < 2:
+                self.schedule()
+            assert self.plans, "it is stuck"
+            self.complete()
+        for book in self.books.values():
+            assert book.released and book.over == set(book.ids)
+        assert self.scheduler.blocks_referenced == 0
+        self.counted.update(self.scheduler.counters)
+        self.counted["cached_at_the_end"] += self.scheduler.blocks_cached
+
+
+BOUNDS = st.builds(
+    EngineLimits,
+    max_running=st.integers(1, 4),
+    kv_blocks=st.integers(5, 14),
+    block_tokens=st.integers(1, 4),
+    max_step_tokens=st.integers(1, 12),
+    max_context=st.just(100),
+)
+
+
+@st.composite
+def assignments(draw: st.DrawFn, number: int) -> Assign:
+    stop = draw(st.booleans())
+    return request(
+        f"r{number}",
+        draw(st.sampled_from(PROMPTS))[: draw(st.integers(1, 16))],
+        draw(st.integers(1, 10)),
+        choices=[Progress(choice) for choice in sorted(draw(st.sets(st.integers(0, 3), min_size=1, max_size=3)))],
+        priority=draw(st.sampled_from((0, 0, 0, -1, 1))),
+        salt=draw(st.sampled_from(("", "", "", "tenant"))),
+        stop_token_ids=(STOP_ID,) if stop else (),
+        min_tokens=draw(st.integers(0, 3)),
+        logprobs=draw(st.sampled_from((None, 1))),
+        prompt_logprobs=draw(st.sampled_from((None, None, 0, 2))),
+        grammar=draw(st.sampled_from(("", "", "digits"))),
+    )
+
+
+def test_every_choice_gets_the_ids_it_gets_alone_and_nothing_is_kept() -> None:
+    counted: Counter[str] = Counter()
+
+    @settings(
+        max_examples=400,
+        phases=(Phase.generate,),  # add Phase.shrink to debug
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given_by(
+        limits=BOUNDS,
+        assigns=st.tuples(*(assignments(number) for number in range(6))),
+        acts=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 5), st.integers(0, 4)), min_size=20, max_size=60),
+    )
+    def run(limits: EngineLimits, assigns: tuple[Assign, ...], acts: list[tuple[int, int, int]]) -> None:
+        bench = Workbench(limits)
+        to_add = deque(assigns)
+        for act, number, choice in acts:
+            name = f"r{number}"
+            if act <= 2 and to_add:
+                bench.add(to_add.popleft())
+            elif act <= 6:
+                bench.schedule()
+            elif act <= 9:
+                bench.complete()
+            elif act == 10 and name in bench.books:
+                bench.release(name, choice if choice < 4 else None)
+            elif act == 11 and name in bench.books:
+                bench.again(name)
+        for assign in to_add:
+            bench.add(assign)
+        bench.finish()
+        counted.update(bench.counted)
+
+    run()
+    happened = {name for name, count in counted.items() if count}
+    expected = (
+        "preemptions recomputed_tokens cache_hits cached_tokens shared_prefix_tokens replayed_requests chunked_prompts"
+    )
+    assert happened >= set(expected.split()), f"not all was tried: {counted}"
+
+
+@pytest.mark.parametrize("kv_blocks", [6, 7, 9, 12])
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_pool_for_one_serves_many_by_preemption(kv_blocks: int, constrained: bool) -> None:
+    """All at once, every one of them as large as the smallest pool."""
+    bench = Workbench(EngineLimits(6, kv_blocks, 4, 64, 100))
+    for number in range(5):
+        prompt = range(100 * number, 100 * number + 3)
+        bench.add(request(f"r{number}", prompt, 21, priority=number % 2, grammar="digits" if constrained else ""))
+    bench.finish()
+    assert bench.counted["preemptions"] >= 3
+    assert bench.counted["completed"] <= 5 * 21 * (2 if constrained else 1) + 10, "it does not go in circles"
+
+
+def test_a_corrupted_cached_block_changes_what_comes_after_it() -> None:
+    """So the ids really come from the blocks that were found, not from somewhere else."""
+
+    def ids_after(corrupt: bool) -> list[int]:
+        scheduler, device = Scheduler(EngineLimits(2, 16, 4, 64, 100)), PagedDevice(4, check=False)
+        ids: list[int] = []
+        for name in "ab":
+            scheduler.add(request(name, PROMPTS[0][:11], 5, seed=1))
+            while not scheduler.idle:
+                plan = scheduler.schedule(FENCE)
+                assert plan is not None
+                ids += [token_id for run in scheduler.commit(device.run(plan)).runs for token_id in run.ids]
+            if corrupt and name == "a":
+                (place,) = [place for place, (token_id, _) in device.memory.items() if token_id == PROMPTS[0][2]]
+                device.memory[place] = (99, 99)
+        assert scheduler.counters["cached_tokens"] == 8
+        return ids
+
+    whole = ids_after(corrupt=False)
+    assert whole[:5] == whole[5:]
+    assert ids_after(corrupt=True) != whole and ids_after(corrupt=True)[:5] == whole[:5]

@@ -1,0 +1,93 @@
+"""Draft: a step plan in the making, and what the scheduler has to remember of it until its result comes.
+
+Lives in the leader. It turns sequences into rows within a step's budgets and moves their `planned` on. Who gets a row
+is the scheduler's decision; where keys and values lie is the prefix cache's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from echelon.internal.link import Fence
+from worker.plan import Admit, Row, StepPlan, Told
+from worker.sequence import Request, Sequence
+
+SCORED_STEP_TOKENS = 256  # of scored prompts in one step: each of these tokens needs its own logits
+
+
+class Flight(NamedTuple):
+    """A plan without its result yet: whose ids it samples, and whose prompts it scores."""
+
+    step: int
+    sampled: list[Sequence]
+    scored: list[Request]
+
+
+@dataclass(slots=True)
+class Draft:
+    """Budgets are tokens that the step can still compute."""
+
+    step: int
+    budget: int
+    scored_budget: int = SCORED_STEP_TOKENS
+    admits: list[Admit] = field(default_factory=list)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)
+    prefilled: list[Sequence] = field(default_factory=list)  # a chunk of each
+    drawn: list[Sequence] = field(default_factory=list)  # the last id of each
+
+    def plan(self, fence: Fence) -> StepPlan:
+        """The finished plan."""
+        return StepPlan(fence, self.step, tuple(self.admits), tuple(self.blocks), tuple(self.rows), tuple(self.told))
+
+    def flight(self) -> Flight:
+        """What its result will be about."""
+        return Flight(self.step, self.sampled, self.scored)
+
+    def admit(self, sequence: Sequence) -> None:
+        """A sequence has a slot now, and the blocks that it begins with; of what is cached, ranks are told the ids."""
+        self.admits.append(Admit(sequence.slot, sequence.choice, sequence.prompt_tokens, sequence.assign.sampling))
+        self.blocks += [(sequence.slot, index, block) for index, block in enumerate(sequence.blocks)]
+        if sequence.cached:
+            self.told.append(Told(sequence.slot, 0, tuple(sequence.ids[: sequence.cached])))
+
+    def add_decode_row(self, sequence: Sequence) -> None:
+        """The id that was drawn last, whatever it is, and the next one drawn."""
+        position = sequence.planned
+        self.rows.append(Row(sequence.slot, position, 1, None, True, sequence.logprobs))
+        self.budget -= 1
+        sequence.planned = position + 1
+        self.sampled.append(sequence)
+        if position + 2 >= sequence.end:
+            self.drawn.append(sequence)
+
+    def add_chunk(self, sequence: Sequence) -> Row:
+        """The next positions of what is given, as many as the budgets allow; the last of them draws an id."""
+        request, ids, first = sequence.request, sequence.ids, sequence.planned
+        tokens = min(self.budget, sequence.given - first)
+        scored, next_id = None, None
+        if request.unscored and first < request.scored:  # computed again, scored before
+            tokens = min(tokens, request.scored - first)
+        elif request.unscored:
+            tokens = min(tokens, self.scored_budget, sequence.prompt_tokens - first)
+            request.scored = first + tokens
+            scored = sequence.assign.sampling.prompt_logprobs
+            next_id = ids[first + tokens] if first + tokens < sequence.prompt_tokens else None
+            self.scored.append(request)
+            self.scored_budget -= tokens
+        end = sequence.planned = first + tokens
+        sampled = end == sequence.given
+        logprobs = sequence.logprobs if sampled else None
+        row = Row(sequence.slot, first, tokens, tuple(ids[first:end]), sampled, logprobs, scored, next_id)
+        self.rows.append(row)
+        self.budget -= tokens
+        self.prefilled.append(sequence)
+        if sampled:
+            self.sampled.append(sequence)
+            if end + 1 >= sequence.end:
+                self.drawn.append(sequence)
+        return row

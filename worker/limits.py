@@ -1,0 +1,41 @@
+"""EngineLimits: what one replica may hold and compute, and which requests can never run within that.
+
+Lives in the leader. Knows no state of a scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from echelon.internal.link import Assign
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most."""
+
+    max_running: int
+    kv_blocks: int
+    block_tokens: int
+    max_step_tokens: int
+    max_context: int
+    max_unacked_reports: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            assert getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+
+
+def refusal(assign: Assign, limits: EngineLimits) -> str:
+    """Why a request can never run within these limits, even alone; empty if it can."""
+    prompt, new = len(assign.prompt), assign.sampling.max_tokens
+    choices = [progress.choice for progress in assign.choices]
+    if not choices or len(set(choices)) < len(choices):
+        return f"choices {choices}: there must be one at least, and each once"
+    if not prompt or new < 1:
+        return f"prompt of {prompt} tokens and max_tokens {new}: both must be at least 1"
+    if prompt + new > limits.max_context:
+        return f"prompt {prompt} + max_tokens {new} = {prompt + new} tokens exceed max_context {limits.max_context}"
+    if (blocks := -(-(prompt + new) // limits.block_tokens)) > limits.kv_blocks:
+        return f"{prompt + new} tokens need {blocks} blocks of {limits.block_tokens}; the cache has {limits.kv_blocks}"
+    return ""
