@@ -75,17 +75,17 @@ def error_of(matcher: LLMatcher) -> str:
     return str(matcher.get_error()).partition("\n<state>")[0].strip()
 
 
-def _json_grammar(schema: object) -> str:
+def _json_grammar(schema: dict[str, object]) -> str:
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": _WHITESPACE}))
 
 
-def _parsed_schema(text: str) -> object:
+def _parsed_schema(text: str) -> dict[str, object]:
     try:
         schema = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
-    if not isinstance(schema, (dict, bool)):
-        raise ValueError("it must be an object, or true")
+    if not isinstance(schema, dict):
+        raise ValueError("it must be a JSON object")
     return schema

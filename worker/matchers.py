@@ -18,7 +18,7 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from models.constraints import error_of
-from worker.plan import Int32Array, PlanTables
+from worker.plan import NO_ID, Int32Array, PlanTables
 
 
 class Sampled(Protocol):
@@ -52,10 +52,14 @@ class Constraint:
     def take(self, first: int, ids: Sequence[int], tokenizer: LLTokenizer) -> None:
         """Ids of positions first and after; those of the prompt, and those taken before, change nothing."""
         matcher = self.matcher(tokenizer)
+        if NO_ID in ids:  # the rank that filled its mask found it broken
+            self.error = self.reason
+        if self.error:
+            return
         assert first <= self._position or not ids, f"ids of position {first} on, expected {self._position}"
         fresh = list(ids[self._position - first :])
         self._position += len(fresh)
-        if fresh and not matcher.consume_tokens(fresh) and not self.error:
+        if fresh and not matcher.consume_tokens(fresh):
             self.error = f"the answer so far does not follow its constraint: {error_of(matcher)}"
 
 

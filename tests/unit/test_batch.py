@@ -122,6 +122,45 @@ def test_rows_without_sample_are_left_out_and_logprobs_keep_row_order() -> None:
     assert batch.logprob_rows.tolist() == [0, 2]
 
 
+def test_the_history_holds_every_id_at_its_position() -> None:
+    state = new_state()
+    state.history.fill_(-7)
+    told = (Told(4, 0, (10, 11, 12)), Told(5, 1, (20,)))
+    rows = (decode_row(0, 2), chunk(4, 3, 13, 14), chunk(1, 7, 30, sampled=True))
+    batch = build(state, StepPlan(FENCE, 1, rows=rows, told=told))
+    assert batch.forward.token_ids.tolist() == [-7, 13, 14, 30]
+    state.write(batch.slots, batch.positions, torch.tensor([40, 41]))  # what the step samples
+    written = {
+        (slot, place): int(state.history[slot, place]) for slot, place in (state.history != -7).nonzero().tolist()
+    }
+    assert written == {
+        **{(4, position): 10 + position for position in range(5)},
+        (5, 1): 20,
+        (1, 7): 30,
+        (0, 3): 40,
+        (1, 8): 41,
+    }
+    assert build(state, StepPlan(FENCE, 2, rows=(decode_row(1, 8),))).forward.token_ids.tolist() == [41]
+
+
+def test_scored_tokens_come_after_the_sampled_ones_with_the_ids_that_follow_them() -> None:
+    def scored(row: Row, alternatives: int, next_id: int | None) -> Row:
+        return row._replace(scored=alternatives, next_id=next_id)
+
+    rows = (
+        decode_row(0, 2),
+        scored(chunk(1, 0, 30, 31, 32), 2, 33),
+        chunk(2, 0, 40, 41),
+        scored(chunk(3, 6, 50, 51, sampled=True), 0, None),
+        scored(chunk(4, 6, 60, sampled=True), 1, None),
+    )
+    batch = build(new_state(), StepPlan(FENCE, 1, rows=rows))
+    assert batch.forward.sample_index.tolist() == [0, 7, 8, 1, 2, 3, 6]
+    assert batch.targets.tolist() == [31, 32, 33, 51]
+    assert batch.scored == ((3, 2), (1, 0), (0, 1))
+    assert batch.slots.tolist() == [0, 3, 4]
+
+
 def test_a_plan_without_rows_changes_state_alone() -> None:
     state = new_state()
     batch = build(state, StepPlan(FENCE, 1, admits=(admit(2),), blocks=((2, 1, 8),)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,111 +13,14 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echelon.internal.link import Fence, Logprob, Sampling
-from models.config import read_model_config
-from models.constraints import constraint_tokenizer
-from models.registry import build_model
+from echelon.internal.link import Fence, Sampling
+from models.constraints import compile_constraint
 from parallel.context import ParallelContext, solo_context
-from parallel.mesh import close, form_context, open_store
 from tests.tiny import make_checkpoint
-from worker.kv_cache import KVCache
-from worker.loader import load_weights
-from worker.matchers import Matchers
-from worker.plan import Admit, Row, StepPlan, StepResult, decode, encode
-from worker.runner import Runner, RunnerLimits
+from tests.unit.plans import CPU, FENCE, GREEDY, Answer, Ask, answer, answers_of, as_two_ranks, new_runner, plans_of
+from worker.plan import Row, StepPlan, StepResult, Told, decode, encode
 
-FENCE = Fence(term=1, replica=0, epoch=4)
-LIMITS = RunnerLimits(max_running=8, max_context=96, block_tokens=4)
-BLOCKS = 200
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request as the plans of this module run it: from step `start`, in `slot`, prompts in chunks of `chunk`."""
-
-    prompt: tuple[int, ...]
-    tokens: int = 10
-    slot: int = 0
-    start: int = 0
-    chunk: int = 7
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    logprobs: int | None = None
-
-    def admit(self) -> Admit:
-        sampling = Sampling(self.temperature, self.top_p, self.top_k, self.tokens, self.seed)
-        return Admit(self.slot, 0, len(self.prompt), sampling)
-
-    def row(self, step: int) -> Row | None:
-        """Its row in a step: prompt chunks, then decode rows, whose ids the plan cannot know."""
-        chunks = -(-len(self.prompt) // self.chunk)
-        place = step - self.start
-        if not 0 <= place < chunks + self.tokens - 1:
-            return None
-        if place >= chunks:
-            return Row(self.slot, len(self.prompt) + place - chunks, 1, None, True, self.logprobs)
-        given = self.prompt[place * self.chunk :][: self.chunk]
-        return Row(self.slot, place * self.chunk, len(given), given, place == chunks - 1, self.logprobs)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    ids: tuple[int, ...]
-    logprobs: tuple[Logprob | None, ...]
-
-
-def plans_of(asks: list[Ask], seed: int = 0) -> list[StepPlan]:
-    """All plans of these requests; none needs a result of another. Blocks lie scattered, as seed draws."""
-    free = random.Random(seed).sample(range(BLOCKS), BLOCKS)
-    held: dict[int, int] = {}  # tokens that a slot's blocks hold
-    plans: list[StepPlan] = []
-    while any(step_rows := [ask.row(len(plans)) for ask in asks]) or len(plans) < max(ask.start for ask in asks):
-        rows = sorted((row for row in step_rows if row), key=lambda row: row.given is not None)
-        begun = [ask for ask in asks if ask.start == len(plans)]
-        held |= {ask.slot: 0 for ask in begun}
-        blocks = []
-        for row in rows:
-            while held[row.slot] < row.first + row.tokens:
-                blocks.append((row.slot, held[row.slot] // LIMITS.block_tokens, free.pop()))
-                held[row.slot] += LIMITS.block_tokens
-        admits = tuple(ask.admit() for ask in begun)
-        plans.append(StepPlan(FENCE, len(plans) + 1, admits, tuple(blocks), tuple(rows)))
-    return plans
-
-
-def answers_of(asks: list[Ask], plans: list[StepPlan], results: list[StepResult]) -> list[Answer]:
-    """What each request got; a slot belongs to the latest request that began in it."""
-    found: dict[Ask, list[tuple[int, Logprob | None]]] = {ask: [] for ask in asks}
-    for place, (plan, result) in enumerate(zip(plans, results, strict=True)):
-        assert result.step == plan.step
-        owners = {ask.slot: ask for ask in sorted(asks, key=lambda ask: ask.start) if ask.start <= place}
-        sampled = [owners[row.slot] for row in plan.rows if row.sampled]
-        for ask, token, logprob in zip(sampled, result.ids, result.logprobs, strict=True):
-            found[ask].append((token, logprob))
-    return [
-        Answer(tuple(token for token, _ in found[ask]), tuple(logprob for _, logprob in found[ask])) for ask in asks
-    ]
-
-
-def new_runner(directory: Path, context: ParallelContext) -> Runner:
-    config = read_model_config(directory)
-    model = build_model(config, context)
-    load_weights(model, config, directory, context, lambda loaded_bytes, total_bytes: None)
-    cache = KVCache(config, context, BLOCKS, LIMITS.block_tokens)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(torch.nan)  # whatever is read without having been written shows
-    matchers = Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), threads=1)
-    return Runner(model, cache, context, LIMITS, matchers)
-
-
-def answer(directory: Path, asks: list[Ask], seed: int = 0) -> list[Answer]:
-    """Run these requests together on a runner of their own."""
-    runner = new_runner(directory, solo_context(CPU, torch.float64, FENCE.epoch))
-    plans = plans_of(asks, seed)
-    return answers_of(asks, plans, [runner.run(decode(encode(plan))) for plan in plans])
+Asks = Callable[[list[tuple[int, ...]]], list[Ask]]
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +34,19 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(2, 300) for _ in range(length)) for length in (23, 7, 1, 14, 40)]
 
 
-def transformers_greedy(directory: Path, prompt: tuple[int, ...], tokens: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Generated ids, and the log-probabilities before each, [tokens, vocabulary]."""
+def transformers_greedy(
+    directory: Path, prompt: tuple[int, ...], tokens: int, **options: float
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Generated ids, and the log-probabilities before each token but the first, [prompt + tokens - 1, vocabulary]."""
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(directory, dtype=torch.float64, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         generated = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options
         )
-        logprobs = model(generated).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        logprobs = model(generated).logits[0].log_softmax(-1)[:-1]
     return tuple(generated[0, len(prompt) :].tolist()), logprobs
 
 
@@ -154,7 +58,7 @@ def test_greedy_in_company_equals_transformers(family: str, tmp_path: Path, prom
     for ask, found in zip(asks, answer(directory, asks), strict=True):
         ids, logprobs = transformers_greedy(directory, ask.prompt, ask.tokens)
         assert found.ids == ids
-        for given, token, expected in zip(found.logprobs, ids, logprobs, strict=True):
+        for given, token, expected in zip(found.logprobs, ids, logprobs[len(ask.prompt) - 1 :], strict=True):
             if ask.logprobs is None:
                 assert given is None
                 continue
@@ -167,104 +71,184 @@ def test_greedy_in_company_equals_transformers(family: str, tmp_path: Path, prom
 
 def sampled_asks(prompts: list[tuple[int, ...]]) -> list[Ask]:
     """Greedy, plain and truncated sampling, in every order of slots."""
-    settings: list[dict[str, float]] = [
-        {"temperature": 1.0},
-        {"temperature": 0.8, "top_p": 0.9},
-        {},
-        {"temperature": 1.2, "top_k": 20},
-        {"temperature": 0.7, "top_k": 40, "top_p": 0.95},
-    ]
+    settings = [(1.0, 1.0, 0), (0.8, 0.9, 0), (0.0, 1.0, 0), (1.2, 1.0, 20), (0.7, 0.95, 40)]
     return [
-        Ask(prompt, 12, slot=slot, seed=slot - 2, **setting)  # type: ignore[arg-type]
+        Ask(prompt, 12, slot=slot, sampling=Sampling(*setting, max_tokens=12, seed=slot - 2))
         for slot, (prompt, setting) in enumerate(zip(prompts, settings, strict=True))
     ]
 
 
+def ruled_asks(prompts: list[tuple[int, ...]]) -> list[Ask]:
+    """Every rule, in company of rows without any."""
+    digits = compile_constraint("regex", "[0-9 ]{4,60}")
+    settings: list[dict[str, Any]] = [
+        {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.5, "min_p": 0.01},
+        {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.6, "bad_words": tuple((i,) for i in range(2, 200))},
+        {"temperature": 0.0, "repetition_penalty": 0.3, "bad_words": ((5, 6), (7, 8, 9))},
+        {
+            "temperature": 1.2,
+            "min_tokens": 6,
+            "stop_token_ids": tuple(range(100)),
+            "logit_bias": ((7, 8.0), (300, 6.0)),
+        },
+        {"temperature": 1.0, "top_k": 12, "grammar": digits, "min_tokens": 11, "stop_token_ids": (1,)},
+    ]
+    defaults = {"top_p": 1.0, "top_k": 0, "max_tokens": 12}
+    asks = [
+        Ask(prompt, 12, slot=slot, sampling=Sampling(**(defaults | setting), seed=slot - 2))
+        for slot, (prompt, setting) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    return [*asks, Ask(prompts[0], 12, slot=5, sampling=Sampling(1.0, 1.0, 0, 12, seed=3))]
+
+
+each_kind = pytest.mark.parametrize("asks_of", [sampled_asks, ruled_asks])
+
+
+@each_kind
 def test_sampled_tokens_are_the_same_in_any_company_slot_and_chunking(
-    checkpoint: Path, prompts: list[tuple[int, ...]]
+    asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]
 ) -> None:
-    asks = sampled_asks(prompts)
+    asks = asks_of(prompts)
     together = answer(checkpoint, asks)
     alone = [answer(checkpoint, [ask])[0] for ask in asks]
     assert alone == together
     moved = [replace(ask, slot=7 - ask.slot, start=2 * ask.slot, chunk=64) for ask in asks]
     assert answer(checkpoint, moved, seed=1) == together
-    other_seeds = answer(checkpoint, [replace(ask, seed=99) for ask in asks])
-    assert [a.ids == b.ids for a, b in zip(other_seeds, together, strict=True)] == [False, False, True, False, False]
+    other_seeds = answer(checkpoint, [replace(ask, sampling=replace(ask.sampling, seed=99)) for ask in asks])
+    for ask, found, other in zip(asks, together, other_seeds, strict=True):
+        assert (found.ids == other.ids) == (ask.sampling.temperature == 0)
 
 
-def test_asking_for_logprobs_changes_no_token(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
-    asks = sampled_asks(prompts)
-    plain, asked = answer(checkpoint, asks), answer(checkpoint, [replace(ask, logprobs=3) for ask in asks])
+def test_rules_change_what_the_runner_says(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
+    """Each of the settings above does something here, so the tests that use them can tell."""
+    asks = ruled_asks(prompts)
+    free = [
+        replace(ask, sampling=Sampling(ask.sampling.temperature, ask.sampling.top_p, ask.sampling.top_k, 12, seed))
+        for ask, seed in zip(asks, (-2, -1, 0, 1, 2, 3), strict=True)
+    ]
+    pairs = zip(answer(checkpoint, asks), answer(checkpoint, free), strict=True)
+    assert [ruled.ids == plain.ids for ruled, plain in pairs] == [False] * 5 + [True]
+
+
+@each_kind
+def test_asking_for_logprobs_changes_no_token(asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
+    asks = asks_of(prompts)
+    plain, asked = answer(checkpoint, asks), answer(checkpoint, [replace(ask, logprobs=3, scored=2) for ask in asks])
     assert [found.ids for found in plain] == [found.ids for found in asked]
 
 
+@each_kind
 def test_replaying_delivered_tokens_goes_on_as_if_nothing_had_happened(
-    checkpoint: Path, prompts: list[tuple[int, ...]]
+    asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]
 ) -> None:
-    for ask in sampled_asks(prompts):
+    for ask in asks_of(prompts):
         whole = answer(checkpoint, [ask])[0].ids
         for delivered in (1, 5, 11):
-            replayed = replace(ask, prompt=ask.prompt + whole[:delivered], tokens=ask.tokens - delivered, slot=6)
+            replayed = replace(ask, replayed=whole[:delivered], tokens=ask.tokens - delivered, slot=6)
             assert answer(checkpoint, [replayed])[0].ids == whole[delivered:]
 
 
-def test_a_slot_taken_again_keeps_nothing_of_its_last_owner(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
-    first, second = Ask(prompts[4], 5, temperature=1.0, seed=3), Ask(prompts[1], 9, start=30, temperature=0.5, top_k=9)
-    assert answer(checkpoint, [first, second])[1] == answer(checkpoint, [replace(second, start=0)])[0]
+@each_kind
+def test_a_slot_taken_again_keeps_nothing_of_its_last_owner(
+    asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]
+) -> None:
+    for first in asks_of(prompts):
+        second = Ask(prompts[1], 9, slot=first.slot, start=30, sampling=Sampling(0.5, 1.0, 9, 9, seed=0))
+        assert answer(checkpoint, [first, second])[1] == answer(checkpoint, [replace(second, start=0)])[0]
 
 
-def test_steps_may_be_launched_ahead_of_their_results(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
-    asks = sampled_asks(prompts)
+def test_a_told_prefix_counts_like_one_that_was_computed(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
+    """A second request takes over the blocks of a first that began alike; its rules look back on what it is told."""
+    for ask in ruled_asks(prompts):
+        ask = replace(ask, prompt=prompts[0], slot=0)
+        whole, told = answer(checkpoint, [ask])[0].ids, 20
+        runner = new_runner(checkpoint, solo_context(CPU, torch.float64, FENCE.epoch))
+        ids = ask.prompt + whole[:4]  # 27 tokens, of which 20 are cached; the answer begins at 23
+        blocks = tuple((0, index, 9 - index) for index in range(10))
+        first = StepPlan(FENCE, 1, (ask.admit(),), blocks, (Row(0, 0, len(ids), ids, False),))
+        runner.run(decode(encode(first)))
+        blocks = tuple((3, index, 9 - index if index < told // 4 else 20 + index) for index in range(10))
+        row = Row(3, told, len(ids) - told, ids[told:], True)
+        second = StepPlan(FENCE, 2, (replace(ask.admit(), slot=3),), blocks, (row,), (Told(3, 0, ids[:told]),))
+        found = [runner.run(decode(encode(second))).ids[0]]
+        for step in range(3, 10):
+            row = Row(3, len(ids) + step - 3, 1, None, True)
+            found += runner.run(decode(encode(StepPlan(FENCE, step, rows=(row,))))).ids
+        assert tuple(found) == whole[4:]
+
+
+def test_repetition_penalty_is_that_of_transformers(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
+    asks = [
+        Ask(prompt, 16, slot=slot, sampling=replace(GREEDY, repetition_penalty=1.3))
+        for slot, prompt in enumerate(prompts)
+    ]
+    free = answer(checkpoint, [replace(ask, sampling=GREEDY) for ask in asks])
+    penalised = answer(checkpoint, asks)
+    assert penalised != free
+    for ask, found in zip(asks, penalised, strict=True):
+        assert found.ids == transformers_greedy(checkpoint, ask.prompt, ask.tokens, repetition_penalty=1.3)[0]
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_prompts_are_scored_as_transformers_scores_them(
+    chunk: int, checkpoint: Path, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.sampler._PIECE_ELEMENTS", 320 * 6)  # six rows a piece
+    wanted = (5, 0, 3, None, 20)
+    asks = [
+        Ask(prompt, 3, slot=slot, scored=wanted[slot], chunk=chunk, logprobs=1) for slot, prompt in enumerate(prompts)
+    ]
+    for ask, found in zip(asks, answer(checkpoint, asks), strict=True):
+        _, logprobs = transformers_greedy(checkpoint, ask.prompt, 1)
+        if ask.scored is None:
+            assert found.scores == ()
+            continue
+        for score, token, expected in zip(found.scores, ask.prompt[1:], logprobs[: len(ask.prompt) - 1], strict=True):
+            assert score.logprob == pytest.approx(expected[token].item(), abs=1e-6)
+            top = expected.topk(ask.scored)
+            assert score.top_ids == tuple(top.indices.tolist())
+            assert score.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-6)
+
+
+@each_kind
+def test_steps_may_be_launched_ahead_of_their_results(
+    asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]
+) -> None:
+    asks = asks_of(prompts)
     runner = new_runner(checkpoint, solo_context(CPU, torch.float64, FENCE.epoch))
     plans = plans_of(asks)
     pending = [runner.launch(decode(encode(plan))) for plan in plans]
     assert answers_of(asks, plans, [step.result() for step in pending]) == answer(checkpoint, asks)
 
 
-@pytest.fixture
-def each_rank() -> Iterator[Callable[[Callable[[ParallelContext], list[StepResult]]], list[list[StepResult]]]]:
-    """Runs a function as both ranks of tensor 2, in two threads over gloo."""
-    store, address = open_store("127.0.0.1")
-
-    def run(work: Callable[[ParallelContext], list[StepResult]]) -> list[list[StepResult]]:
-        def as_rank(rank: int) -> list[StepResult]:
-            context = form_context(address, "test", FENCE.epoch, rank, 2, CPU, torch.float64, timeout_s=60)
-            try:
-                return work(context)
-            finally:
-                context.tensor.barrier()
-                close(context)
-
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(as_rank, range(2)))
-
-    yield run
-    del store
-
-
+@each_kind
 def test_two_tensor_ranks_agree_and_sample_what_one_samples(
-    checkpoint: Path,
-    prompts: list[tuple[int, ...]],
-    each_rank: Callable[[Callable[[ParallelContext], list[StepResult]]], list[list[StepResult]]],
+    asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]
 ) -> None:
-    asks = [replace(ask, start=ask.slot, logprobs=(2, None, 0)[ask.slot % 3]) for ask in sampled_asks(prompts)]
+    asks = [
+        replace(ask, start=ask.slot, logprobs=(2, None, 0)[ask.slot % 3], scored=(None, 1)[ask.slot % 2])
+        for ask in asks_of(prompts)
+    ]
     plans = plans_of(asks)
 
     def work(context: ParallelContext) -> list[StepResult]:
         runner = new_runner(checkpoint, context)
         return [runner.run(decode(encode(plan))) for plan in plans]
 
-    first, second = each_rank(work)
+    first, second = as_two_ranks(work)
     assert first == second
     for two, one in zip(answers_of(asks, plans, first), answer(checkpoint, asks), strict=True):
         assert two.ids == one.ids
-        for found, expected in zip(two.logprobs, one.logprobs, strict=True):
-            if expected is None or found is None:
-                assert found is expected
-                continue
-            assert found.top_ids == expected.top_ids
-            assert found.logprob == pytest.approx(expected.logprob, abs=1e-6)
+        assert_close(two, one)
+
+
+def assert_close(two: Answer, one: Answer) -> None:
+    for found, expected in zip(two.logprobs + two.scores, one.logprobs + one.scores, strict=True):
+        if expected is None or found is None:
+            assert found is expected
+            continue
+        assert found.top_ids == expected.top_ids
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-6)
 
 
 class ForbidReadingBack(TorchDispatchMode):
@@ -286,8 +270,12 @@ class ForbidReadingBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_launching_never_waits_for_the_device(checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
-    asks = [replace(ask, logprobs=(None, 3)[ask.slot % 2], start=ask.slot) for ask in sampled_asks(prompts)]
+@each_kind
+def test_launching_never_waits_for_the_device(asks_of: Asks, checkpoint: Path, prompts: list[tuple[int, ...]]) -> None:
+    asks = [
+        replace(ask, logprobs=(None, 3)[ask.slot % 2], scored=(2, None)[ask.slot % 2], start=ask.slot)
+        for ask in asks_of(prompts)
+    ]
     runner = new_runner(checkpoint, solo_context(CPU, torch.float64, FENCE.epoch))
     plans = [decode(encode(plan)) for plan in plans_of(asks)]
     with ForbidReadingBack():  # type: ignore[no-untyped-call]

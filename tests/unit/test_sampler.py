@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from worker import sampler
-from worker.sampler import SamplingPaths, SamplingRows
+from worker.logit_rules import Allowed, Banned, Biased, Lookback, Penalties, Rule
+from worker.sampler import Path, RuledRows, SamplingPaths, SamplingRows
 
 DRAWS = 20_000
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, 0.3, -3.0, 1.5, 0.0], dtype=torch.float64)
-CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}  # by degrees of freedom
+CHI_SQUARE_999 = {
+    1: 10.83,
+    2: 13.82,
+    3: 16.27,
+    4: 18.47,
+    5: 20.52,
+    6: 22.46,
+    7: 24.32,
+    8: 26.12,
+}  # by degrees of freedom
 
 
 def rows_of(
@@ -96,6 +108,119 @@ def test_the_truncated_path_without_truncation_draws_what_the_plain_path_draws()
     plain = sampler.sample(logits, rows_of(300), all_plain(300))
     assert torch.equal(plain, sampler.sample(logits, rows_of(300), all_truncated(300)))
     assert not torch.equal(plain, sampler.sample(logits, rows_of(300, seed=8), all_plain(300)))
+
+
+def draw_ruled(path: Path, *rules: Rule, min_p: float | None = None, **parameters: float) -> Tensor:
+    """DRAWS ids from LOGITS under these rules, which must not depend on the row."""
+    share = None if min_p is None else torch.full((DRAWS,), min_p, dtype=torch.float64)
+    part = RuledRows(torch.arange(DRAWS), path, rules, share)
+    rows = rows_of(DRAWS, **parameters)  # type: ignore[arg-type]
+    return sampler.sample(LOGITS.expand(DRAWS, -1), rows, all_plain(0), [part])
+
+
+def pairs(*tokens: int) -> tuple[Tensor, Tensor]:
+    """Every row with each of these tokens."""
+    return torch.arange(DRAWS).repeat(len(tokens)), torch.tensor(tokens).repeat_interleave(DRAWS)
+
+
+def looking_back(*ids: int, prompt_tokens: int) -> Lookback:
+    """All rows in one slot, after these ids."""
+    history = torch.tensor([[3] * len(ids) + [4], [*ids, 7]], dtype=torch.int32)  # another slot's, and what came after
+    positions = torch.full((DRAWS,), len(ids))
+    return Lookback(history, torch.ones(DRAWS, dtype=torch.int64), positions, torch.full((DRAWS,), prompt_tokens))
+
+
+def constant(value: float) -> Tensor:
+    return torch.full((DRAWS,), value, dtype=torch.float64)
+
+
+def kept(logits: Tensor, tokens: list[int]) -> Tensor:
+    """Probabilities where only these tokens may be drawn."""
+    masked = torch.full_like(logits, -torch.inf)
+    masked[tokens] = logits[tokens]
+    return masked.softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("min_p", "temperature", "tokens"),
+    [
+        (0.15, 1.0, [0, 2, 3, 4, 6]),  # at least 0.15 of token 2's probability: not token 7 with exp(-2) = 0.135
+        (0.13, 1.0, [0, 2, 3, 4, 6, 7]),
+        (0.15, 0.5, [2, 6]),  # after the temperature: exp(-2 * 0.5) = 0.37, exp(-2 * 1) = 0.135
+        (1e-9, 2.0, list(range(8))),
+    ],
+)
+@pytest.mark.parametrize("path", [Path.PLAIN, Path.TRUNCATED])
+def test_min_p_keeps_a_share_of_the_likeliest(path: Path, min_p: float, temperature: float, tokens: list[int]) -> None:
+    ids = draw_ruled(path, min_p=min_p, temperature=temperature)
+    assert_follows(ids, kept(LOGITS / temperature, tokens))
+
+
+def test_min_p_comes_before_top_k_and_top_p() -> None:
+    ids = draw_ruled(Path.TRUNCATED, min_p=0.15, top_k=4, top_p=0.9)
+    among_four = kept(LOGITS, [2, 6, 0, 3])
+    assert among_four[[2, 6]].sum() < 0.9 < among_four[[2, 6, 0]].sum()
+    assert_follows(ids, kept(LOGITS, [2, 6, 0]))
+
+
+def test_biased_draws_follow_the_biased_logits() -> None:
+    rows, ids = pairs(1, 2)
+    found = draw_ruled(Path.PLAIN, Biased(rows, ids, torch.where(ids == 1, 2.5, -1.5).double()))
+    assert_follows(found, (LOGITS + torch.tensor([0, 2.5, -1.5, 0, 0, 0, 0, 0]).double()).softmax(dim=-1))
+
+
+def test_banned_tokens_are_never_drawn_and_the_others_keep_their_odds() -> None:
+    assert_follows(draw_ruled(Path.PLAIN, Banned(*pairs(2, 0))), kept(LOGITS, [1, 3, 4, 5, 6, 7]))
+
+
+def test_a_mask_leaves_the_allowed_tokens_their_odds() -> None:
+    bits = torch.tensor([[0b1010_0110, 0]], dtype=torch.int32).expand(DRAWS, -1)
+    assert_follows(draw_ruled(Path.PLAIN, Allowed(torch.arange(DRAWS), bits)), kept(LOGITS, [1, 2, 5, 7]))
+
+
+def test_the_last_bit_of_a_mask_word_counts_too() -> None:
+    logits = torch.zeros(2, 40)
+    bits = torch.tensor([[-(2**31), 0], [0, 1 << 7]], dtype=torch.int32)
+    part = RuledRows(torch.arange(2), Path.GREEDY, (Allowed(torch.arange(2), bits),))
+    assert sampler.sample(logits, rows_of(2), all_plain(0), [part]).tolist() == [31, 39]
+
+
+@pytest.mark.parametrize(
+    ("penalties", "change"),
+    [
+        ((1.0, 0.8, 0.0), {2: 2.0 - 3 * 0.8, 6: 1.5 - 0.8}),
+        ((1.0, 0.0, 0.8), {2: 2.0 - 0.8, 6: 1.5 - 0.8}),
+        ((2.0, 0.0, 0.0), {2: 1.0, 6: 0.75, 0: 0.5, 1: -1.0}),  # of the prompt too; what is negative is multiplied
+        ((2.0, 0.5, 0.25), {2: 1.0 - 1.5 - 0.25, 6: 0.75 - 0.5 - 0.25, 0: 0.5, 1: -1.0}),
+        ((0.5, -0.5, -0.25), {2: 4.0 + 1.5 + 0.25, 6: 3.0 + 0.5 + 0.25, 0: 2.0, 1: -0.25}),
+    ],
+)
+def test_penalised_draws_follow_the_penalised_logits(
+    penalties: tuple[float, float, float], change: dict[int, float]
+) -> None:
+    lookback = looking_back(0, 1, 2, 6, 2, 2, prompt_tokens=2)
+    repetition, frequency, presence = map(constant, penalties)
+    rule = Penalties(torch.arange(DRAWS), repetition, frequency, presence, 6, lookback)
+    logits = LOGITS.clone()
+    logits[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
+    assert_follows(draw_ruled(Path.PLAIN, rule), logits.softmax(dim=-1))
+
+
+def test_choices_of_a_request_are_drawn_independently() -> None:
+    """Pairs of ids of two choices at the same seeds and positions follow the product of their distributions."""
+    rows, expected = rows_of(DRAWS), LOGITS.softmax(dim=-1)
+    logits = LOGITS.expand(DRAWS, -1)
+    draws = [
+        sampler.sample(logits, replace(rows, choice=torch.full((DRAWS,), choice)), all_plain(DRAWS))
+        for choice in range(3)
+    ]
+    common = torch.tensor([0, 2, 6])  # likely enough that each pair is expected often
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert_follows(draws[second], expected)
+        both = torch.isin(draws[first], common) & torch.isin(draws[second], common)
+        places = torch.searchsorted(common, torch.stack([draws[first][both], draws[second][both]]))
+        chances = expected[common] / expected[common].sum()
+        assert_follows(places[0] * 3 + places[1], torch.outer(chances, chances).flatten())
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-3, 1e3, 3e38])
