@@ -4,7 +4,8 @@
     with Client("localhost:50051") as client:
         print(client.generate("Once upon a time", max_tokens=32).text)
 
-Servers import the nouns from here too, so the clients, and gRPC with them, are loaded only when they are asked for.
+Each name is loaded when it is first asked for: servers import the nouns from below here, and a Ctrl-C at the command
+line must find it past its imports.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from echelon.chat import ChatMessage, ToolCall
-from echelon.errors import (
-    CancelledError,
-    ConfigError,
-    ConflictError,
-    DeadlineError,
-    EchelonError,
-    InternalError,
-    InvalidRequestError,
-    NotFoundError,
-    OverloadedError,
-    StreamTakenOverError,
-    UnavailableError,
-)
-from echelon.sampling import SamplingParams
-from echelon.types import Choice, Completion, FinishReason, StreamEvent
-
 if TYPE_CHECKING:
     from echelon.aio import AsyncClient
+    from echelon.chat import ChatMessage, ToolCall
     from echelon.client import Client
+    from echelon.errors import (
+        CancelledError,
+        ConfigError,
+        ConflictError,
+        DeadlineError,
+        EchelonError,
+        InternalError,
+        InvalidRequestError,
+        NotFoundError,
+        OverloadedError,
+        StreamTakenOverError,
+        UnavailableError,
+    )
+    from echelon.sampling import SamplingParams
+    from echelon.types import Choice, Completion, FinishReason, StreamEvent
 
 __all__ = [
     "AsyncClient",
@@ -56,10 +56,21 @@ __all__ = [
     "UnavailableError",
 ]
 
-_CLIENTS = {"AsyncClient": "echelon.aio", "Client": "echelon.client"}
+_PLACES = {
+    "AsyncClient": "echelon.aio",
+    "Client": "echelon.client",
+    "ChatMessage": "echelon.chat",
+    "ToolCall": "echelon.chat",
+    "SamplingParams": "echelon.sampling",
+    **dict.fromkeys(("Choice", "Completion", "FinishReason", "StreamEvent"), "echelon.types"),
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _CLIENTS:
+    if name not in __all__:
         raise AttributeError(f"module 'echelon' has no attribute {name!r}")
-    return getattr(importlib.import_module(_CLIENTS[name]), name)
+    return getattr(importlib.import_module(_PLACES.get(name, "echelon.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

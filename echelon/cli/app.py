@@ -11,8 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from echelon.cli import batch, cluster, generate
+from echelon.cli import batch, chat, cluster, doctor, generate
 from echelon.cli.output import error_line, exit_code, forget_output
+from echelon.cli.sampling import with_sampling
 from echelon.errors import ConfigError, EchelonError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -48,13 +49,14 @@ app = typer.Typer(
     cls=Commands,
     help="A distributed inference cluster for large language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("generate")(generate.generate)
+app.command("generate")(with_sampling(generate.generate))
+app.command("chat")(with_sampling(chat.chat, max_tokens=chat.MAX_TOKENS_HELP))
 app.add_typer(batch.app, name="batch")
 app.command("status")(cluster.status)
 app.command("events")(cluster.events)
+app.command("doctor")(doctor.doctor)
 
 
 def _serve_command() -> Any:

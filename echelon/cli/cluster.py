@@ -6,27 +6,38 @@ Runs in the user's terminal, over the asynchronous client: see generate.py.
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from echelon.aio import AsyncClient
 from echelon.cli import output
+from echelon.cli.view import head_line, model_table, rank_table, replica_table
+from echelon.cli.watch import watch_cluster
 from echelon.types import Cluster
 
 STATUS_TIMEOUT_S = 3.0
 
 
 def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it again and again, with rates; until Ctrl-C.")
+    ] = False,
+    interval_s: Annotated[float, typer.Option("--interval", help="Seconds between looks of --watch.", min=0.1)] = 1.0,
     address: output.Address = None,
     profile: output.Profile = None,
     as_json: output.AsJson = False,
 ) -> None:
-    """Show the cluster: models, replicas and ranks. Asks once: nothing listening is an answer too.
+    """Show the cluster: models, replicas and ranks. Without --watch asks once: nothing listening is an answer too.
 
-    Example: echelon status --address head:50051
+    Example: echelon status --watch
     """
     client = AsyncClient(address, profile=profile, timeout_s=STATUS_TIMEOUT_S, max_retries=0)
+    if watch:
+        asyncio.run(watch_cluster(client, interval_s, as_json))
+        return
     cluster = asyncio.run(_cluster(client))
     if as_json:
         output.json_line(cluster)
@@ -65,26 +76,7 @@ async def _events(client: AsyncClient, after: int, follow: bool, as_json: bool) 
 
 
 def _show(address: str, cluster: Cluster) -> None:
-    typer.echo(
-        f"{address}: echelon {cluster.version}, term {cluster.term}, pid {cluster.coordinator_pid}, "
-        f"{cluster.queued} queued, {cluster.running} running, {cluster.parked} parked"
-    )
-    models = [(m.name, m.state, m.architecture, m.dtype, m.max_context) for m in cluster.models]
-    output.table("", ("model", "state", "architecture", "dtype", "context"), models)
-    replicas = [
-        (r.index, r.state, r.epoch, r.step, f"{r.kv_blocks_referenced}/{r.kv_blocks_total}") for r in cluster.replicas
-    ]
-    output.table("", ("replica", "state", "epoch", "step", "KV blocks"), replicas)
-    ranks = [
-        (
-            f"{r.replica}/p{r.pipeline}-d{r.data}-t{r.tensor}" + (" leader" if r.leader else ""),
-            r.state,
-            r.device,
-            r.pid,
-            r.node_id[:12],
-            output.byte_count(r.parameter_bytes),
-            output.byte_count(r.kv_bytes),
-        )
-        for r in cluster.ranks
-    ]
-    output.table("", ("rank", "state", "device", "pid", "node", "parameters", "KV cache"), ranks)
+    typer.echo(head_line(address, cluster))
+    console = Console(width=None if sys.stdout.isatty() else output.PIPE_WIDTH)
+    for table in (model_table(cluster), replica_table(cluster), rank_table(cluster)):
+        console.print(table)

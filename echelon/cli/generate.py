@@ -22,17 +22,12 @@ from echelon.types import Completion
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    sampling: SamplingParams,
     address: output.Address = None,
     profile: output.Profile = None,
     model: Annotated[str, typer.Option(help="The served model, when there are several.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, by the chat template.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="At most this many new tokens; default 16.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and this many others.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end tokens.")] = False,
+    priority: Annotated[int, typer.Option(help="Lower goes first.")] = 0,
     timeout_s: Annotated[
         float | None, typer.Option("--timeout", help="Seconds until the whole answer; default 600.")
     ] = None,
@@ -44,24 +39,19 @@ def generate(
     Example: echelon generate "Once upon a time" --max-tokens 64 --temperature 0
     """
     text = _standard_input() if prompt == "-" else prompt
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=max_tokens,
-        seed=seed,
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-    )
-    options: GenerateOptions = {"model": model, "sampling": sampling}
+    options: GenerateOptions = {"model": model, "sampling": sampling, "priority": priority}
     if timeout_s is not None:
         options["timeout_s"] = timeout_s
     if chat:
         options["messages"] = [{"role": "user", "content": text}]
+    stream = stream and not as_json and (sampling.n or 1) == 1  # several answers at once cannot be read
     client = AsyncClient(address, profile=profile)
-    completion = asyncio.run(_run(client, None if chat else text, options, show=stream and not as_json))
+    completion = asyncio.run(_run(client, None if chat else text, options, show=stream))
     if as_json:
         output.json_line(output.openai_completion(completion))
+    elif len(completion.choices) > 1:
+        for choice in completion.choices:
+            typer.echo(f"[{choice.index}] {choice.text}")
     else:
         typer.echo("" if stream else completion.text)
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from echelon.errors import ConfigError, EchelonError, InvalidRequestError
 from echelon.profiles import DEFAULT_ADDRESS
-from echelon.types import Completion, ItemResult
+from echelon.types import Choice, Completion, ItemResult
 
 Address = Annotated[
     str | None,
@@ -82,10 +82,15 @@ def plain(value: object) -> Any:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout; nothing is cut when it goes into a pipe."""
-    grid = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(grid(title, columns, rows))
+
+
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table to be printed."""
+    made = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(grid)
+        made.add_row(*(str(cell) for cell in row))
+    return made
 
 
 def clock(unix_s: float | None) -> str:
@@ -120,21 +125,27 @@ def openai_result(job_id: str, item: ItemResult) -> dict[str, object]:
 def openai_completion(completion: Completion) -> dict[str, object]:
     """A completion in OpenAI's form, with its token ids."""
     usage = completion.usage
-    choice = {
-        "index": 0,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason.value,
-        "logprobs": plain(completion.logprobs) or None,
-    }
     return {
         "id": completion.request_id,
         "object": "text_completion",
         "model": completion.model,
-        "choices": [choice],
+        "choices": [_openai_choice(choice) for choice in completion.choices],
+        "prompt_logprobs": plain(completion.prompt_logprobs) or None,
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         },
+    }
+
+
+def _openai_choice(choice: Choice) -> dict[str, object]:
+    return {
+        "index": choice.index,
+        "text": choice.text,
+        "token_ids": list(choice.token_ids),
+        "finish_reason": choice.finish_reason.value,
+        "stop_reason": choice.matched_stop or None,
+        "logprobs": plain(choice.logprobs) or None,
     }

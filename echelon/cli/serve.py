@@ -1,7 +1,8 @@
 """`echelon serve`: read flags, environment and YAML once, check, then supervise until it is over.
 
 The edge of the supervisor's process: the only place where the server reads os.environ, and the user's display. Every
-flag is a field of ServeConfig; none is written down twice.
+flag is a field of ServeConfig; none is written down twice. The server is imported when it is to run: help and
+completion need the flags alone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from coordinator.supervisor.preparation import prepare, temporary_folder
-from coordinator.supervisor.process import Supervisor
 from echelon.config import ServeConfig, flag_of, resolve_config
 from echelon.errors import ConfigError
 
@@ -66,6 +65,11 @@ def run(config: Path | None, **flags: str | None) -> None:
 
     A flag --max-context is also ECHELON_MAX_CONTEXT and the key max-context of the --config file, in this order.
     """
+    try:
+        from coordinator.supervisor.preparation import prepare, temporary_folder
+        from coordinator.supervisor.process import Supervisor
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}: pip install 'echelon[server]'") from None
     environment = dict(os.environ)
     settings = resolve_config(flags, environment, _read(config))
     with temporary_folder() as folder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +16,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from echelon import convert_cluster, convert_jobs
+from echelon import convert, convert_cluster, convert_jobs
 from echelon.cli.app import app
+from echelon.cli.sampling import OPTIONS
 from echelon.errors import InvalidRequestError, NotFoundError
+from echelon.sampling import SamplingParams
 from echelon.types import (
+    Choice,
     Cluster,
     ClusterEvent,
+    Completion,
+    FinishReason,
     ItemCounts,
     ItemResult,
     JobState,
@@ -84,7 +91,9 @@ def test_generate_prints_json(server: ScriptedServer) -> None:
     result = echelon("generate", "once", "--json", address=server.address)
     answer = json.loads(result.stdout)
     assert answer["choices"][0]["token_ids"] == list(IDS)
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    details = {"cached_tokens": 0}
+    counts = {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert answer["usage"] == counts | {"prompt_tokens_details": details}
 
 
 def test_generate_reads_standard_input_and_chats(server: ScriptedServer) -> None:
@@ -262,8 +271,123 @@ def test_batch_results_are_openai_lines(server: ScriptedServer, tmp_path: Path) 
 
 def test_help_names_every_verb() -> None:
     shown = echelon("--help").stdout
-    for verb in ("serve", "generate", "batch", "status", "events"):
+    for verb in ("serve", "generate", "chat", "batch", "status", "events", "doctor"):
         assert verb in shown
+
+
+SAMPLING_FLAGS = """
+    --n 1 --min-p 0.1 --presence-penalty 1 --frequency-penalty -1 --repetition-penalty 1.5 --top-k 3
+    --logit-bias 7=-2.5 --logit-bias 8=1 --bad-word x --bad-word y --stop end --include-stop
+    --stop-token-id 5 --min-tokens 2 --prompt-logprobs 1 --priority 4
+"""
+
+
+def test_each_sampling_field_is_a_flag_and_travels(server: ScriptedServer, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    server.on("StreamGenerate", *[tokens(0, 6, end=True)] * 2)
+    flags = SAMPLING_FLAGS.split()
+    result = echelon("generate", "once", *flags, "--json-schema", f"@{schema}", address=server.address)
+    assert result.exit_code == 0, result.stderr
+    request = server.requests["StreamGenerate"][0]
+    expected = SamplingParams(
+        n=1, min_p=0.1, presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5, top_k=3,
+        logit_bias={7: -2.5, 8: 1.0}, bad_words=("x", "y"), stop=("end",), include_stop=True, stop_token_ids=(5,),
+        min_tokens=2, prompt_logprobs=1, json_schema='{"type": "object"}',
+    )  # fmt: skip
+    assert request.sampling == convert.sampling_to_proto(expected)
+    assert request.priority == 4
+    assert OPTIONS.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--logit-bias", "7"), "logit_bias must be ID=BIAS, a token id and a number, got '7'"),
+        (("--grammar", "@/no/such"), "grammar @/no/such cannot be read"),
+        (("--regex", "a", "--choice", "b"), "choice cannot be combined with regex"),
+    ],
+)
+def test_sampling_flags_that_say_nothing_are_wrong_use(flags: tuple[str, ...], message: str) -> None:
+    result = echelon("generate", "once", *flags)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_several_answers_are_told_apart(server: ScriptedServer) -> None:
+    def answer(request: Any, context: Any) -> Iterator[Any]:
+        choices = tuple(
+            Choice(index=index, text=text, token_ids=(index,), finish_reason=FinishReason.STOP)
+            for index, text in enumerate(("this", "that"))
+        )
+        final = Completion(request_id=request.request_id, model="tiny", choices=choices)
+        yield convert.stream_to_proto(final)
+
+    server.on("StreamGenerate", answer, answer)
+    assert echelon("generate", "once", "--n", "2", address=server.address).stdout == "[0] this\n[1] that\n"
+    told = json.loads(echelon("generate", "once", "--n", "2", "--json", address=server.address).stdout)
+    assert [choice["text"] for choice in told["choices"]] == ["this", "that"]
+
+
+def test_a_profile_names_the_address(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "echelon").mkdir()
+    (tmp_path / "echelon" / "config.toml").write_text(f"[here]\naddress = '{server.address}'\n")
+    environment = {"XDG_CONFIG_HOME": str(tmp_path), "ECHELON_ADDRESS": ""}
+    server.on("GetCluster", *[lambda request, context: convert_cluster.cluster_to_proto(cluster())] * 2)
+    for extra in ({}, {"ECHELON_PROFILE": "here"}):
+        flags = [] if extra else ["--profile", "here"]
+        result = CliRunner().invoke(app, ["status", *flags], env={**environment, **extra})
+        assert (result.exit_code, result.stdout.split(":")[0]) == (0, "localhost")
+    result = CliRunner().invoke(app, ["status", "--profile", "there"], env=environment)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "no profile 'there' in" in result.stderr and "it has here" in result.stderr
+
+
+def test_submit_watch_and_results_speak_json(server: ScriptedServer, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"custom_id": "a", "prompt": "once"}\n')
+    server.on("CreateBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.QUEUED)))
+    server.on("WatchBatchJob", answers_job(job(JobState.RUNNING, 1), job(JobState.SUCCEEDED, 2)))
+    result = echelon("batch", "submit", str(source), "--watch", "--json", address=server.address)
+    first, *states = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (first, result.stderr) == ({"job_id": "j"}, "")
+    assert [state["state"] for state in states] == ["running", "succeeded"]
+    server.on("GetBatchJob", lambda request, context: convert_jobs.job_to_proto(job(JobState.SUCCEEDED, 1)))
+    server.on("StreamBatchJobResults", answers_results(RESULTS[0]))
+    result = echelon("batch", "results", "j", "--json", address=server.address)
+    assert json.loads(result.stdout)["custom_id"] == "a"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_the_flags_of_serve(shell: str) -> None:
+    def complete(*words: str) -> str:
+        environment = os.environ | {"_ECHELON_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": " ".join(words)}
+        environment |= {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        environment |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        command = [sys.executable, "-m", "echelon"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert "generate" in complete("echelon", "gen")
+    flags = complete("echelon", "serve", "--max-")
+    for name in ("--max-context", "--max-running", "--max-queue-tokens"):
+        assert name in flags
+    assert "--tensor" not in flags
+
+
+def test_ctrl_c_while_the_command_is_loaded_is_silent() -> None:
+    """Whatever is being imported then: here, the first import below main() is when it comes."""
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "from echelon.cli import main\n"
+        "assert [name for name in sys.modules if name.startswith('echelon')] == ['echelon', 'echelon.cli']\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def interrupt(server: ScriptedServer, entered: threading.Event, *arguments: str) -> tuple[int, str, str]:
