@@ -27,10 +27,13 @@ if TYPE_CHECKING:
         InvalidRequestError,
         NotFoundError,
         OverloadedError,
+        ResponseInvalidError,
         StreamTakenOverError,
         UnavailableError,
     )
+    from echelon.retry import RetryPolicy
     from echelon.sampling import SamplingParams
+    from echelon.structured import ParsedCompletion
     from echelon.types import Choice, Completion, FinishReason, StreamEvent
 
 __all__ = [
@@ -49,6 +52,9 @@ __all__ = [
     "InvalidRequestError",
     "NotFoundError",
     "OverloadedError",
+    "ParsedCompletion",
+    "ResponseInvalidError",
+    "RetryPolicy",
     "SamplingParams",
     "StreamEvent",
     "StreamTakenOverError",
@@ -61,6 +67,8 @@ _PLACES = {
     "Client": "echelon.client",
     "ChatMessage": "echelon.chat",
     "ToolCall": "echelon.chat",
+    "ParsedCompletion": "echelon.structured",
+    "RetryPolicy": "echelon.retry",
     "SamplingParams": "echelon.sampling",
     **dict.fromkeys(("Choice", "Completion", "FinishReason", "StreamEvent"), "echelon.types"),
 }

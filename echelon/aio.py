@@ -12,13 +12,14 @@ from typing import Literal, Self, Unpack, overload
 
 from echelon.errors import EchelonError
 from echelon.internal import calls, mapping
-from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input
+from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input, in_form_of
 from echelon.internal.generate import generate as generate_call
 from echelon.internal.transport_aio import AsyncTransport
 from echelon.jobs import AsyncJobs
 from echelon.profiles import Given, client_settings
 from echelon.retry import RetryPolicy
 from echelon.session import Finish
+from echelon.structured import M, ParsedCompletion, parse
 from echelon.types import Admitted, Cluster, ClusterEvent, Completion, Model, Rank, StreamEvent
 
 
@@ -68,9 +69,29 @@ class AsyncClient:
         """Close the connection; requests that run at the server are parked, not cancelled."""
         await self._transport.close()
 
-    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
-        """One whole answer to a prompt, or to messages= or token_ids=."""
-        return await self._transport.finish(generate_call(self._settings, prompt, options))
+    @overload
+    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    async def generate(
+        self, prompt: str | None = None, *, response_model: type[M], **options: Unpack[GenerateOptions]
+    ) -> ParsedCompletion[M]: ...
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        response_model: type[M] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | ParsedCompletion[M]:
+        """One whole answer to a prompt, or to messages= or token_ids=.
+
+        response_model: a pydantic model, whose JSON the answer is made to be and is read as; see `structured.py`.
+        """
+        if response_model is None:
+            return await self._transport.finish(generate_call(self._settings, prompt, options))
+        call = generate_call(self._settings, prompt, in_form_of(response_model, options))
+        return parse(await self._transport.finish(call), response_model)
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """The same, token by token. Leave with `async with` or close() to cancel the request."""

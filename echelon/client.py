@@ -13,13 +13,14 @@ from typing import Literal, Self, Unpack, overload
 
 from echelon.errors import EchelonError
 from echelon.internal import calls, mapping
-from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input
+from echelon.internal.generate import GenerateCall, GenerateOptions, MapInput, admitted, generate_input, in_form_of
 from echelon.internal.generate import generate as generate_call
 from echelon.internal.transport import CANCEL_TIMEOUT_S, Transport
 from echelon.jobs import Jobs
 from echelon.profiles import Given, client_settings
 from echelon.retry import RetryPolicy
 from echelon.session import Finish
+from echelon.structured import M, ParsedCompletion, parse
 from echelon.types import Admitted, Cluster, ClusterEvent, Completion, Model, Rank, StreamEvent
 
 
@@ -74,9 +75,29 @@ class Client:
         """Close the connection; requests that run at the server are parked, not cancelled."""
         self._transport.close()
 
-    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
-        """One whole answer to a prompt, or to messages= or token_ids=."""
-        return self._transport.finish(generate_call(self._settings, prompt, options))
+    @overload
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: str | None = None, *, response_model: type[M], **options: Unpack[GenerateOptions]
+    ) -> ParsedCompletion[M]: ...
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        response_model: type[M] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | ParsedCompletion[M]:
+        """One whole answer to a prompt, or to messages= or token_ids=.
+
+        response_model: a pydantic model, whose JSON the answer is made to be and is read as; see `structured.py`.
+        """
+        if response_model is None:
+            return self._transport.finish(generate_call(self._settings, prompt, options))
+        call = generate_call(self._settings, prompt, in_form_of(response_model, options))
+        return parse(self._transport.finish(call), response_model)
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """The same, token by token. Leaving the loop early, or close(), cancels the request."""

@@ -10,6 +10,7 @@ EchelonError                      code                reasons
 ├── DeadlineError                 DEADLINE_EXCEEDED   DEADLINE
 ├── CancelledError                CANCELLED           CANCELLED
 ├── InternalError                 INTERNAL            INTERNAL
+├── ResponseInvalidError          (never on the wire: an answer that its response_model does not take)
 └── ConfigError                   (never on the wire: bad flags or files, found before anything starts)
 
 An error carries its reason, the field it names and the request it ended. This module knows no transport:
@@ -18,7 +19,10 @@ An error carries its reason, the field it names and the request it ended. This m
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from echelon.types import Completion
 
 ERROR_DOMAIN = "echelon.dev"
 
@@ -102,6 +106,16 @@ class InternalError(EchelonError):
     """A defect of Echelon's; the message names the request, the server's log has the rest."""
 
     code, default_reason = 13, "INTERNAL"
+
+
+class ResponseInvalidError(EchelonError):
+    """The answer is not what response_model asks for; `completion` is the answer. Raised by the SDK alone."""
+
+    code, default_reason = 9, "RESPONSE_INVALID"
+
+    def __init__(self, message: str, *, completion: Completion) -> None:
+        super().__init__(message, request_id=completion.request_id)
+        self.completion = completion
 
 
 class ConfigError(EchelonError):

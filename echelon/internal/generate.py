@@ -18,6 +18,7 @@ from echelon.generation_session import GenerationSession, Message, Received
 from echelon.internal import calls
 from echelon.profiles import Settings
 from echelon.sampling import SamplingParams, check_text, shown
+from echelon.structured import ResponseModel, json_schema_of
 from echelon.types import Admitted, Completion, StreamEvent
 from echelon.v1 import generation_pb2
 
@@ -107,6 +108,14 @@ def generate_input(settings: Settings, item: MapInput, shared: GenerateOptions) 
         raise InvalidRequestError(message, field="prompts")
     options: dict[str, Any] = {**shared, **item}
     return generate(settings, options.pop("prompt", None), cast(GenerateOptions, options))
+
+
+def in_form_of(response_model: type[ResponseModel], options: GenerateOptions) -> GenerateOptions:
+    """The options with the answer's form, which must not be asked for twice."""
+    sampling = options.get("sampling", SamplingParams())
+    if options.get("json_schema") is not None or sampling.json_schema is not None:
+        raise InvalidRequestError("json_schema cannot be combined with response_model", field="sampling.json_schema")
+    return {**options, "json_schema": json_schema_of(response_model)}
 
 
 def admitted(call: GenerateCall) -> Admitted | None:

@@ -25,6 +25,9 @@ NAMES = {
     "InvalidRequestError",
     "NotFoundError",
     "OverloadedError",
+    "ParsedCompletion",
+    "ResponseInvalidError",
+    "RetryPolicy",
     "SamplingParams",
     "StreamEvent",
     "StreamTakenOverError",
@@ -50,6 +53,12 @@ def test_the_sdk_loads_nothing_heavy(statement: str) -> None:
     loaded = modules_after(statement)
     assert "grpc" in loaded
     assert not loaded & {*HEAVY, "coordinator", "worker", "models", "parallel"}
+
+
+def test_the_package_loads_nothing_until_a_name_is_asked_for() -> None:
+    code = "import sys, echelon\nprint(*(name for name in sys.modules if name.startswith('echelon.')))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+    assert set(dir(echelon)) == NAMES
 
 
 def test_the_coordinator_loads_no_torch() -> None:

@@ -57,7 +57,11 @@ RULES: dict[str, tuple[Rule, tuple[str, ...], frozenset[str]]] = {
     "ray": (imports_ray, PACKAGES, frozenset({"coordinator/cluster.py", "worker/actor.py"})),
     "pickle": (unpickles, PACKAGES, frozenset()),
     "global": (declares_global, PACKAGES, frozenset()),
-    "environment": (reads_environment, PACKAGES, frozenset({"echelon/cli/serve.py"})),
+    "environment": (
+        reads_environment,
+        PACKAGES,
+        frozenset({"echelon/cli/serve.py", "echelon/cli/doctor.py", "echelon/profiles.py"}),
+    ),
     "degree": (branches_on_degree, ("worker", "models", "parallel"), frozenset({"parallel/comm.py"})),
 }
 
