@@ -163,11 +163,10 @@ class Life:
     def detach(self, now: float) -> None:
         self.stream = None
         self.detached_unix_s = now
-        if not self.sampling.stop:
-            self.drop_texts()
+        self.drop_texts()
 
     def drop_texts(self) -> None:
-        """Nobody reads them, and nothing is judged by them; who attaches has them read anew."""
+        """Nothing is computed that they would judge, and nobody reads; who attaches has them read anew."""
         self._texts = []
 
     def delta(self, choice: int, first: int, ids: tuple[int, ...], text: str) -> StreamEvent:
