@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.journal.state import Prompted as PromptedRecord
 from coordinator.requests.core import Counts
 from coordinator.requests.events import (
     Append,
@@ -39,12 +40,13 @@ from echelon.internal.link import (
     Finish,
     Logprob,
     Progress,
+    Prompted,
     Released,
     Report,
     Running,
     TokenRun,
 )
-from echelon.types import Admitted, Completion, FinishReason, StreamEvent, TokenLogprob
+from echelon.types import Admitted, Completion, FinishReason, StreamEvent, TokenLogprob, Usage
 from tests.unit.core_shell import FENCE, STOP_ID, WINDOW_S, Shell, request
 
 
@@ -281,6 +283,13 @@ def test_a_full_queue_takes_no_new_request_and_forgets_none() -> None:
     assert "3 queued prompt tokens + 3 = 6, over max-queue-tokens=5" in str(error)
     shell.open()
     assert [assign.request for assign in shell.assigns()] == ["a"]
+    shell.post(LinkClosed(FENCE))
+    for stream, name in ((3, "c"), (5, "e")):
+        shell.post(Submit(stream, request(name)))
+        assert shell.core.counts.queued == 1, "who left the queue makes room"
+        shell.post(Submit(stream + 1, request("too many")))
+        assert isinstance(shell.last_error(stream + 1), OverloadedError)
+        shell.post(StreamClosed(stream))
 
 
 def test_draining_refuses_the_new_and_finishes_the_known(shell: Shell) -> None:
@@ -380,3 +389,118 @@ def test_a_crash_between_the_last_token_and_its_end_is_healed(shell: Shell) -> N
     successor.post(Submit(2, request(), received=((5, STOP_ID),)))
     assert isinstance(successor.shown[2][-1], Completion)
     assert successor.assigns() == []
+
+
+def cached(tokens: int, attempt: int = 1, logprobs: tuple[Logprob, ...] = ()) -> tuple[Prompted]:
+    return (Prompted("r", attempt, tokens, logprobs),)
+
+
+def test_cached_tokens_of_the_prompt_stand_in_the_usage(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.report((TokenRun("r", 0, 1, 0, (5,)),), prompted=cached(2))
+    shell.run(1, STOP_ID, finish=Finish.STOP)
+    assert shell.final(1).usage == Usage(3, 2, 0, 2)
+    successor = shell.restart()
+    successor.post(Submit(2, request()))
+    assert successor.final(2) == shell.final(1)
+
+
+@pytest.mark.parametrize(("told", "usage"), [(0, 0), (1, 1)])
+def test_what_the_first_attempt_found_cached_counts_and_no_replay(shell: Shell, told: int, usage: int) -> None:
+    shell.post(Submit(1, request()))
+    shell.report((TokenRun("r", 0, 1, 0, (5,)),), prompted=cached(told))
+    shell.post(ReplicaEnded(FENCE, "killed"))
+    shell.open(fence=Fence(1, 0, 2))
+    run = TokenRun("r", 0, 2, 1, (STOP_ID,), finish=Finish.STOP)
+    shell.post(Reported(Report(Fence(1, 0, 2), 1, (run,), prompted=cached(3, attempt=2))))
+    assert shell.final(1).usage.cached_tokens == usage
+
+
+def test_an_attempt_that_never_computed_its_prompt_leaves_that_to_the_next(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(ReplicaEnded(FENCE, "killed"))
+    shell.open(fence=Fence(1, 0, 2))
+    stale, now = cached(1), cached(3, attempt=2)
+    run = TokenRun("r", 0, 2, 0, (STOP_ID,), finish=Finish.STOP)
+    shell.post(Reported(Report(Fence(1, 0, 2), 1, (run,), prompted=(*stale, *now))))
+    assert shell.final(1).usage.cached_tokens == 3
+
+
+def test_log_probabilities_of_the_prompt_survive_the_coordinator(shell: Shell) -> None:
+    sampling = replace(request().sampling, prompt_logprobs=1)
+    shell.post(Submit(1, request(sampling=sampling)))
+    logprobs = (Logprob(-0.5, (2,), (-0.5,)), Logprob(-1.5, (4,), (-1.0,)))
+    shell.report((TokenRun("r", 0, 1, 0, (5,)),), prompted=cached(0, logprobs=logprobs))
+    successor = shell.restart()
+    successor.open(Running("r", 1))
+    successor.post(Submit(2, request(sampling=sampling), received=((5,),)))
+    successor.report((TokenRun("r", 0, 1, 1, (STOP_ID,), finish=Finish.STOP),), prompted=cached(2))
+    told = (TokenLogprob(2, -0.5, ((2, -0.5),)), TokenLogprob(3, -1.5, ((4, -1.0),)))
+    assert [record.attempt for record in successor.records if isinstance(record, PromptedRecord)] == [1]
+    assert successor.final(2).prompt_logprobs == told
+    assert successor.final(2).usage.cached_tokens == 0
+    third = successor.restart()
+    third.post(Submit(3, request(sampling=sampling)))
+    assert third.final(3) == replace(successor.final(2), timing=third.final(3).timing)
+
+
+def test_nothing_is_written_of_a_prompt_of_which_there_is_nothing_to_tell(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    records = len(shell.records)
+    shell.report(prompted=cached(0))
+    assert len(shell.records) == records
+
+
+def test_lower_priority_goes_first_then_who_came_first(shell: Shell) -> None:
+    shell.hello = replace(shell.hello, slots=1)
+    shell.open()
+    for stream, (name, priority) in enumerate((("z", 0), ("y", 0), ("x", -1), ("d", 1), ("w", -1)), start=1):
+        shell.post(Submit(stream, request(name, priority=priority)))
+    order = ["z", "x", "w", "y", "d"]
+    for name in order:
+        assert shell.assigns()[-1].request == name
+        assert shell.assigns()[-1].priority == {"d": 1, "x": -1, "w": -1}.get(name, 0)
+        shell.run(0, STOP_ID, finish=Finish.STOP, name=name)
+        shell.report(released=(Released(name, 1),))
+    assert [assign.request for assign in shell.assigns()] == order
+
+
+def test_who_is_interrupted_takes_its_old_place_and_passes_no_better_one(shell: Shell) -> None:
+    shell.post(Submit(1, request("a")))
+    shell.post(Submit(2, request("b", priority=1)))
+    shell.post(Submit(3, request("c")))
+    shell.post(Submit(4, request("d", priority=1)))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b"]
+    shell.post(ReplicaEnded(FENCE, "killed"))
+    shell.hello = replace(shell.hello, slots=4)
+    shell.open(fence=Fence(1, 0, 2))
+    assert [assign.request for assign in shell.assigns()[2:]] == ["a", "c", "b", "d"]
+
+
+def test_who_leaves_the_queue_and_comes_back_waits_once(shell: Shell) -> None:
+    shell.hello = replace(shell.hello, slots=1)
+    shell.open()
+    for stream, name in enumerate(("a", "b", "c"), start=1):
+        shell.post(Submit(stream, request(name)))
+    for stream in (2, 4):
+        shell.post(StreamClosed(stream))
+        shell.post(Submit(stream + 2, request("b")))
+    shell.post(StreamClosed(3))
+    assert shell.core.counts == Counts(1, 1, 1)
+    shell.run(0, STOP_ID, finish=Finish.STOP, name="a")
+    shell.report(released=(Released("a", 1),))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b"]
+    assert shell.core.counts == Counts(0, 1, 1)
+    shell.run(0, STOP_ID, finish=Finish.STOP, name="b")
+    shell.report(released=(Released("b", 1),))
+    shell.post(Submit(9, request("c")))
+    assert [assign.request for assign in shell.assigns()] == ["a", "b", "c"]
+
+
+def test_the_salt_of_cached_prefixes_goes_to_the_leader_and_through_the_journal(shell: Shell) -> None:
+    shell.post(Submit(1, request(cache_salt="tenant", priority=3)))
+    assert shell.assigns()[0].cache_salt == "tenant"
+    successor = shell.restart()
+    successor.open()
+    successor.post(Submit(2, request(cache_salt="tenant", priority=3)))
+    assert (successor.assigns()[0].cache_salt, successor.assigns()[0].priority) == ("tenant", 3)
