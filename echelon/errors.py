@@ -1,7 +1,7 @@
 """Every error that Echelon raises or sends, and the one table that says how each travels.
 
 EchelonError                      code                reasons
-├── InvalidRequestError           INVALID_ARGUMENT    INVALID_FIELD, CONTEXT_TOO_LONG
+├── InvalidRequestError           INVALID_ARGUMENT    INVALID_FIELD, CONTEXT_TOO_LONG, CONSTRAINT_FAILED
 ├── NotFoundError                 NOT_FOUND           MODEL_NOT_FOUND, JOB_NOT_FOUND
 ├── ConflictError                 ALREADY_EXISTS      REQUEST_ID_CONFLICT, JOB_ID_CONFLICT
 ├── StreamTakenOverError          ABORTED             STREAM_TAKEN_OVER

@@ -185,7 +185,7 @@ class EngineCore:
                 return
             self._tell(self._scheduler.release(assign.request))
         if reason := refusal(assign, self._limits):
-            self._tell(Outcome(released=[Released(assign.request, assign.attempt, reason)]))
+            self._tell(Outcome(released=[Released(assign.request, assign.attempt, reason, "CONTEXT_TOO_LONG")]))
         else:
             self._tell(self._scheduler.add(assign))
 

@@ -131,6 +131,8 @@ class Scheduler:
         for request, scores in zip(flight.scored, result.scores, strict=True):
             request.scores += scores
         outcome = Outcome()
+        for row, why in result.faults:
+            self._fail(flight.sampled[row], why, outcome)
         for sequence, token_id, logprob in zip(flight.sampled, result.ids, result.logprobs, strict=True):
             if sequence.state is not State.ENDED:
                 self._accept(sequence, token_id, logprob, outcome)
@@ -273,6 +275,13 @@ class Scheduler:
         self._cache.keep(sequence)
         sequence.due_at = min((sequence.kept + 1) * self._limits.block_tokens, sequence.end)
         return sequence.finish()
+
+    def _fail(self, sequence: Sequence, why: str, outcome: Outcome) -> None:
+        """No id can be drawn for it: its request cannot be answered, the other choices neither."""
+        if sequence.state is not State.ENDED:
+            request, attempt = sequence.assign.request, sequence.assign.attempt
+            self.release(request)
+            outcome.released.append(Released(request, attempt, why, "CONSTRAINT_FAILED"))
 
     def _end(self, sequence: Sequence, outcome: Outcome) -> None:
         """Forget a choice, and its request with its last one."""

@@ -110,6 +110,6 @@ class Sequence:
 
     def finish(self) -> Finish | None:
         """Whether the choice ends with its last id: by an end token, else by its limit."""
-        if self.ids[-1] in self.stop_ids and self.generated >= self.assign.sampling.min_tokens:
+        if self.ids[-1] in self.stop_ids and self.generated > self.assign.sampling.min_tokens:
             return Finish.STOP
         return Finish.LENGTH if len(self.ids) >= self.end else None

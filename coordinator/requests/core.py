@@ -30,7 +30,7 @@ from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
 from coordinator.requests.router import NOTHING, Link, Router, choose, too_large
-from echelon.errors import InternalError
+from echelon.errors import InvalidRequestError
 from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
 
@@ -170,8 +170,8 @@ class CoordinatorCore:
         """After a finish the request has ended already; what is released before is refused or lost."""
         life = self._current(released.request, released.attempt)
         if life and released.error:
-            message = f"the replica cannot run {released.request}: {released.error}"
-            self._lives.fail(now, life, InternalError(message, request_id=released.request))
+            error = InvalidRequestError(released.error, reason=released.reason, request_id=released.request)
+            self._lives.fail(now, life, error)
         elif life:
             self._lives.interrupt(now, life, "its leader let go of it")
 

@@ -19,7 +19,9 @@ from echelon.internal.link import Finish, Logprob, Progress, Sampling
 from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage
 
 _FINISH_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
-_ERRORS = {error.default_reason: error for error in WIRE_ERRORS} | {"CONTEXT_TOO_LONG": InvalidRequestError}
+_ERRORS = {error.default_reason: error for error in WIRE_ERRORS} | dict.fromkeys(
+    ("CONTEXT_TOO_LONG", "CONSTRAINT_FAILED"), InvalidRequestError
+)
 
 
 class Phase(enum.Enum):

@@ -135,11 +135,12 @@ class Prompted:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The leader holds nothing of this attempt any more. error says why the leader could not run it, else empty."""
+    """The leader holds nothing of this attempt any more. error and its reason say why it cannot be run, else empty."""
 
     request: str
     attempt: int
     error: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,10 @@ def report_to_proto(report: link.Report) -> link_pb2.ReplicaReport:
         report_seq=report.report_seq,
         hello=hello_to_proto(report.hello) if report.hello else None,
         runs=[run_to_proto(run) for run in report.runs],
-        released=[link_pb2.Released(request=r.request, attempt=r.attempt, error=r.error) for r in report.released],
+        released=[
+            link_pb2.Released(request=r.request, attempt=r.attempt, error=r.error, reason=r.reason)
+            for r in report.released
+        ],
         stats=stats_to_proto(report.stats) if report.stats else None,
         prompted=[prompted_to_proto(prompted) for prompted in report.prompted],
     )
@@ -213,7 +216,7 @@ def report_from_proto(message: link_pb2.ReplicaReport) -> link.Report:
         fence=fence_from_proto(message.fence),
         report_seq=message.report_seq,
         runs=tuple(run_from_proto(run) for run in message.runs),
-        released=tuple(link.Released(r.request, r.attempt, r.error) for r in message.released),
+        released=tuple(link.Released(r.request, r.attempt, r.error, r.reason) for r in message.released),
         hello=hello_from_proto(message.hello) if message.HasField("hello") else None,
         stats=stats_from_proto(message.stats) if message.HasField("stats") else None,
         prompted=tuple(prompted_from_proto(prompted) for prompted in message.prompted),

@@ -8,7 +8,7 @@ from torch import Tensor
 from echelon.internal.link import Fence, Sampling
 from models.batch import ForwardBatch
 from worker.batch import Share, StepBatch, apply_and_build
-from worker.plan import Admit, Row, StepPlan, decode, encode
+from worker.plan import Admit, Row, StepPlan, Told, decode, encode
 from worker.slots import SlotState
 
 FENCE = Fence(1, 0, 1)

@@ -27,7 +27,6 @@ from echelon.errors import (
     CancelledError,
     ConflictError,
     DeadlineError,
-    InternalError,
     InvalidRequestError,
     OverloadedError,
     StreamTakenOverError,
@@ -350,10 +349,10 @@ def test_an_assignment_that_was_lost_with_its_link_is_made_again(shell: Shell) -
 
 def test_what_a_leader_refuses_fails_with_its_reason(shell: Shell) -> None:
     shell.post(Submit(1, request()))
-    shell.report(released=(Released("r", 1, "no such thing"),))
+    shell.report(released=(Released("r", 1, "no such thing", "CONSTRAINT_FAILED"),))
     error = shell.last_error(1)
-    assert isinstance(error, InternalError)
-    assert "no such thing" in str(error)
+    assert isinstance(error, InvalidRequestError)
+    assert (error.reason, error.message, error.request_id) == ("CONSTRAINT_FAILED", "no such thing", "r")
 
 
 def test_a_successor_adopts_what_runs_and_resumes_its_stream(shell: Shell) -> None:

@@ -10,7 +10,7 @@ from echelon.internal.link import Assign, Fence, Finish, Logprob, Progress, Prom
 from tests.unit.paged_device import request as assignment
 from worker.draft import SCORED_STEP_TOKENS
 from worker.limits import EngineLimits, refusal
-from worker.plan import StepPlan, StepResult, Told
+from worker.plan import NO_ID, StepPlan, StepResult, Told
 from worker.scheduler import Outcome, Scheduler
 
 FENCE = Fence(1, 0, 1)
@@ -120,8 +120,23 @@ def test_the_last_id_may_be_an_end_token() -> None:
 def test_an_end_token_before_min_tokens_does_not_end() -> None:
     scheduler = Scheduler(limits())
     scheduler.add(request("a", 3, 8, choices=replayed(STOP_ID), min_tokens=3))
-    finishes = [step(scheduler, STOP_ID)[1].runs[0].finish for _ in range(2)]
-    assert finishes == [None, Finish.STOP]
+    finishes = [step(scheduler, STOP_ID)[1].runs[0].finish for _ in range(3)]
+    assert finishes == [None, None, Finish.STOP]
+
+
+def test_a_row_without_an_id_fails_its_request_with_the_reason_and_no_other() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", 3, 8, choices=[Progress(0), Progress(1)]))
+    scheduler.add(request("b", 3, 8))
+    plan = planned(scheduler)
+    slots = [row.slot for row in plan.rows if row.sampled]
+    assert len(slots) == 3
+    result = StepResult(plan.step, (NO_ID, 7, 7), (None,) * 3, faults=((0, "the matcher broke"),))
+    outcome = scheduler.commit(result)
+    assert outcome.released == [Released("a", 1, "the matcher broke", "CONSTRAINT_FAILED")]
+    assert [(run.request, run.ids) for run in outcome.runs] == [("b", (7,))]
+    scheduler.release("b")
+    scheduler.check_integrity()
 
 
 def test_blocks_are_allocated_as_positions_need_them() -> None:

@@ -160,14 +160,16 @@ class Prompted(_message.Message):
     def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ...) -> None: ...
 
 class Released(_message.Message):
-    __slots__ = ("request", "attempt", "error")
+    __slots__ = ("request", "attempt", "error", "reason")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
     error: str
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Running(_message.Message):
     __slots__ = ("request", "attempt")
