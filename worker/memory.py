@@ -61,9 +61,10 @@ def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch
     )
     decoding = min(max_running - 1, max_step_tokens - 1)
     admits = tuple(Admit(slot, 0, 1, sampling) for slot in range(decoding + 1))
-    rows = [Row(slot, max_context - 1, 1, None, True, 0) for slot in range(decoding)]
-    chunk = min(max_step_tokens - decoding, max_context)
-    rows.append(Row(decoding, max_context - chunk, chunk, (0,) * chunk, True, 0))
+    context = max(max_context - 1, 1)  # what the last id of all is drawn from
+    rows = [Row(slot, context - 1, 1, None, True, 0) for slot in range(decoding)]
+    chunk = min(max_step_tokens - decoding, context)
+    rows.append(Row(decoding, context - chunk, chunk, (0,) * chunk, True, 0))
     return StepPlan(Fence(0, 0, epoch), 1, admits, (), tuple(rows))
 
 

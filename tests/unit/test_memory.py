@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,10 +13,23 @@ from torch import Tensor
 from echelon.errors import ConfigError
 from echelon.internal.v1 import control_pb2
 from models.config import read_model_config
+from models.registry import build_model
 from parallel.comm import Group, Work
-from parallel.context import ParallelContext
+from parallel.context import ParallelContext, solo_context
 from tests.tiny import make_checkpoint
+from worker.kv_cache import KVCache
+from worker.loader import load_weights
+from worker.matchers import Matchers
 from worker.memory import largest_step, settle_kv_blocks
+from worker.plan import decode, encode
+from worker.runner import Runner, RunnerLimits
+
+
+def no_tokenizer() -> NoReturn:
+    raise AssertionError("no constraint is admitted")
+
+
+NO_MATCHERS = Matchers(no_tokenizer, 1)
 
 
 @dataclass
@@ -63,6 +77,19 @@ def test_the_largest_step_fills_the_budget_and_every_slot_it_can(running: int, s
     decode, prefill = plan.rows[:-1], plan.rows[-1]
     assert plan.fence.epoch == 3
     assert [row.given for row in decode] == [None] * min(running - 1, step_tokens - 1)
-    assert sum(row.tokens for row in plan.rows) == min(step_tokens, len(decode) + 24)
-    assert {row.first + row.tokens for row in plan.rows} == {24}
+    assert sum(row.tokens for row in plan.rows) == min(step_tokens, len(decode) + 23)
+    assert {row.first + row.tokens for row in plan.rows} == {23}
     assert [admit.slot for admit in plan.admits] == [*range(len(decode) + 1)] and prefill.slot == len(decode)
+
+
+@pytest.mark.parametrize(("running", "step_tokens"), [(1, 8), (4, 32), (8, 100)])
+def test_the_largest_step_runs_over_a_cache_of_one_block(tmp_path: Path, running: int, step_tokens: int) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    context = solo_context(torch.device("cpu"), torch.float32, epoch=3)
+    config = read_model_config(directory)
+    model = build_model(config, context)
+    load_weights(model, config, directory, context, lambda loaded, total: None)
+    runner = Runner(model, KVCache(config, context, 1, 16), context, RunnerLimits(running, 24, 16), NO_MATCHERS)
+    plan = largest_step(running, 24, step_tokens, epoch=3)
+    result = runner.run(decode(encode(plan)))
+    assert len(result.ids) == len(plan.rows) and all(logprob is not None for logprob in result.logprobs)
