@@ -87,8 +87,12 @@ def download(wanted: HubModel) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import disable_progress_bars
 
     name, hub, cache = wanted.name, constants.ENDPOINT, constants.HF_HUB_CACHE
+    if not sys.stderr.isatty():  # a line for the log, in place of bars
+        disable_progress_bars()
+        sys.stderr.write(f"echelon: {name}@{wanted.revision} is fetched from {hub}, but for what {cache} has\n")
     elsewhere = f"or run `hf download {name} --local-dir DIR` where there is a network, and pass --model DIR"
     try:
         return Path(snapshot_download(name, revision=wanted.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))

@@ -551,14 +551,21 @@ def test_a_copy_with_options_shares_the_connection(server: ScriptedServer) -> No
 
 
 def test_an_asynchronous_copy_does_as_well(server: ScriptedServer) -> None:
-    entered = threading.Event()
-    server.on("StreamGenerate", tokens(0, 1, then=waiting(entered)))
+    entered, gone = threading.Event(), threading.Event()
+    seen_gone: list[bool] = []
+
+    def hang(context: Any) -> None:
+        context.add_callback(gone.set)
+        entered.set()
+        seen_gone.append(gone.wait(10))
+
+    server.on("StreamGenerate", tokens(0, 1, then=hang))
     server.on("CancelGeneration", cancel_handler(threading.Event()))
     server.on("GetCluster", lambda request, context: convert_cluster.cluster_to_proto(CLUSTER))
 
     async def run() -> None:
         async with AsyncClient(server.address, timeout_s=20.0) as client:
-            copy = client.with_options(timeout_s=9)
+            copy = client.with_options(timeout_s=60)
             task = asyncio.create_task(copy.generate("once", request_id="mine"))
             await asyncio.to_thread(entered.wait, 20)
             await copy.close()
@@ -567,5 +574,6 @@ def test_an_asynchronous_copy_does_as_well(server: ScriptedServer) -> None:
             assert await client.cluster() == CLUSTER
 
     asyncio.run(run())
-    assert [round(remaining) for remaining in server.remaining_s[::2]] == [9, 20]
+    assert seen_gone == [True], "the call itself was ended, long before its deadline"
+    assert [round(remaining) for remaining in server.remaining_s[::2]] == [60, 20]
     assert list(server.requests["CancelGeneration"][0].request_ids) == ["mine"]

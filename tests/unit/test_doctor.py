@@ -123,7 +123,12 @@ CASES: list[tuple[dict[str, object], str, Level, str]] = [
     ({"state": Folder("/s", 9 * GIB, 9 * GIB, False)}, "state directory", Level.FAIL, "cannot be written"),
     ({"state": Folder("/s", 9 * GIB, 9 * GIB, True, "nfs4")}, "state directory", Level.WARN, "on nfs4: its locks"),
     ({"temporary": None}, "temporary folder", Level.WARN, "cannot be told"),
-    ({"left_behind": (LeftBehind("/t/echelon-a", 9.0),)}, "left behind", Level.WARN, "1 folders of clusters"),
+    (
+        {"left_behind": (LeftBehind("/t/echelon-a", 9.0),)},
+        "left behind",
+        Level.WARN,
+        "left 1 folders, which nothing uses",
+    ),
     ({"descriptors": (512, 4096)}, "file descriptors", Level.FAIL, "512 for a process"),
     ({"descriptors": (1024, 4096)}, "file descriptors", Level.WARN, "1024 for a process"),
     ({"clock": Clock(1e9, 2e9, True)}, "clock", Level.FAIL, "earlier than when Echelon was installed"),

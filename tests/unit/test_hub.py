@@ -67,7 +67,9 @@ def test_a_directory_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest
     assert served_name("org/name", tmp_path / "org" / "name") == "name"
 
 
-def test_the_model_is_fetched_once_and_settled_as_a_directory(hub: HubServer, tmp_path: Path) -> None:
+def test_the_model_is_fetched_once_and_settled_as_a_directory(
+    hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = resolve_config({"model": "org/tiny", "device": "cpu", "address": "127.0.0.1:0"})
     settled, _ = prepare(config, tmp_path)
     assert isinstance(settled.model, Path) and settled.model.name == COMMIT
@@ -76,6 +78,8 @@ def test_the_model_is_fetched_once_and_settled_as_a_directory(hub: HubServer, tm
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= fetched
     assert not fetched & {"README.md", "pytorch_model.bin", "consolidated.safetensors"}
     assert not any("onnx" in request for request in hub.requests)
+    told = capfd.readouterr().err
+    assert told.startswith(f"echelon: org/tiny@main is fetched from {hub.endpoint}") and told.count("\n") == 1
     hub.requests.clear()
     assert model_directory("org/tiny@v1") == settled.model
     assert hub.files_fetched() == set()

@@ -55,7 +55,7 @@ def check_left_behind(facts: Facts) -> Finding:
     if not facts.left_behind:
         return ok("left behind", "no folders of clusters that were killed")
     paths = " ".join(folder.path for folder in facts.left_behind)
-    found = f"{len(facts.left_behind)} folders of clusters that were killed, and nothing uses them"
+    found = f"clusters that were killed left {len(facts.left_behind)} folders, which nothing uses"
     return warn("left behind", found, f"rm -rf {paths}")
 
 
