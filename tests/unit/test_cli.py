@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from echelon import convert, convert_cluster, convert_jobs
@@ -273,6 +274,15 @@ def test_help_names_every_verb() -> None:
     shown = echelon("--help").stdout
     for verb in ("serve", "generate", "chat", "batch", "status", "events", "doctor"):
         assert verb in shown
+
+
+def test_every_command_that_prints_data_speaks_json() -> None:
+    root: Any = typer.main.get_command(app)
+    batch = root.commands["batch"]
+    commands = [command for group in (root, batch) for command in group.commands.values() if command is not batch]
+    assert {command.name for command in commands} >= {"generate", "chat", "status", "events", "doctor", "results"}
+    flags = {command.name: {flag for option in command.params for flag in option.opts} for command in commands}
+    assert [name for name, found in flags.items() if "--json" not in found] == []
 
 
 SAMPLING_FLAGS = """
