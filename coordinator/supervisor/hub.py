@@ -87,7 +87,7 @@ def download(wanted: HubModel) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     name, hub, cache = wanted.name, constants.ENDPOINT, constants.HF_HUB_CACHE
     if not sys.stderr.isatty():  # a line for the log, in place of bars
