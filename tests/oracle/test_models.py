@@ -34,8 +34,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> list[tuple[str, int]]:
     """The layouts that this run tests: all, or those that -k names."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    wanted = {tuple(item.callspec.params.get(key) for key in ("name", "tensor")) for item in items if item.callspec}
+    parametrized = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {(callspec.params.get("name"), callspec.params.get("tensor")) for callspec in parametrized}
     return [layout for layout in LAYOUTS if layout in wanted]
 
 
