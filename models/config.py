@@ -135,6 +135,8 @@ def _text_config(outer: JsonSource, family: Family) -> JsonSource:
 
 
 def _refuse_what_is_not_computed(source: JsonSource, family: Family) -> None:
+    if (method := source.table("quantization_config").get("quant_method")) is not None:
+        source.refuse(f"quantization_config.quant_method={method!r} is not supported; give an unquantised checkpoint")
     for key in ("mlp_bias", "use_bidirectional_attention"):
         if source.flag(key):
             source.refuse(f"{key}=true is not supported")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from echelon.errors import ConfigError
-from models.config import DefaultSampling, LayerConfig, read_model_config
-from models.families import FULL, SLIDING
+from models import layers, registry
+from models.config import ACTIVATIONS, DefaultSampling, LayerConfig, read_model_config
+from models.families import FAMILIES, FULL, SLIDING
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
 
@@ -210,6 +211,7 @@ def test_refuses_default_sampling_that_no_request_could_ask_for(tmp_path: Path, 
         ({"head_dim": 15}, ["head_dim=15", "odd"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quant_method='fp8'", "unquantised"]),
         ({"layer_types": [FULL, SLIDING]}, ["layer_types", "every layer of this architecture is 'full_attention'"]),
         ({"layer_types": [FULL]}, ["layer_types", "num_hidden_layers=2", "['full_attention']"]),
         (QWEN2 | {"layer_types": [FULL, "chunked_attention"]}, ["layer_types", "'chunked_attention'"]),
@@ -249,6 +251,11 @@ def test_refuses_with_file_and_key(tmp_path: Path, overrides: dict[str, object],
         read_model_config(tmp_path)
     for word in ["config.json", *words]:
         assert word in str(caught.value)
+
+
+def test_what_is_accepted_is_built() -> None:
+    assert registry.BUILDERS.keys() == FAMILIES.keys()
+    assert layers.ACTIVATIONS.keys() == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", b"\xff\xfe"])
