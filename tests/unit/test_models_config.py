@@ -144,7 +144,8 @@ def test_a_multimodal_config_as_sparse_as_gemma_3_ships_it(tmp_path: Path) -> No
 
 def test_what_gemma_2_takes_for_missing_keys_and_for_null(tmp_path: Path) -> None:
     keys = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "hidden_activation")
-    missing = make_checkpoint(tmp_path / "missing", "gemma2", tie_word_embeddings=None, **dict.fromkeys(keys))
+    left_out: dict[str, Any] = dict.fromkeys((*keys, "tie_word_embeddings"))
+    missing = make_checkpoint(tmp_path / "missing", "gemma2", **left_out)
     config = read_model_config(missing)
     assert (config.attention_cap, config.logit_cap, config.attention_scale) == (50.0, 30.0, 1 / 16)
     assert config.activation == "gelu_pytorch_tanh" and config.tie_word_embeddings
