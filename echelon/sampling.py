@@ -111,7 +111,10 @@ CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object", "choice")
 
 def shown(value: object) -> str:
     """A value as an error tells it, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"{type(value).__name__} of too many digits"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
