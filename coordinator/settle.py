@@ -60,7 +60,7 @@ def settle_sampling(sent: SamplingParams, served: Served, drawn_seed: int) -> Sa
         include_stop=sent.include_stop,
         n=sent.n or 1,
         prompt_logprobs=sent.prompt_logprobs,
-        logit_bias=tuple(sorted((sent.logit_bias or {}).items())),
+        logit_bias=tuple(sorted((token_id, float(bias)) for token_id, bias in (sent.logit_bias or {}).items())),
         bad_words=_bad_words(sent.bad_words, served.tokenizer),
         grammar=_grammar(sent, served.grammars),
     )
