@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 
 from echelon import convert, convert_cluster, convert_jobs
-from echelon.chat import ChatMessage
 from echelon.errors import InternalError, InvalidRequestError, NotFoundError
-from echelon.sampling import SamplingParams
+from echelon.sampling import CONSTRAINTS, SamplingParams
 from echelon.types import (
     Admitted,
     Choice,
@@ -45,17 +44,82 @@ COMPLETION = Completion(
 )
 
 
+WHOLE = SamplingParams(
+    temperature=0.5,
+    top_p=0.75,
+    top_k=9,
+    min_p=0.125,
+    presence_penalty=-1.0,
+    frequency_penalty=1.0,
+    repetition_penalty=1.25,
+    logit_bias={0: -100.0, 2**31 - 1: 0.5},
+    bad_words=("x", " y"),
+    max_tokens=30,
+    min_tokens=4,
+    seed=-(2**63),
+    n=3,
+    stop=("</s>", "狐"),
+    include_stop=True,
+    stop_token_ids=(0, 2**31 - 1),
+    ignore_eos=True,
+    logprobs=20,
+    prompt_logprobs=0,
+)
+ZEROS = SamplingParams(
+    temperature=0.0,
+    top_k=0,
+    min_p=0.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    min_tokens=0,
+    seed=0,
+    logprobs=0,
+    prompt_logprobs=0,
+)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
         SamplingParams(),
-        SamplingParams(temperature=0.0, top_k=0, seed=0, logprobs=0),  # zero is not unset
-        SamplingParams(temperature=0.7, top_p=0.9, top_k=5, max_tokens=9, seed=-(2**63), logprobs=20),
-        SamplingParams(stop_token_ids=(0, 2**31 - 1), ignore_eos=True),
+        ZEROS,  # zero is not unset
+        WHOLE,
+        SamplingParams(json_schema={"type": "object"}),
+        SamplingParams(regex="a+"),
+        SamplingParams(grammar='start: "a"'),
+        SamplingParams(json_object=True),
+        SamplingParams(choice=("yes", "no")),
     ],
 )
 def test_sampling(sampling: SamplingParams) -> None:
     assert convert.sampling_from_proto(convert.sampling_to_proto(sampling)) == sampling
+
+
+def test_this_file_sets_every_field_of_sampling() -> None:
+    for field in dataclasses.fields(SamplingParams):
+        if field.name not in CONSTRAINTS:
+            assert getattr(WHOLE, field.name) != field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (generation_pb2.SamplingParams(logit_bias={2**31: 1.0}), "sampling.logit_bias"),
+        (generation_pb2.SamplingParams(choice=generation_pb2.Alternatives()), "sampling.choice"),
+        (generation_pb2.SamplingParams(regex=""), "sampling.regex"),
+        (generation_pb2.SamplingParams(stop=[""]), "sampling.stop"),
+    ],
+)
+def test_what_only_a_client_of_another_make_sends_is_refused(
+    message: generation_pb2.SamplingParams, field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.sampling_from_proto(message)
+    assert caught.value.field == field
+
+
+def test_no_json_object_is_no_constraint() -> None:
+    assert convert.sampling_from_proto(generation_pb2.SamplingParams(json_object=False)) == SamplingParams()
 
 
 def test_bad_sampling_from_the_wire_names_its_field() -> None:
@@ -77,14 +141,9 @@ def test_an_unknown_stream_message_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("choices", [0, 1, 2])
-def test_an_answer_without_one_finished_choice_is_an_error(choices: int) -> None:
+def test_an_answer_without_a_finished_choice_is_an_error(choices: int) -> None:
     with pytest.raises(InternalError):
         convert.completion_from_proto(generation_pb2.GenerateResponse(choices=[generation_pb2.Choice()] * choices))
-
-
-def test_chat_message() -> None:
-    message = ChatMessage("user", "hello")
-    assert convert.message_from_proto(convert.message_to_proto(message)) == message
 
 
 @pytest.mark.parametrize("state", JobState)

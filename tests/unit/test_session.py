@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from echelon.errors import (
@@ -101,6 +103,55 @@ def test_a_delta_out_of_place_is_never_handed_on_but_asked_for_again(lost: Recei
     (effect,) = session.step(2.0, lost)
     assert isinstance(effect, Sleep)
     assert session.step(3.0, Timer()) == [Open(((1, 2),), 97.0)]
+
+
+def of(choice: int, sequence: int, *ids: int) -> Received[StreamEvent]:
+    return Received(replace(delta(sequence, *ids).message, index=choice))
+
+
+def final_of(*answers: tuple[int, ...]) -> Received[Completion]:
+    choices = (replace(final(*ids).message.choices[0], index=index) for index, ids in enumerate(answers))
+    return Received(Completion(request_id="r", model="m", choices=tuple(choices)))
+
+
+def test_each_choice_has_its_own_place() -> None:
+    session = started()
+    for message in (of(1, 0, 5), of(0, 0, 1, 2), of(1, 1, 6)):
+        assert session.step(1.0, message) == [Yield(message.message)]
+    assert session.step(1.0, of(1, 0, 5)) == [], "repeated"
+    assert session.step(2.0, final_of((1, 2), (5, 6))) == [Finish(final_of((1, 2), (5, 6)).message)]
+
+
+def test_a_broken_stream_resumes_every_choice_where_it_was() -> None:
+    session = started()
+    session.step(1.0, of(2, 0, 7, 8))
+    session.step(1.0, of(0, 0, 1))
+    session.step(2.0, Broken(UnavailableError("gone")))
+    assert session.step(3.0, Timer()) == [Open(((1,), (), (7, 8)), 97.0)]
+    assert session.step(4.0, of(1, 0, 5)) == [Yield(of(1, 0, 5).message)]
+    assert session.step(4.0, of(2, 2, 9)) == [Yield(of(2, 2, 9).message)]
+    (effect,) = session.step(4.0, of(0, 2, 3))
+    assert isinstance(effect, Sleep), "a gap in one choice breaks the call"
+    assert session.step(5.0, Timer()) == [Open(((1,), (5,), (7, 8, 9)), 95.0)]
+
+
+def test_the_final_brings_what_is_left_of_each_choice() -> None:
+    session = started()
+    session.step(1.0, of(1, 0, 5))
+    rest, whole = of(1, 1, 6).message, of(2, 0, 7, 8).message
+    effects = session.step(2.0, final_of((), (5, 6), (7, 8)))
+    assert effects == [Yield(rest), Yield(whole), Finish(final_of((), (5, 6), (7, 8)).message)]
+
+
+@pytest.mark.parametrize("wrong", [final_of((1,), (9,)), final_of((1,), ()), final_of((5,), (5,))])
+def test_a_final_that_contradicts_one_choice_is_an_error(wrong: Received[Completion]) -> None:
+    session = started()
+    session.step(1.0, of(0, 0, 1))
+    session.step(1.0, of(1, 0, 5))
+    effects = session.step(2.0, wrong)
+    assert isinstance(effects[-1], Raise)
+    assert isinstance(effects[-1].error, InternalError)
+    assert not any(isinstance(effect, Finish) for effect in effects)
 
 
 def test_what_the_deltas_left_out_comes_with_the_final() -> None:

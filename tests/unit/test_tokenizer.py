@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.tokenizer import Tokenizer
-from echelon.chat import ChatMessage, ChatPrompt
+from echelon import convert
+from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import ConfigError, InvalidRequestError
 from tests.tiny import BEGIN, make_checkpoint
 
@@ -64,6 +65,79 @@ def test_what_the_template_refuses_is_the_requests_fault(tmp_path: Path) -> None
     directory = _tokenizer_only(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequestError, match="refuses these messages: roles must alternate"):
         Tokenizer.from_directory(directory).chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[7]['content'] }}",
+        "{{ messages[0].content() }}",
+        "{{ 1 // 0 }}",
+        "{{ '{0[5]}'.format([1]) }}",
+        "{{ odd | dictsort }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_whatever_a_template_stumbles_over_is_the_requests_fault(tmp_path: Path, template: str) -> None:
+    tokenizer = Tokenizer.from_directory(_tokenizer_only(tmp_path, template))
+    with pytest.raises(InvalidRequestError, match="the chat template refuses these messages") as caught:
+        tokenizer.chat(with_args(odd=5))
+    assert caught.value.field == "messages"
+
+
+def test_a_conversation_may_go_on_with_the_assistants_own_words(tokenizer: Tokenizer) -> None:
+    begun = replace(HELLO, messages=(*HELLO.messages, ChatMessage("assistant", "jumps over")))
+    goes_on = replace(begun, template_args={"continue_final_message": True})
+    assert tokenizer.decode(tokenizer.chat(goes_on)).endswith("[assistant] jumps over")
+    assert tokenizer.decode(tokenizer.chat(begun)).endswith("[assistant] jumps over\n[assistant] ")
+
+
+TOOLS_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }};{% endif %}"
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "<{{ call.id }} {{ call.type }} {{ call.function.name }} {{ call.function.arguments | tojson }}>"
+    "{% endfor %}"
+    "{% if message.tool_call_id %}({{ message.tool_call_id }}){% endif %};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"
+)
+
+
+def test_tools_calls_and_their_answers_come_to_the_template_as_they_were_sent(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(_tokenizer_only(tmp_path, TOOLS_TEMPLATE))
+    days = {"type": "integer", "default": 3, "maximum": 9}
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"days": days}}}
+    sent = ChatPrompt(
+        (
+            ChatMessage("user", "rain?"),
+            ChatMessage("assistant", "", (ToolCall("c1", "weather", '{"days": 3}'), ToolCall("c2", "f", "not JSON"))),
+            ChatMessage("tool", "no", (), "c1"),
+        ),
+        ({"type": "function", "function": function},),
+        {"mood": "calm"},
+    )
+    expected = (
+        '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": '
+        '{"days": {"type": "integer", "default": 3, "maximum": 9}}}}}];'
+        "[user]rain?;"
+        '[assistant]<c1 function weather {"days": 3}><c2 function f "not JSON">;'
+        "[tool]no(c1);"
+        "[assistant]calm"
+    )
+    over_the_wire = convert.chat_from_proto(convert.chat_to_proto(sent))
+    for prompt in (sent, over_the_wire):
+        ids = tokenizer.chat(prompt)
+        assert tokenizer.decode(ids) == expected
+        assert ids.count(tokenizer.encode("")[0]) == 1, "one beginning of text"
+    bare = tokenizer.chat(ChatPrompt((ChatMessage("user", "rain?"),)))
+    assert tokenizer.decode(bare) == "[user]rain?;[assistant]"
+
+
+def test_arguments_that_are_nested_too_deeply_stay_a_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(_tokenizer_only(tmp_path, TOOLS_TEMPLATE))
+    deep = "[" * 100_000
+    prompt = ChatPrompt((ChatMessage("assistant", "", (ToolCall("c", "f", deep),)),))
+    assert f'"{deep}"' in tokenizer.decode(tokenizer.chat(prompt))
 
 
 def test_without_a_chat_template_a_chat_is_refused_and_text_is_not(tmp_path: Path) -> None:
