@@ -23,7 +23,8 @@ from echelon.internal.link import (
 )
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
-from worker.scheduler import Outcome, Scheduler
+from worker.scheduler import Scheduler
+from worker.sequence import Outcome
 
 __all__ = [
     "Commanded",

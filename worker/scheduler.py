@@ -13,15 +13,14 @@ import heapq
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from operator import attrgetter
 
-from echelon.internal.link import Assign, Fence, Finish, Logprob, Prompted, Released, TokenRun
+from echelon.internal.link import Assign, Fence, Finish, Logprob, Released, TokenRun
 from worker.draft import Draft, Flight
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
 from worker.prefix_cache import PrefixCache, chain, root_hash
-from worker.sequence import NO_SLOT, Request, Sequence, State
+from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
 
 COUNTERS = (
     "steps",
@@ -37,15 +36,6 @@ COUNTERS = (
 )
 
 _ORDER = attrgetter("order")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What has become of requests: new ids, prompts that are computed, attempts of which nothing is held any more."""
-
-    runs: list[TokenRun] = field(default_factory=list)
-    prompted: list[Prompted] = field(default_factory=list)
-    released: list[Released] = field(default_factory=list)
 
 
 class Scheduler:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from echelon.internal.link import Assign, Finish, Logprob, Progress, Prompted
+from echelon.internal.link import Assign, Finish, Logprob, Progress, Prompted, Released, TokenRun
 
 NO_SLOT = -1
 
@@ -22,6 +22,15 @@ class State(enum.Enum):
     RUNNING = enum.auto()
     DRAWN = enum.auto()
     ENDED = enum.auto()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has become of requests: new ids, prompts that are computed, attempts of which nothing is held any more."""
+
+    runs: list[TokenRun] = field(default_factory=list)
+    prompted: list[Prompted] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)

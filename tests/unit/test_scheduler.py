@@ -11,7 +11,8 @@ from tests.unit.paged_device import request as assignment
 from worker.draft import SCORED_STEP_TOKENS
 from worker.limits import EngineLimits, refusal
 from worker.plan import NO_ID, StepPlan, StepResult, Told
-from worker.scheduler import Outcome, Scheduler
+from worker.scheduler import Scheduler
+from worker.sequence import Outcome
 
 FENCE = Fence(1, 0, 1)
 STOP_ID = 0

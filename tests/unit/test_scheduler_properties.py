@@ -19,7 +19,8 @@ from tests.unit.paged_device import STOP_ID, PagedDevice, answer, prompt_scores,
 from worker.draft import SCORED_STEP_TOKENS
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan
-from worker.scheduler import Outcome, Scheduler
+from worker.scheduler import Scheduler
+from worker.sequence import Outcome
 
 FENCE = Fence(1, 0, 1)
 PLANS_AHEAD = 3
