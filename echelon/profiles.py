@@ -2,7 +2,7 @@
 
 Read once, where a client is constructed: the environment, and the configuration file if a profile is named. The
 choice itself is `resolve_settings`, pure. Each of address, timeout_s and max_retries is looked for in this order:
-    argument > ECHELON_ADDRESS, ... > section [NAME] of echelon/config.toml (profile= or ECHELON_PROFILE) > default
+    argument > section [NAME] of echelon/config.toml, for profile=NAME > ECHELON_ADDRESS, ... > that of ECHELON_PROFILE
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ def resolve_settings(given: Given, environment: Mapping[str, str], read: Callabl
     path = config_path(environment)
     section = {} if name is None else _section(read(path), name, path)
 
+    def in_profile(key: str) -> str:
+        return f"{key} of profile {name!r} in {path}"
+
     def look_up(key: str, default: object) -> tuple[object, str]:
         if (argument := getattr(given, key)) is not None:
             return argument, key
+        if given.profile is not None and key in section:
+            return section[key], in_profile(key)
         if text := environment.get(VARIABLE_OF[key]):
             return text if key == "address" else _number(text, VARIABLE_OF[key]), VARIABLE_OF[key]
-        return section.get(key, default), f"{key} of profile {name!r} in {path}"
+        return section.get(key, default), in_profile(key)
 
     retry = given.retry or RetryPolicy()
     if given.retry is None or given.max_retries is not None:

@@ -61,6 +61,13 @@ def test_each_key_is_taken_from_the_first_source_that_has_it(key: str, present: 
     assert found[key] == (VALUES[first] if first else DEFAULTS)[key]
 
 
+def test_a_profile_that_was_named_beats_the_environment_and_one_of_the_environment_does_not() -> None:
+    environment = HOME | {"ECHELON_ADDRESS": "environment:1"}
+    assert resolve_settings(Given(profile="prod"), environment, reads(FILE)).address == "prod:1"
+    environment |= {"ECHELON_PROFILE": "prod"}
+    assert resolve_settings(Given(), environment, reads(FILE)).address == "environment:1"
+
+
 def test_a_named_profile_beats_that_of_the_environment() -> None:
     environment = HOME | {"ECHELON_PROFILE": "missing"}
     assert resolve_settings(Given(profile="slow"), environment, reads(FILE)).timeout_s == 9.5
@@ -133,7 +140,8 @@ def test_both_clients_read_environment_and_file_when_made(
     client = kind(profile="prod")
     monkeypatch.setenv("ECHELON_ADDRESS", "later:1")
     assert client.address == "prod:1"
-    assert kind(profile="prod").address == "later:1"
+    assert kind(profile="prod").address == "prod:1"
+    assert kind().address == "later:1"
     assert kind("mine:1", profile="prod").address == "mine:1"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="no profile 'prod'"):
