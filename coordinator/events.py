@@ -28,6 +28,9 @@ class EventLog:
         self._events: deque[ClusterEvent] = deque(maxlen=KEPT_EVENTS)
         self._grown = asyncio.Event()
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def emit(self, kind: str, subject: str, detail: Mapping[str, object] | None = None) -> None:
         """Record one event and wake the watchers."""
         self._events.append(ClusterEvent(self._next, time.time(), kind, subject, dict(detail or {})))

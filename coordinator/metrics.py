@@ -1,14 +1,15 @@
 """The coordinator's Prometheus figures, in a registry of their own.
 
-Names follow vLLM's where the meaning is the same, under the prefix `echelon_`. Counted by the service as it
-executes effects; served by prometheus-client's own small HTTP server.
+Names follow vLLM's where the meaning is the same, under the prefix `echelon_`; those of the process itself (memory,
+descriptors, CPU) are Prometheus' own. Counted by the service as it executes effects; served by prometheus-client's
+small HTTP server.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from echelon.errors import ConfigError
 
@@ -27,6 +28,11 @@ class Metrics:
     queued: Gauge
     running: Gauge
     parked: Gauge
+    remembered: Gauge
+    open_streams: Gauge
+    kept_events: Gauge
+    tasks: Gauge
+    journal_bytes: Gauge
     time_to_first_token: Histogram
     inter_token: Histogram
     kv_cache_usage: Gauge
@@ -38,6 +44,7 @@ class Metrics:
     def create(cls) -> Metrics:
         """All figures in a fresh registry."""
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"echelon_{name}", text, labels, registry=registry)
@@ -57,6 +64,13 @@ class Metrics:
             queued=gauge("num_requests_waiting", "Requests queued for a replica."),
             running=gauge("num_requests_running", "Requests assigned to a replica."),
             parked=gauge("num_requests_parked", "Requests whose client vanished, waiting to be resumed."),
+            remembered=gauge("num_requests_remembered", "Requests known by their id, ended ones included."),
+            open_streams=gauge("open_streams", "Clients and job items that read a request's tokens now."),
+            kept_events=gauge("kept_events", "Events that can still be listed."),
+            tasks=gauge("asyncio_tasks", "Tasks on the coordinator's event loop."),
+            journal_bytes=gauge(
+                "journal_bytes", "The journal's size; at 64 MiB it is written anew, without the ended."
+            ),
             time_to_first_token=seconds("time_to_first_token_seconds", "From arrival to the first token."),
             inter_token=seconds("inter_token_latency_seconds", "Between deltas of one request, per token."),
             kv_cache_usage=gauge("kv_cache_usage_ratio", "Referenced share of a replica's KV blocks.", "replica"),

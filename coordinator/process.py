@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.assembly import RankLauncher, build_service, epoch_settings
 from coordinator.cluster import Cluster
+from coordinator.decoding import DecodingInterceptor
 from coordinator.fences import Fences
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
@@ -173,7 +174,7 @@ class Coordinator:
         return ReplicaService(REPLICA, core, launcher, self._service, callbacks)
 
     async def _serve_public(self, jobs: JobService) -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=[DecodingInterceptor()], options=SERVER_OPTIONS)
         cluster = ClusterServicer(self.describe, self._service)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
         jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs, self._service.facts), server)

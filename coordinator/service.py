@@ -176,10 +176,18 @@ class Service:
         while True:
             await asyncio.sleep(TICK_S)
             self.post(Tick())
-            counts = self.core.counts
-            self.metrics.queued.set(counts.queued)
-            self.metrics.running.set(counts.running)
-            self.metrics.parked.set(counts.parked)
+            self._measure_all()
+
+    def _measure_all(self) -> None:
+        counts, metrics = self.core.counts, self.metrics
+        metrics.queued.set(counts.queued)
+        metrics.running.set(counts.running)
+        metrics.parked.set(counts.parked)
+        metrics.remembered.set(self.core.remembered)
+        metrics.open_streams.set(len(self._streams))
+        metrics.kept_events.set(len(self.events))
+        metrics.tasks.set(len(asyncio.all_tasks()))
+        metrics.journal_bytes.set(self._journal.size_bytes)
 
     def post(self, event: Event) -> None:
         """One event through the core: its records in one write(), then its other effects in order."""

@@ -10,13 +10,13 @@ from a file that has one bad line. What only the model can judge (context, vocab
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from coordinator.frontend import Prompt
+from coordinator.jobs.strict_json import StrictJsonError, parse_json
 from echelon.chat import ChatMessage, ChatPrompt
 from echelon.errors import InvalidRequestError
 from echelon.sampling import SamplingParams
@@ -247,30 +247,10 @@ def _lines(jsonl: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _json(line: str, number: int) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in pairs:
-            if key in found:
-                _refuse(number, key, "is given twice")
-            found[key] = value
-        return found
-
-    def constant(name: str) -> NoReturn:
-        _refuse(number, "", f"holds {name}, which is not JSON")
-
     try:
-        value = json.loads(line, object_pairs_hook=unique, parse_constant=constant)
-        if "\\ud" in line.lower():  # half of a surrogate pair is no character: no file and no message can carry it
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        _refuse(number, "", f"is not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        _refuse(number, "", "is nested too deeply")
-    except UnicodeEncodeError:
-        _refuse(number, "", "holds half of a surrogate pair (\\udXXX)")
-    except ValueError as error:  # an integer of thousands of digits
-        _refuse(number, "", f"is not JSON we can read: {error}")
+        return parse_json(line)
+    except StrictJsonError as error:
+        _refuse(number, error.key, error.rule)
 
 
 def _refuse(number: int, path: str, rule: str) -> NoReturn:

@@ -23,6 +23,7 @@ from echelon.errors import ConfigError, ConflictError, OverloadedError
 from echelon.types import Completion, ItemCounts, ItemResult, JobState, JobStatus, Usage
 
 SCHEMA_VERSION = 2
+MAX_INTEGER = 2**63 - 1  # of SQLite
 # Where a test may end the process, in the order in which a job meets them.
 CRASH_POINTS = (
     *("create.begun", "create.job", "create.items", "create.committed"),
@@ -155,7 +156,7 @@ class JobStore:
                 _items.c.custom_id, _results.c.item_index, _results.c.cursor, _results.c.succeeded, _results.c.body
             )
             .join(_items, (_items.c.job_id == _results.c.job_id) & (_items.c.item_index == _results.c.item_index))
-            .where((_results.c.job_id == job_id) & (_results.c.cursor > after_cursor))
+            .where((_results.c.job_id == job_id) & (_results.c.cursor > min(after_cursor, MAX_INTEGER)))
             .order_by(_results.c.cursor)
             .limit(limit)
         )

@@ -20,12 +20,14 @@ SEGMENT_BYTES = 64 * 2**20
 class JournalFile:
     """Append-only. `state` is what the file adds up to; the core folds its records into it before they are appended.
 
-    damaged_bytes: what replay had to leave out, a torn tail as a rule. Raises OSError when the disk refuses.
+    damaged_bytes: what replay had to leave out, a torn tail as a rule. size_bytes: of the segment that is written now.
+    Raises OSError when the disk refuses.
     """
 
     def __init__(self, directory: Path, term: int, *, fsync: bool = False, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.state = JournalState()
         self.damaged_bytes = 0
+        self.size_bytes = 0
         self._directory = directory
         self._term = term
         self._fsync = fsync
@@ -40,7 +42,7 @@ class JournalFile:
         """Write all records of a step, or raise OSError; then they go ahead of the next ones, so no gap ever shows."""
         self._unwritten += frame(records, self._term)
         self._write()
-        if self._size > self._limit:
+        if self.size_bytes > self._limit:
             self._compact()
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ class JournalFile:
         try:
             self._start_segment()
         except OSError:
-            self._limit = 2 * self._size
+            self._limit = 2 * self.size_bytes
 
     def _start_segment(self) -> None:
         """Rename makes the copy whole or absent, so a crash here leaves the older segments or the new one in charge."""
@@ -85,8 +87,8 @@ class JournalFile:
             raise
         self.close()
         self._descriptor = descriptor
-        self._size = len(content)
-        self._limit = max(self._segment_bytes, 2 * self._size)
+        self.size_bytes = len(content)
+        self._limit = max(self._segment_bytes, 2 * self.size_bytes)
         for segment in old:
             segment.unlink()
 
@@ -94,9 +96,9 @@ class JournalFile:
         try:
             _write_all(self._descriptor, self._unwritten)
         except OSError:
-            os.ftruncate(self._descriptor, self._size)  # half a frame would hide every later one
+            os.ftruncate(self._descriptor, self.size_bytes)  # half a frame would hide every later one
             raise
-        self._size += len(self._unwritten)
+        self.size_bytes += len(self._unwritten)
         self._unwritten = b""
         if self._fsync:
             os.fdatasync(self._descriptor)

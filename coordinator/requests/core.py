@@ -86,6 +86,11 @@ class CoordinatorCore:
         phases = self._lives.phases
         return Counts(phases[Phase.QUEUED], phases[Phase.RUNNING], phases[Phase.PARKED])
 
+    @property
+    def remembered(self) -> int:
+        """Requests known by their id, ended ones included."""
+        return len(self._lives)
+
     def is_open(self, request_id: str) -> bool:
         """Whether a request is known and has not ended: what a cancel would cancel."""
         life = self._lives.get(request_id)

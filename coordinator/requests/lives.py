@@ -59,6 +59,9 @@ class Lives:
         self._deliveries: list[Effect] = []
         self._told: list[Effect] = []
 
+    def __len__(self) -> int:
+        return len(self._lives)
+
     def get(self, request_id: str) -> Life | None:
         return self._lives.get(request_id)
 

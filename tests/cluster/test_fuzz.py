@@ -1,0 +1,88 @@
+"""Any bytes to any RPC: one proper end by the deadline, and the cluster is afterwards as it was before.
+
+Messages are made from the descriptors, nearly good ones beside wild ones, and their bytes are spoilt; calls are left
+at random points. Judged by `calls.py`. After each example nothing runs, waits or holds a block, the processes are the
+same, and a probe gets the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from echelon.v1 import generation_pb2
+from tests.cluster.calls import METHODS, Answers, End, assert_proper, call
+from tests.cluster.good_messages import GOOD, nearly_good
+from tests.cluster.messages import anything, wire
+from tests.cluster.target import Target, fuzz_target
+
+pytestmark = pytest.mark.cluster
+
+EXAMPLES = {"Generate": 120, "StreamGenerate": 120, "CreateBatchJob": 60}  # of others a sixth
+LONG_TIMES = 12
+
+
+@pytest.fixture(scope="module")
+def target(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    yield from fuzz_target(ray_address, tmp_path_factory.mktemp("fuzz"))
+
+
+def fuzz(target: Target, name: str, examples: int) -> None:
+    method = METHODS[name]
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(
+        payload=wire(GOOD[name] | nearly_good(name) | nearly_good(name) | anything(method.request.DESCRIPTOR)),
+        timeout_s=st.sampled_from((0.02, 0.3, 1.0)),
+        leave_after=st.sampled_from((None, None, None, None, 0, 1, 2, 4)),
+    )
+    def one(payload: bytes, timeout_s: float, leave_after: int | None) -> None:
+        end = call(target.channel, method, payload, timeout_s, leave_after)
+        try:
+            method.request.FromString(payload)
+        except DecodeError:
+            assert_undecodable(end)
+        else:
+            assert_proper(end)
+            if name == "StreamGenerate":
+                message = generation_pb2.GenerateRequest.FromString(payload)
+                Answers().take(end, tuple(tuple(held.ids) for held in message.resume.received))
+        outcome = "left" if end.left else end.error.code().name if end.error else "OK"
+        target.seen[outcome] = target.seen.get(outcome, 0) + 1
+        target.assert_undisturbed()
+
+    one()
+
+
+def assert_undecodable(end: End) -> None:
+    assert end.left or end.error is not None
+    if end.error is not None:
+        assert end.error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DEADLINE_EXCEEDED), end.error
+
+
+def test_every_method_has_good_messages() -> None:
+    assert GOOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_message(target: Target, name: str) -> None:
+    fuzz(target, name, EXAMPLES.get(name, 20))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", METHODS)
+def test_very_many_messages(target: Target, name: str) -> None:
+    fuzz(target, name, EXAMPLES.get(name, 20) * LONG_TIMES)

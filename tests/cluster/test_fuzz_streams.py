@@ -1,0 +1,183 @@
+"""Streams of a few requests, opened, read, left, resumed, cancelled and taken over in any order.
+
+A state machine draws the steps. Whatever it does, each stream is whole or ends with one error, no two streams of a
+request say different tokens, and in the end the cluster is as it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from echelon.v1 import generation_pb2
+from tests.cluster.calls import GRACE_S, METHODS, Answers, End, assert_proper, error_info, open_call
+from tests.cluster.good_messages import VOCABULARY, samplings
+from tests.cluster.target import Target, fuzz_target
+
+pytestmark = pytest.mark.cluster
+
+HOW = ("nothing", "shown", "shown", "part", "wrong", "longer", "swapped", "more")
+# Nothing that is drawn depends on what the cluster has said so far: places are taken modulo what there is.
+PLACE, WHICH, MORE = st.integers(0, 2), st.integers(0, 59), st.lists(st.integers(0, 330), min_size=1, max_size=20)
+MOSTLY = st.sampled_from((True,) * 5 + (False,))
+PATIENT_S = 20.0
+MACHINES = itertools.count()
+Held = tuple[tuple[int, ...], ...]
+
+
+@dataclass(eq=False)
+class Stream:
+    """One call of StreamGenerate under way. exact: the client holds what it was shown, and nobody meddles with it."""
+
+    request_id: str
+    call: Any
+    received: Held
+    end_by_s: float
+    messages: list[Any] = field(default_factory=list)
+    exact: bool = True
+
+
+class Streams(RuleBasedStateMachine):
+    """Up to three requests, whatever number of streams."""
+
+    def __init__(self, target: Target, ends: Counter[str]) -> None:
+        super().__init__()
+        self.target, self.ends = target, ends
+        self.prefix = f"machine-{next(MACHINES)}"
+        self.requests: dict[str, generation_pb2.GenerateRequest] = {}
+        self.open: list[Stream] = []
+        self.answers = Answers()
+
+    @rule(place=PLACE, sampling=samplings(), length=st.integers(12, 80), patient=MOSTLY, same=MOSTLY)
+    def start(
+        self, place: int, sampling: generation_pb2.SamplingParams, length: int, patient: bool, same: bool
+    ) -> None:
+        """A new request, or a known one once more, or another under its id."""
+        request_id = f"{self.prefix}-{place}"
+        sampling.seed, sampling.max_tokens = 7, length
+        request = generation_pb2.GenerateRequest(text="Geese fly so", request_id=request_id, sampling=sampling)
+        known = self.requests.setdefault(request_id, request)
+        self._open(known if same else request, (), PATIENT_S if patient else 0.05, exact=same)
+
+    @rule(place=PLACE, how=st.sampled_from(HOW), choice=st.integers(0, 7), cut=st.integers(0, 80), more=MORE)
+    def resume(self, place: int, how: str, choice: int, cut: int, more: list[int]) -> None:
+        """With what was shown, with a part of it, with something else."""
+        request_id = f"{self.prefix}-{place}"
+        if request_id not in self.requests:
+            return
+        held = [list(ids) for ids in self.answers.of(request_id)]
+        ids = held[choice % len(held)] if held else []
+        if how == "nothing":
+            held = []
+        elif how == "part":
+            del ids[cut % (len(ids) + 1) :]
+        elif how == "wrong" and ids:
+            ids[cut % len(ids)] = (ids[cut % len(ids)] + 1 + more[0]) % VOCABULARY
+        elif how == "longer":
+            ids.extend(more)
+        elif how == "swapped":
+            held = held[1:] + held[:1]
+        elif how == "more":
+            held += [[1]] * 20
+        if how in ("longer", "swapped", "more"):
+            self.answers.distrust(request_id)
+        exact = how in ("nothing", "shown", "part")
+        self._open(self.requests[request_id], tuple(map(tuple, held)), PATIENT_S, exact)
+
+    def _open(self, request: generation_pb2.GenerateRequest, held: Held, timeout_s: float, exact: bool) -> None:
+        for stream in self.open:
+            stream.exact &= stream.request_id != request.request_id or request != self.requests[request.request_id]
+        message = generation_pb2.GenerateRequest()
+        message.CopyFrom(request)
+        message.resume.received.extend(generation_pb2.TokenIds(ids=ids) for ids in held)
+        call = open_call(self.target.channel, METHODS["StreamGenerate"], message.SerializeToString(), timeout_s)
+        exact &= timeout_s == PATIENT_S
+        self.open.append(Stream(request.request_id, call, held, time.monotonic() + timeout_s + GRACE_S, exact=exact))
+
+    @rule(which=WHICH, count=st.integers(1, 6))
+    def read(self, which: int, count: int) -> None:
+        if self.open:
+            self._read(self.open[which % len(self.open)], count)
+
+    @rule(which=WHICH)
+    def leave(self, which: int) -> None:
+        if self.open:
+            stream = self.open[which % len(self.open)]
+            stream.call.cancel()
+            self._end(stream, None, left=True)
+
+    @rule(places=st.lists(PLACE, min_size=1, max_size=3))
+    def cancel(self, places: list[int]) -> None:
+        request_ids = [f"{self.prefix}-{place}" for place in places]
+        for stream in self.open:
+            stream.exact &= stream.request_id not in request_ids
+        message = generation_pb2.CancelGenerationRequest(request_ids=request_ids)
+        self.target.ask("CancelGeneration", message.SerializeToString())
+
+    def _read(self, stream: Stream, count: int | None) -> None:
+        """So many messages, or all."""
+        try:
+            for _ in range(count) if count else itertools.count():
+                stream.messages.append(next(stream.call))
+        except StopIteration:
+            self._end(stream, None)
+        except grpc.RpcError as error:
+            self._end(stream, error)
+
+    def _end(self, stream: Stream, error: grpc.RpcError | None, left: bool = False) -> None:
+        self.open.remove(stream)
+        end = End(METHODS["StreamGenerate"], tuple(stream.messages), error, left)
+        assert left or time.monotonic() < stream.end_by_s, "a stream outlived its deadline"
+        assert_proper(end)
+        if stream.messages:
+            self.answers.take(end, stream.received)
+        if stream.exact and not left:
+            self.ends["undisturbed"] += 1
+        info = error_info(error) if error else None
+        self.ends["left" if left else info.reason if info else "DEADLINE" if error else "OK"] += 1
+
+    def teardown(self) -> None:
+        for stream in list(self.open):
+            self._read(stream, None)
+        self.target.assert_undisturbed()
+
+
+@pytest.fixture(scope="module")
+def target(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    yield from fuzz_target(ray_address, tmp_path_factory.mktemp("fuzz"))
+
+
+def fuzz_streams(target: Target, machines: int, steps: int) -> Counter[str]:
+    ends: Counter[str] = Counter()
+    config = settings(
+        max_examples=machines,
+        stateful_step_count=steps,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    run_state_machine_as_test(lambda: Streams(target, ends), settings=config)  # type: ignore[no-untyped-call]
+    return ends
+
+
+def test_streams_in_any_order(target: Target) -> None:
+    ends = fuzz_streams(target, machines=30, steps=20)
+    assert ends.keys() >= {"OK", "left", "CANCELLED", "STREAM_TAKEN_OVER", "REQUEST_ID_CONFLICT", "undisturbed"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_very_many_streams_in_any_order(target: Target) -> None:
+    fuzz_streams(target, machines=600, steps=40)
