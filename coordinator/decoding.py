@@ -1,12 +1,13 @@
 """Requests whose bytes are no message of their kind, refused like any other bad input.
 
 An interceptor of the coordinator's public server. gRPC ends such a call with UNKNOWN and a traceback in the log; here
-it ends with INVALID_ARGUMENT and says which message was expected. Knows no service.
+it ends with INVALID_ARGUMENT and says which message was expected. So does one that is larger than it need be: read, a
+message may take fifty times its bytes. Knows no service.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import Any
 
@@ -15,12 +16,18 @@ from google.protobuf.message import DecodeError
 
 from coordinator.server import refuse
 from echelon.errors import InvalidRequestError
+from echelon.internal.channel import MAX_MESSAGE_BYTES
+
+MAX_REQUEST_BYTES = 16 * 2**20  # a million token ids have about three
 
 Handler = Any  # grpc.RpcMethodHandler: its type has no parameter for what it handles
 
 
 class DecodingInterceptor(grpc.aio.ServerInterceptor):
-    """Of calls with one request; those with a stream of them pass."""
+    """Of calls with one request; those with a stream of them pass. large: methods that take all that gRPC takes."""
+
+    def __init__(self, large: Collection[str] = ()) -> None:
+        self._large = large
 
     async def intercept_service(
         self,
@@ -34,13 +41,16 @@ class DecodingInterceptor(grpc.aio.ServerInterceptor):
             made, behavior = grpc.unary_stream_rpc_method_handler, _stream(handler.unary_stream)
         else:
             made, behavior = grpc.unary_unary_rpc_method_handler, _unary(handler.unary_unary)
-        return made(behavior, _decoded(handler.request_deserializer), handler.response_serializer)
+        limit_bytes = MAX_MESSAGE_BYTES if handler_call_details.method in self._large else MAX_REQUEST_BYTES
+        return made(behavior, _decoded(handler.request_deserializer, limit_bytes), handler.response_serializer)
 
 
-def _decoded(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _decoded(decode: Callable[[bytes], Any], limit_bytes: int) -> Callable[[bytes], Any]:
     """The message, or the error that its bytes are: what a deserializer raises, gRPC alone would see."""
 
     def decoded(content: bytes) -> Any:
+        if len(content) > limit_bytes:
+            return InvalidRequestError(f"the request has {len(content)} bytes, over the limit of {limit_bytes}")
         try:
             return decode(content)
         except DecodeError as error:

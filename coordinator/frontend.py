@@ -21,6 +21,8 @@ from echelon.sampling import SamplingParams
 
 DEFAULT_TIMEOUT_S = 600.0
 JOB_PREFIX = "job."
+MAX_SALT_CHARACTERS = 256
+MAX_MESSAGES = 10_000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
 
@@ -66,7 +68,12 @@ def resolve(fields: GenerateFields, served: Served, now: float, drawn_seed: int,
     """
     facts = served.facts
     check_model(fields.model, facts)
-    prompt = prompt_ids(fields.prompt, served)
+    if len(fields.cache_salt) > MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(fields.cache_salt)} characters, over the limit of {MAX_SALT_CHARACTERS}",
+            field="cache_salt",
+        )
+    prompt = prompt_ids(fields.prompt, served, facts.max_context)
     sampling = settle_sampling(fields.sampling, served, drawn_seed)
     wanted = len(prompt) + sampling.max_tokens
     if wanted > facts.max_context:
@@ -103,32 +110,55 @@ def digest_of(fields: GenerateFields) -> bytes:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
-def prompt_ids(prompt: Prompt | None, served: Served) -> tuple[int, ...]:
-    """The ids that the model is given. Raises InvalidRequestError naming the field."""
-    ids = _encode(prompt, served.tokenizer)
+def prompt_ids(prompt: Prompt | None, served: Served, most_tokens: int | None = None) -> tuple[int, ...]:
+    """The ids that the model is given. Raises InvalidRequestError naming the field.
+
+    most_tokens: a text that cannot have so few is not looked at; what has more ids may pass.
+    """
+    ids = _encode(prompt, served.tokenizer, most_tokens)
     check_vocabulary(ids, served.facts, "token_ids" if isinstance(prompt, tuple) else "text")
     return ids
 
 
-def _encode(prompt: Prompt | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _encode(prompt: Prompt | None, tokenizer: Tokenizer, most_tokens: int | None) -> tuple[int, ...]:
     if prompt is None:
         raise InvalidRequestError("the request has no input; set one of text, token_ids or messages", field="prompt")
     if isinstance(prompt, ChatPrompt):
         if not prompt.messages:
             raise InvalidRequestError("messages is empty; send at least one message", field="messages")
+        if len(prompt.messages) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"messages has {len(prompt.messages)}, over the limit of {MAX_MESSAGES}", field="messages"
+            )
         for place, message in enumerate(prompt.messages):
             if not message.role:
                 raise InvalidRequestError(f"messages[{place}] has no role; set one, such as 'user'", field="messages")
-        ids = tokenizer.chat(prompt)
+        text = tokenizer.chat_text(prompt)
+        _check_length(text, tokenizer, most_tokens)
+        ids = tokenizer.encode_plain(text)
     elif isinstance(prompt, str):
         if not prompt:
             raise InvalidRequestError("text is empty; send at least one character", field="text")
+        _check_length(prompt, tokenizer, most_tokens)
         ids = tokenizer.encode(prompt)
     else:
         ids = prompt
     if not ids:
         raise InvalidRequestError("the prompt has no tokens; send at least one", field="prompt")
     return ids
+
+
+def _check_length(text: str, tokenizer: Tokenizer, most_tokens: int | None) -> None:
+    if most_tokens is None:
+        return
+    longest = tokenizer.longest_token_characters
+    if len(text) > most_tokens * longest:
+        raise InvalidRequestError(
+            f"the prompt has {len(text)} characters, over max_context={most_tokens} tokens of at most {longest} "
+            f"characters, {most_tokens * longest}; shorten it",
+            reason="CONTEXT_TOO_LONG",
+            field="prompt",
+        )
 
 
 def _context_remedy(prompt_tokens: int, max_context: int) -> str:

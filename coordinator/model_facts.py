@@ -43,6 +43,8 @@ def check_model(model: str, facts: ModelFacts) -> None:
 
 def check_vocabulary(ids: Sequence[int], facts: ModelFacts, name: str) -> None:
     """Refuses ids that the model does not have."""
+    if not ids or (min(ids) >= 0 and max(ids) < facts.vocab_size):
+        return
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < facts.vocab_size:
             raise InvalidRequestError(

@@ -44,6 +44,7 @@ from models.config import read_model_config
 REPLICA = 0  # one replica for now
 STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
+LARGE_METHODS = ("/echelon.v1.BatchJobService/CreateBatchJob",)  # a whole batch file in one request
 
 log = structlog.get_logger("coordinator")
 
@@ -174,7 +175,7 @@ class Coordinator:
         return ReplicaService(REPLICA, core, launcher, self._service, callbacks)
 
     async def _serve_public(self, jobs: JobService) -> None:
-        server = grpc.aio.server(interceptors=[DecodingInterceptor()], options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=[DecodingInterceptor(LARGE_METHODS)], options=SERVER_OPTIONS)
         cluster = ClusterServicer(self.describe, self._service)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
         jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs, self._service.facts), server)

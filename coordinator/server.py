@@ -6,7 +6,6 @@ parks a request through the closing of its event iterator.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
@@ -14,10 +13,10 @@ from typing import NoReturn, TypeVar
 import grpc.aio
 import structlog
 
-from coordinator.frontend import GenerateFields, Prompt, check_client_request_id
+from coordinator.incoming import off_loop, read_generation, read_prompt
 from coordinator.jobs.service import JobService
 from coordinator.model_facts import ModelFacts, check_model
-from coordinator.requests.nouns import Received, Shown
+from coordinator.requests.nouns import Shown
 from coordinator.service import Service
 from echelon import convert, convert_cluster, convert_jobs
 from echelon.errors import EchelonError, InternalError
@@ -57,40 +56,6 @@ async def answered(
         await refuse(context, error)
 
 
-def prompt_of(message: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest) -> Prompt | None:
-    """The one input that a client sent, if it sent one."""
-    match message.WhichOneof("input"):
-        case "text":
-            return message.text
-        case "chat":
-            return convert.chat_from_proto(message.chat)
-        case "token_ids":
-            assert isinstance(message, generation_pb2.GenerateRequest)
-            return tuple(message.token_ids.ids)
-    return None
-
-
-def fields_of(message: generation_pb2.GenerateRequest, remaining_s: float | None) -> GenerateFields:
-    """What a client sent. remaining_s: until its deadline, None without one."""
-    check_client_request_id(message.request_id)
-    return GenerateFields(
-        prompt=prompt_of(message),
-        sampling=convert.sampling_from_proto(message.sampling),
-        model=message.model,
-        request_id=message.request_id,
-        deadline_unix_s=None if remaining_s is None else time.time() + remaining_s,
-        priority=message.priority,
-        cache_salt=message.cache_salt,
-    )
-
-
-def received_of(message: generation_pb2.GenerateRequest) -> Received | None:
-    """The ids a re-attaching client holds, by choice."""
-    if not message.HasField("resume"):
-        return None
-    return tuple(tuple(choice.ids) for choice in message.resume.received)
-
-
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """GenerationService over the coordinator's service."""
 
@@ -103,7 +68,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.StreamGenerateResponse],
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         try:
-            async with aclosing(self._submit(request, context)) as events:
+            async with aclosing(await self._submit(request, context)) as events:
                 async for event in events:
                     if isinstance(event, EchelonError):
                         raise event
@@ -117,7 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse],
     ) -> generation_pb2.GenerateResponse:
         async def call() -> generation_pb2.GenerateResponse:
-            async with aclosing(self._submit(request, context)) as events:
+            async with aclosing(await self._submit(request, context)) as events:
                 async for event in events:
                     if isinstance(event, EchelonError):
                         raise event
@@ -134,8 +99,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse
         ],
     ) -> generation_pb2.CancelGenerationResponse:
-        cancelled = self._service.cancel(request.request_ids)
-        return generation_pb2.CancelGenerationResponse(cancelled_request_ids=cancelled)
+        async def call() -> generation_pb2.CancelGenerationResponse:
+            cancelled = self._service.cancel(request.request_ids)
+            return generation_pb2.CancelGenerationResponse(cancelled_request_ids=cancelled)
+
+        return await answered(context, call)
 
     async def Tokenize(
         self,
@@ -144,7 +112,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.TokenizeResponse:
         async def call() -> generation_pb2.TokenizeResponse:
             check_model(request.model, self._service.facts)
-            ids = await self._service.tokenize(prompt_of(request))
+            ids = await self._service.tokenize(await read_prompt(request))
             return generation_pb2.TokenizeResponse(token_ids=ids, max_context=self._service.facts.max_context)
 
         return await answered(context, call)
@@ -156,17 +124,18 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.DetokenizeResponse:
         async def call() -> generation_pb2.DetokenizeResponse:
             check_model(request.model, self._service.facts)
-            text = await self._service.detokenize(tuple(request.token_ids))
+            text = await self._service.detokenize(await off_loop(request, lambda: tuple(request.token_ids)))
             return generation_pb2.DetokenizeResponse(text=text)
 
         return await answered(context, call)
 
-    def _submit(
+    async def _submit(
         self,
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, Response],
     ) -> AsyncGenerator[Shown]:
-        return self._service.submit(fields_of(request, context.time_remaining()), received_of(request))
+        fields, received = await read_generation(request, context.time_remaining())
+        return self._service.submit(fields, received)
 
 
 class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):

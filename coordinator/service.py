@@ -38,11 +38,12 @@ from coordinator.requests.events import (
 )
 from coordinator.requests.nouns import Outcome, Received, Shown
 from coordinator.settle import Served
-from echelon.errors import EchelonError, OverloadedError
+from echelon.errors import EchelonError, InvalidRequestError, OverloadedError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report
 from echelon.types import Completion, StreamEvent
 
 TICK_S = 0.25
+MAX_CANCELLED = 10_000
 
 log = structlog.get_logger("service")
 
@@ -129,11 +130,15 @@ class Service:
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         """The text of these ids, special tokens left out."""
         check_vocabulary(token_ids, self.facts, "token_ids")
-        return await asyncio.to_thread(self._served.tokenizer.decode, token_ids)
+        return await asyncio.to_thread(self._served.tokenizer.decode_long, token_ids)
 
     def cancel(self, request_ids: Sequence[str]) -> list[str]:
-        """End these requests; answers the ids that were still running."""
-        running = [request_id for request_id in request_ids if self.core.is_open(request_id)]
+        """End these requests; answers the ids that were still running. Raises InvalidRequestError for too many."""
+        if len(request_ids) > MAX_CANCELLED:
+            raise InvalidRequestError(
+                f"request_ids has {len(request_ids)} ids; send at most {MAX_CANCELLED} at once", field="request_ids"
+            )
+        running = [request_id for request_id in dict.fromkeys(request_ids) if self.core.is_open(request_id)]
         self.post(Cancel(tuple(running)))
         return running
 

@@ -42,7 +42,10 @@ _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, Arithmeti
 
 
 class Tokenizer:
-    """One model's tokenizer. Safe to use from several threads at once."""
+    """One model's tokenizer. Safe to use from several threads at once.
+
+    longest_token_characters: no token stands for more of a text.
+    """
 
     def __init__(self, source: Any, directory: Path) -> None:
         self._source = source
@@ -51,6 +54,7 @@ class Tokenizer:
         # Truncation and padding are the only state that encoding would write: without them threads can share it.
         self._rust.no_truncation()
         self._rust.no_padding()
+        self.longest_token_characters = max(map(len, self._rust.get_vocab(with_added_tokens=True)))
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
@@ -73,18 +77,32 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text, with the special tokens that the tokenizer puts around it (a BOS, for most models)."""
-        return tuple(self._rust.encode(text, add_special_tokens=True).ids)
+        return self._encode(text, special_tokens=True)
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
         """Ids of a piece of text, and of nothing around it."""
-        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, special_tokens=False)
+
+    def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
+        """As a batch of one, for which the Rust tokenizer lets go of the interpreter: a long text takes seconds."""
+        (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return tuple(encoding.ids)
+
+    def decode_long(self, ids: Sequence[int]) -> str:
+        """As `decode`; it lets go of the interpreter, which costs more where there is little to decode."""
+        (text,) = self._rust.decode_batch([list(ids)], skip_special_tokens=True)
+        return str(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. No spaces are cleaned up: more ids only ever add text."""
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 
     def chat(self, prompt: ChatPrompt) -> tuple[int, ...]:
-        """Ids of a conversation in the model's chat format, up to where the assistant is to speak.
+        """Ids of a conversation in the model's chat format, up to where the assistant is to speak."""
+        return self.encode_plain(self.chat_text(prompt))
+
+    def chat_text(self, prompt: ChatPrompt) -> str:
+        """What those ids spell, for `encode_plain`.
 
         The template writes its special tokens itself, a BOS too, so encoding adds none.
         """
@@ -104,10 +122,9 @@ class Tokenizer:
         goes_on = bool(prompt.template_args.get("continue_final_message"))
         arguments = {"add_generation_prompt": not goes_on, **prompt.template_args, "tools": list(prompt.tools) or None}
         try:
-            text = self._source.apply_chat_template(conversation, tokenize=False, **arguments)
+            return str(self._source.apply_chat_template(conversation, tokenize=False, **arguments))
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", field="messages") from error
-        return self.encode_plain(text)
 
 
 def _for_template(message: ChatMessage) -> dict[str, object]:

@@ -17,6 +17,8 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_BAD_WORDS = 256
+MAX_STOP_IDS = 1024
+MAX_TEXT_CHARACTERS = 1000  # of a stop string or a bad word
 MAX_BIASES = 1024
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -205,12 +207,15 @@ def _is_bias(value: object) -> bool:
 
 
 def _list_of_texts(most: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, tuple) and len(value) <= most and all(value)
+    return lambda value: (
+        isinstance(value, tuple) and len(value) <= most and all(1 <= len(text) <= MAX_TEXT_CHARACTERS for text in value)
+    )
 
 
 _PENALTY = (_number(-MAX_PENALTY, MAX_PENALTY), f"a number from {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
 _LOGPROBS = (_integer(0, MAX_LOGPROBS), f"an integer from 0 to {MAX_LOGPROBS}")
 _NOT_EMPTY = (bool, "a text that is not empty")
+_TEXTS = f"texts of 1 to {MAX_TEXT_CHARACTERS} characters"
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "temperature": (_number(0, sys.float_info.max), "a finite number >= 0"),
@@ -224,16 +229,16 @@ _RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
         _is_bias,
         f"at most {MAX_BIASES} token ids, each with a number from {-MAX_BIAS:g} to {MAX_BIAS:g}",
     ),
-    "bad_words": (_list_of_texts(MAX_BAD_WORDS), f"at most {MAX_BAD_WORDS} texts, none of them empty"),
+    "bad_words": (_list_of_texts(MAX_BAD_WORDS), f"at most {MAX_BAD_WORDS} {_TEXTS}"),
     "max_tokens": (_integer(1), "an integer >= 1"),
     "min_tokens": (_integer(0), "an integer >= 0"),
     "seed": (lambda value: _is_integer(value) and value in SEED_RANGE, "a 64-bit signed integer"),
     "n": (_integer(1, MAX_CHOICES), f"an integer from 1 to {MAX_CHOICES}"),
-    "stop": (_list_of_texts(MAX_STOPS), f"at most {MAX_STOPS} texts, none of them empty"),
+    "stop": (_list_of_texts(MAX_STOPS), f"at most {MAX_STOPS} {_TEXTS}"),
     "include_stop": _FLAG,
     "stop_token_ids": (
-        lambda value: isinstance(value, tuple) and all(map(_is_id, value)),
-        "token ids, integers >= 0",
+        lambda value: isinstance(value, tuple) and len(value) <= MAX_STOP_IDS and all(map(_is_id, value)),
+        f"at most {MAX_STOP_IDS} token ids, integers >= 0",
     ),
     "ignore_eos": _FLAG,
     "logprobs": _LOGPROBS,

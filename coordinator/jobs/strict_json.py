@@ -58,9 +58,9 @@ def _constant(name: str) -> NoReturn:
 def _is_deep(value: object) -> bool:
     """Layer by layer, as recursion is what it guards."""
     layer = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         layer = [inner for outer in layer for inner in _inside(outer)]
-    return bool(layer)
+    return any(isinstance(value, (dict, list)) for value in layer)
 
 
 def _inside(value: object) -> Iterable[object]:
