@@ -94,4 +94,9 @@ def _grammar(sent: SamplingParams, grammars: Grammars) -> str:
             f"ignore_eos cannot go with {sent.constraint.kind}: an end token tells that the form is complete",
             field="sampling.ignore_eos",
         )
+    if sent.min_tokens:
+        raise InvalidRequestError(
+            f"min_tokens cannot go with {sent.constraint.kind}: the answer ends where its form is complete",
+            field="sampling.min_tokens",
+        )
     return grammars.settle(sent.constraint)

@@ -22,6 +22,7 @@ from echelon.errors import InvalidRequestError
 from echelon.sampling import SamplingParams
 
 MAX_CUSTOM_ID_CHARACTERS = 512
+MAX_LINE_BYTES = 16 * 2**20  # as of a request
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
 _OPENAI_KEYS = ("custom_id", "method", "url", "body")
@@ -240,6 +241,8 @@ def _lines(jsonl: bytes) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(jsonl.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not raw.strip():
             continue
+        if len(raw) > MAX_LINE_BYTES:
+            _refuse(number, "", f"has {len(raw)} bytes, over the limit of {MAX_LINE_BYTES}")
         try:
             yield number, raw.decode().strip()
         except UnicodeDecodeError as error:

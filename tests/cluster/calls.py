@@ -107,7 +107,7 @@ def assert_proper(end: End) -> None:
         return
     assert info.domain == ERROR_DOMAIN and CODES[info.reason] == code.name, f"{shown} ({info.reason})"
     assert len(details) > 10, shown
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
+    if info.reason == "INVALID_FIELD":
         assert info.metadata["field"], shown
 
 

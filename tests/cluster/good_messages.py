@@ -67,8 +67,8 @@ def samplings(draw: st.DrawFn) -> generation_pb2.SamplingParams:
     most = draw(st.integers(1, 12))
     lengths = {"max_tokens": most, "min_tokens": draw(st.integers(0, most))}
     form = draw(st.sampled_from(({}, {}, {}, *FORMS)))
-    count = {"n": draw(st.sampled_from((1, 1, 1, 1)))}
-    ends = {"ignore_eos": False} if form else {}  # an end token tells that the form is complete
+    count = {"n": draw(st.sampled_from((1, 1, 1, 2, 3, MAX_RUNNING)))}
+    ends = {"ignore_eos": False, "min_tokens": 0} if form else {}  # it ends where its form is complete
     return generation_pb2.SamplingParams(**{**draw(some(**PLAIN)), **lengths, **form, **count, **ends})
 
 

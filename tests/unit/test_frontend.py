@@ -174,6 +174,7 @@ def test_a_constraint_becomes_a_grammar_that_was_tried_on_the_vocabulary(run: Ru
         (SamplingParams(json_schema="{"), "sampling.json_schema", "it is not JSON"),
         (SamplingParams(grammar="start: missing"), "sampling.grammar", "missing"),
         (SamplingParams(json_object=True, ignore_eos=True), "sampling.ignore_eos", "json_object"),
+        (SamplingParams(regex="a+", min_tokens=2), "sampling.min_tokens", "cannot go with regex"),
         (SamplingParams(regex="a" * 100_001), "sampling.regex", "100001 characters, over the limit of 100000"),
     ],
 )
