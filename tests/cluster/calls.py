@@ -6,6 +6,7 @@ judged by the table of docs/errors.md: no status but those in it, with its reaso
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from grpc_status import rpc_status
 from echelon.errors import ERROR_DOMAIN
 from echelon.v1 import cluster_pb2, generation_pb2, jobs_pb2
 from tests.architecture.source import ROOT
+from tests.tiny import TOKENIZER_VOCABULARY as VOCABULARY
 
 GRACE_S = 1.0  # a call ends by its deadline and this
 ROW = re.compile(r"^\| `([A-Z_]+)` \| ([A-Z_]+|never sent) \|", re.MULTILINE)
@@ -132,6 +134,9 @@ class Answers:
         """A client has told ids of its own making, and what follows may be a continuation of them."""
         self._made_up.add(request_id)
 
+    def trusts(self, request_id: str) -> bool:
+        return request_id not in self._made_up
+
     def of(self, request_id: str) -> tuple[tuple[int, ...], ...]:
         """By choice, as far as any stream has shown."""
         known = self._known.get(request_id, {})
@@ -156,6 +161,8 @@ class Answers:
                 choice = held.setdefault(delta.index, [])
                 assert delta.sequence == len(choice) and delta.token_ids
                 choice.extend(delta.token_ids)
+                assert all(0 <= token_id < VOCABULARY for token_id in delta.token_ids)
+                assert all(math.isfinite(logprob.logprob) for logprob in delta.logprobs)
         if kinds[-1:] == ["final"]:
             for choice in end.messages[-1].final.choices:
                 assert list(choice.token_ids) == held.get(choice.index, [])

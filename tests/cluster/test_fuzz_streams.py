@@ -144,6 +144,8 @@ class Streams(RuleBasedStateMachine):
         if stream.exact and not left:
             self.ends["undisturbed"] += 1
         info = error_info(error) if error else None
+        if info and info.reason == "CONSTRAINT_FAILED":
+            assert not self.answers.trusts(stream.request_id), error
         self.ends["left" if left else info.reason if info else "DEADLINE" if error else "OK"] += 1
 
     def teardown(self) -> None:
