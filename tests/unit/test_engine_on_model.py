@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def assigns() -> list[Assign]:
     """Every rule that looks back at what was generated, every kind of extra row; prompts begin alike."""
     draw = random.Random(3)
     common = [draw.randrange(2, 300) for _ in range(14)]
-    settings: list[dict[str, object]] = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 0.0, "logprobs": 3},
         {"presence_penalty": 1.5, "frequency_penalty": 0.7, "repetition_penalty": 0.4, "logprobs": 0},
         {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "prompt_logprobs": 2},
