@@ -266,6 +266,8 @@ class JobService:
             model=item.model or self.get(job_id).model,
             request_id=item_request_id(job_id, index),
             deadline_unix_s=time.time() + ITEM_TIMEOUT_S,
+            priority=item.priority,
+            cache_salt=item.cache_salt,
         )
 
     async def _cancel_item(self, job_id: str, index: int, started: asyncio.Task[None]) -> None:

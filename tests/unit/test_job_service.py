@@ -101,6 +101,21 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "jobs.db"
 
 
+def test_an_items_place_in_the_queue_and_its_salt_go_with_it(path: Path) -> None:
+    async def test() -> None:
+        generation = Generation(echo)
+        line = b'{"custom_id": "c9", "prompt": "x", "priority": -3, "cache_salt": "tenant", "n": 2, "stop": "."}'
+        async with opened(path, generation) as service:
+            await service.create("a", "tiny", jsonl("x") + b"\n" + line)
+            await all_results(service)
+        plain, special = sorted(generation.submitted, key=lambda fields: fields.request_id)
+        assert (plain.priority, plain.cache_salt) == (0, "")
+        assert (special.priority, special.cache_salt) == (-3, "tenant")
+        assert (special.sampling.n, special.sampling.stop) == (2, (".",))
+
+    asyncio.run(test())
+
+
 def test_a_job_runs_to_its_end(path: Path) -> None:
     async def test() -> None:
         generation = Generation(echo)
