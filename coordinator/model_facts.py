@@ -37,7 +37,9 @@ def check_model(model: str, facts: ModelFacts) -> None:
     """Refuses any name but the served one; the empty name stands for it."""
     if model not in ("", facts.name):
         raise NotFoundError(
-            f"model {model!r} is not served; {facts.name!r} is", reason="MODEL_NOT_FOUND", field="model"
+            f"model {model!r} is not served; leave model empty, or take {facts.name!r}",
+            reason="MODEL_NOT_FOUND",
+            field="model",
         )
 
 

@@ -148,7 +148,11 @@ class JobService:
         """Raises NotFoundError."""
         status = self._runner.status(job_id)
         if status is None:
-            raise NotFoundError(f"there is no job {job_id!r}", reason="JOB_NOT_FOUND", field="name")
+            raise NotFoundError(
+                f"there is no job {job_id!r}; `echelon batch list` shows those there are",
+                reason="JOB_NOT_FOUND",
+                field="name",
+            )
         return status
 
     def list_jobs(self, page_size: int, page_token: str) -> tuple[tuple[JobStatus, ...], str]:

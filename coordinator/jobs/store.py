@@ -121,7 +121,7 @@ class JobStore:
                 self._insert(new)
             elif found.digest != new.digest:
                 raise ConflictError(
-                    f"job {new.job_id!r} exists with other content; submit under another id",
+                    f"job {new.job_id!r} exists with other content; take a new id",
                     reason="JOB_ID_CONFLICT",
                     field="batch_job_id",
                 )

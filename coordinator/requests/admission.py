@@ -32,7 +32,8 @@ def refuse_open(request: Request, received: Received, queue: Queue, new_text: Ne
     request_id, prompt = request.request_id, len(request.prompt)
     queued_tokens, max_queue_tokens = queue.queued_tokens, queue.max_queue_tokens
     if queue.draining:
-        return UnavailableError("the coordinator is draining", reason="DRAINING", request_id=request_id)
+        message = "the coordinator takes nothing new: it is being stopped or handed over; try again"
+        return UnavailableError(message, reason="DRAINING", request_id=request_id)
     if reason := contradiction(request.sampling, received, new_text):
         return InvalidRequestError(reason, field="resume.received", request_id=request_id)
     if queued_tokens and queued_tokens + prompt > max_queue_tokens:
@@ -49,7 +50,8 @@ def refuse_attach(entry: Entry, request: Request, received: Received, new_text: 
     """A request that is known: it must be the same one, and what the client holds must be how its answers begin."""
     request_id = request.request_id
     if entry.request.digest != request.digest:
-        return ConflictError(f"request_id {request_id!r} is in use with other content", request_id=request_id)
+        message = f"request_id {request_id!r} is in use with other content; take a new id, or send the same content"
+        return ConflictError(message, request_id=request_id)
     for choice, (held, answer) in enumerate(zip(received, entry.answers, strict=False)):
         shared = min(len(answer.ids), len(held))
         if tuple(answer.ids[:shared]) != held[:shared] or (entry.finished and shared < len(held)):

@@ -285,7 +285,8 @@ class Lives:
             self._park(now, life)
         else:
             limit = life.sampling.max_tokens * life.sampling.n
-            late = f"the deadline passed after {life.entry.generated_tokens} of at most {limit} tokens"
+            told = f"the deadline passed after {life.entry.generated_tokens} of at most {limit} tokens"
+            late = f"{told}; give it longer, or ask for fewer tokens"
             self.fail(now, life, DeadlineError(late, request_id=life.request_id))
 
     def _look_at(self, life: Life, unix_s: float) -> None:

@@ -141,7 +141,7 @@ def test_an_unknown_model_is_not_found_for_requests_and_jobs(undisturbed: Served
     ):
         error = refusal(call)
         assert (type(error), error.reason, error.field) == (NotFoundError, "MODEL_NOT_FOUND", "model")
-        assert error.message == "model 'large' is not served; 'tiny' is"
+        assert error.message == "model 'large' is not served; leave model empty, or take 'tiny'"
     assert "unserved" not in {job.job_id for job in undisturbed.cluster.client().jobs.list()}
 
 
@@ -213,7 +213,7 @@ def test_ids_of_jobs_are_taken_once_and_unknown_ones_are_not_found(undisturbed: 
     ):
         error = refusal(call)
         assert (error.code, error.reason) == (code_pb2.NOT_FOUND, "JOB_NOT_FOUND")
-        assert error.message == "there is no job 'nobody'"
+        assert error.message == "there is no job 'nobody'; `echelon batch list` shows those there are"
 
 
 def test_a_job_cancelled_in_the_middle_leaves_nothing_running(undisturbed: Served) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from echelon.testing import LocalCluster
 from echelon.types import JobState
 from tests.cluster.conftest import Case, free_ports
 from tests.cluster.reference import Reference
-from tests.cluster.streams import GREEDY, PROMPT, alive, assert_undisturbed, stream_through
+from tests.cluster.streams import GREEDY, PROMPT, alive, assert_undisturbed, no_writing, stream_through
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.cluster
@@ -69,17 +67,6 @@ def test_a_deadline_ends_a_stream_while_no_replica_is_up(case: Case) -> None:
     assert status.replicas[0].state != "ready", "no replica was up all the time"
     status = cluster.wait_epoch(0, epoch + 1)
     assert status.queued + status.running + status.parked == 0, "the request has ended, not only its call"
-
-
-@contextmanager
-def no_writing(pid: int) -> Iterator[None]:
-    """No file of the process can grow, as on a full disk; its logs cannot either."""
-    _, hard = limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, hard))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_stops_no_stream_and_lets_none_begin(case: Case) -> None:

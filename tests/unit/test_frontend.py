@@ -118,7 +118,7 @@ def test_bad_input_names_its_field(run: Run, fields: GenerateFields, field: str,
 
 
 def test_an_unknown_model_is_not_found_and_the_served_one_is_named(run: Run) -> None:
-    with pytest.raises(NotFoundError, match="model 'gpt' is not served; 'tiny' is") as caught:
+    with pytest.raises(NotFoundError, match="model 'gpt' is not served; leave model empty, or take 'tiny'") as caught:
         run(replace(IDS, model="gpt"))
     assert caught.value.reason == "MODEL_NOT_FOUND"
     assert run(replace(IDS, model="tiny")).model == "tiny"
