@@ -7,7 +7,6 @@ successor will know. It asks the router to withdraw an attempt, and leaves assig
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from coordinator.requests.events import Append, Deliver, Effect, Emit, Submit
 from coordinator.requests.life import Due, Life, NewText, Phase
 from coordinator.requests.nouns import Outcome, Received, Request, Shown
 from coordinator.requests.router import Router
+from coordinator.requests.timers import Timers
 from coordinator.requests.waiting import Waiting
 from echelon.errors import (
     CancelledError,
@@ -54,7 +54,7 @@ class Lives:
         self._streams: dict[int, Life] = {}
         self._arrivals = itertools.count()
         self._waiting = Waiting()
-        self._timers: list[tuple[float, str]] = []  # when to look at a request; looking too often does no harm
+        self._timers = Timers()
         self._appends: list[Effect] = []
         self._deliveries: list[Effect] = []
         self._told: list[Effect] = []
@@ -227,6 +227,7 @@ class Lives:
     def _forget(self, life: Life) -> None:
         self.record(Forgotten(life.request_id))
         self.phases[life.phase] -= 1
+        self._timers.discard(life.request_id)
         del self._lives[life.request_id]
 
     def _withdraw(self, life: Life) -> None:
@@ -269,10 +270,8 @@ class Lives:
 
     def look_at_due(self, now: float) -> None:
         """What time alone does: deadlines, the resume window, clients that did not come back to a new coordinator."""
-        while self._timers and self._timers[0][0] <= now:
-            _, request_id = heapq.heappop(self._timers)
-            if life := self._lives.get(request_id):
-                self._age(now, life)
+        while (request_id := self._timers.take_due(now)) is not None:
+            self._age(now, self._lives[request_id])
 
     def _age(self, now: float, life: Life) -> None:
         """Do what is due, or look again when it will be."""
@@ -290,4 +289,4 @@ class Lives:
             self.fail(now, life, DeadlineError(late, request_id=life.request_id))
 
     def _look_at(self, life: Life, unix_s: float) -> None:
-        heapq.heappush(self._timers, (unix_s, life.request_id))
+        self._timers.look_at(life.request_id, unix_s)

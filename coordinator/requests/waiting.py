@@ -10,6 +10,8 @@ import heapq
 
 from coordinator.requests.life import Life
 
+SLACK = 64
+
 
 class Waiting:
     """A queue from whose middle requests may leave. prompt_tokens: of all that wait."""
@@ -18,6 +20,10 @@ class Waiting:
         self.prompt_tokens = 0
         self._lives: dict[str, Life] = {}
         self._heap: list[tuple[int, int, str]] = []  # those that left are found out when they come up
+
+    def __len__(self) -> int:
+        """Places held, those of requests that left included."""
+        return len(self._heap)
 
     @property
     def first(self) -> Life | None:
@@ -33,6 +39,9 @@ class Waiting:
         self._lives[life.request_id] = life
         self.prompt_tokens += len(life.entry.request.prompt)
         heapq.heappush(self._heap, _place(life))
+        if len(self._heap) > 2 * len(self._lives) + SLACK:  # behind one that waits long, many may come and leave
+            self._heap = [_place(each) for each in self._lives.values()]
+            heapq.heapify(self._heap)
 
     def discard(self, life: Life) -> None:
         if self._lives.pop(life.request_id, None):

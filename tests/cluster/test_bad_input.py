@@ -147,8 +147,15 @@ def test_an_unknown_model_is_not_found_for_requests_and_jobs(undisturbed: Served
 
 def test_bytes_that_are_no_message_end_their_call_alone(undisturbed: Served) -> None:
     call: Callable[..., bytes] = undisturbed.channel.unary_unary("/echelon.v1.GenerationService/Generate")
-    with pytest.raises(grpc.RpcError):
-        call(b"\xff\xff\xff\x01", timeout=TIMEOUT_S)
+    error = refusal(lambda: call(b"\xff\xff\xff\x01", timeout=TIMEOUT_S))
+    assert (error.code, error.reason) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD")
+
+
+def test_more_ids_than_anybody_cancels_are_refused(undisturbed: Served) -> None:
+    message = generation_pb2.CancelGenerationRequest(request_ids=["x"] * 10_001)
+    error = refusal(lambda: undisturbed.generation.CancelGeneration(message, timeout=TIMEOUT_S))
+    assert (error.reason, error.field) == ("INVALID_FIELD", "request_ids")
+    assert error.message == "request_ids has 10001 ids; send at most 10000 at once"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch
+from coordinator.jobs.batch_input import MAX_LINE_BYTES, batch_digest, check_job_id, parse_batch
 from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import InvalidRequestError
 from echelon.sampling import SamplingParams
@@ -162,6 +162,7 @@ def test_the_model_and_the_template_arguments_are_taken() -> None:
         ('{"custom_id": "b", "prompt": "\\ud800"}', "", "half of a surrogate pair"),
         ("[" * 100_000, "", "nested deeper than 64 levels"),
         ('{"custom_id": "a", "prompt": ' + "[" * 64 + "]" * 64 + "}", "", "nested deeper than 64 levels"),
+        (short(prompt="x" * MAX_LINE_BYTES), "", f"bytes, over the limit of {MAX_LINE_BYTES}"),
         ({"prompt": "x"}, "custom_id", "is missing"),
         ({"custom_id": 7, "prompt": "x"}, "custom_id", "must be a string, got 7"),
         ({"custom_id": "", "prompt": "x"}, "custom_id", "must have 1 to 512 characters"),

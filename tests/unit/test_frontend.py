@@ -189,3 +189,50 @@ def test_a_constraint_that_cannot_be_followed_is_refused_by_name(
 def test_a_model_without_end_tokens_takes_no_constraint(run: Run) -> None:
     with pytest.raises(InvalidRequestError, match="needs a model that has an end token"):
         run(replace(IDS, sampling=SamplingParams(regex="a")), replace(FACTS, end_ids=()))
+
+
+def test_a_text_that_can_never_fit_is_refused_before_it_is_encoded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token stands for more characters than the longest one."""
+    longest = run.tokenizer.longest_token_characters
+    limit = FACTS.max_context * longest
+    monkeypatch.setattr(Tokenizer, "_encode", lambda *_: pytest.fail("it was encoded"))
+    chat = ChatPrompt((ChatMessage("user", "x" * limit),))
+    for prompt in ("x" * (limit + 1), chat):
+        with pytest.raises(InvalidRequestError, match=f"tokens of at most {longest} characters, {limit};") as caught:
+            run(replace(IDS, prompt=prompt))
+        assert (caught.value.reason, caught.value.field) == ("CONTEXT_TOO_LONG", "prompt")
+
+
+def test_no_token_spells_more_than_the_longest(run: Run) -> None:
+    ids = range(run.tokenizer.vocab_size)
+    assert max(len(run.tokenizer.decode([token_id])) for token_id in ids) <= run.tokenizer.longest_token_characters
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        (replace(IDS, cache_salt="x" * 257), "cache_salt", "cache_salt has 257 characters, over the limit of 256"),
+        (
+            replace(IDS, prompt=ChatPrompt((ChatMessage("user", "x"),) * 10_001)),
+            "messages",
+            "messages has 10001, over the limit of 10000",
+        ),
+    ],
+)
+def test_what_nobody_needs_is_refused_by_its_limit(run: Run, fields: GenerateFields, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        run(fields)
+    assert (caught.value.field, caught.value.message) == (field, message)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_long_texts_to_look_for_are_refused(name: str) -> None:
+    SamplingParams(**{name: ("x" * 1000,)})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=f"{name} must be at most .* texts of 1 to 1000 characters"):
+        SamplingParams(**{name: ("x" * 1001,)})  # type: ignore[arg-type]
+
+
+def test_too_many_stop_ids_are_refused() -> None:
+    SamplingParams(stop_token_ids=range(1024))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="at most 1024 token ids"):
+        SamplingParams(stop_token_ids=range(1025))  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ def test_results_are_read_by_cursor_with_every_detail(store: JobStore) -> None:
     assert [result.cursor for result in store.results("a", 1, 10)] == [2]
     assert [result.cursor for result in store.results("a", 0, 1)] == [1]
     assert store.results("other", 0, 10) == ()
+    assert store.results("a", 2**64 - 1, 10) == (), "a cursor that a message can carry, and the database cannot"
 
 
 def test_the_same_content_under_an_id_is_the_same_job_and_other_content_a_conflict(store: JobStore) -> None:
