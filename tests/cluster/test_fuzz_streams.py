@@ -170,7 +170,7 @@ def fuzz_streams(target: Target, machines: int, steps: int) -> Counter[str]:
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
-    run_state_machine_as_test(lambda: Streams(target, ends), settings=config)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(lambda: Streams(target, ends), settings=config)  # type: ignore[arg-type]
     return ends
 
 

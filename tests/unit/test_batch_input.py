@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs.batch_input import MAX_LINE_BYTES, batch_digest, check_job_id, parse_batch
+from coordinator.jobs.batch_input import batch_digest, check_job_id, parse_batch
+from coordinator.jobs.json_lines import MAX_LINE_BYTES
 from echelon.chat import ChatMessage, ChatPrompt, ToolCall
 from echelon.errors import InvalidRequestError
 from echelon.sampling import SamplingParams
