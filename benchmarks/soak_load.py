@@ -82,7 +82,8 @@ class Load:
         return generation_pb2.GenerateRequest(text=text, request_id=request_id, sampling=sampling)
 
     def open(self, request: generation_pb2.GenerateRequest, timeout_s: float = PATIENT_S) -> Call:
-        return generation_pb2_grpc.GenerationServiceStub(self.channel).StreamGenerate(request, timeout=timeout_s)
+        call: Call = generation_pb2_grpc.GenerationServiceStub(self.channel).StreamGenerate(request, timeout=timeout_s)
+        return call
 
     async def _job(self, job_id: str) -> None:
         stub = jobs_pb2_grpc.BatchJobServiceStub(self.channel)
@@ -107,7 +108,7 @@ async def read(call: Call, most: int | None = None) -> tuple[list[int], ...]:
     ids: dict[int, list[int]] = {}
     for _ in range(most or 1_000_000):
         message = await call.read()
-        if message is grpc.aio.EOF:
+        if not isinstance(message, generation_pb2.StreamGenerateResponse):  # the stream's end
             break
         if message.WhichOneof("event") == "delta":
             ids.setdefault(message.delta.index, []).extend(message.delta.token_ids)

@@ -38,10 +38,10 @@ class DecodingInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler
         limit_bytes = MAX_MESSAGE_BYTES if handler_call_details.method in self._large else MAX_REQUEST_BYTES
-        decode, encode = _decoded(handler.request_deserializer, limit_bytes), handler.response_serializer
+        codec = _decoded(handler.request_deserializer, limit_bytes), handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), decode, encode)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), decode, encode)
+            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), *codec)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), *codec)
 
 
 def _decoded(decode: Callable[[bytes], Any], limit_bytes: int) -> Callable[[bytes], Any]:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -87,12 +87,9 @@ def call(
 
 def open_call(channel: grpc.Channel, method: Method, payload: bytes, timeout_s: float) -> Any:
     """The call under way: an iterator of messages, or a future of one."""
-    if method.streams:
-        return channel.unary_stream(method.path, response_deserializer=method.response.FromString)(
-            payload, timeout=timeout_s
-        )
-    unary: Any = channel.unary_unary(method.path, response_deserializer=method.response.FromString)
-    return unary.future(payload, timeout=timeout_s)
+    kind: Any = channel.unary_stream if method.streams else channel.unary_unary
+    callable_ = kind(method.path, response_deserializer=method.response.FromString)
+    return (callable_ if method.streams else callable_.future)(payload, timeout=timeout_s)
 
 
 def assert_proper(end: End) -> None:
@@ -116,7 +113,7 @@ def assert_proper(end: End) -> None:
 def error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo | None:
     """What the server said, unless the call ended here, by its deadline, while that was on its way."""
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(cast(grpc.Call, error))  # every error that a call raises is one
     except ValueError:
         return None
     info = error_details_pb2.ErrorInfo()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf import struct_pb2
@@ -110,7 +110,8 @@ def anything(descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[Any]:
 
 
 def repeated(field: FieldDescriptor) -> bool:
-    return bool(field.label == FieldDescriptor.LABEL_REPEATED)
+    label: int = field.label  # type: ignore[attr-defined]  # which the types leave out
+    return label == FieldDescriptor.LABEL_REPEATED
 
 
 def set_field(draw: st.DrawFn, message: Message, field: FieldDescriptor, depth: int) -> None:
@@ -145,7 +146,8 @@ def nearly(draw: st.DrawFn, good: st.SearchStrategy[M]) -> M:
         part: Message = message
         depth = 0
         while part.DESCRIPTOR.fields:
-            field = draw(st.sampled_from(tuple(part.DESCRIPTOR.fields)))
+            fields: Sequence[FieldDescriptor] = tuple(part.DESCRIPTOR.fields)
+            field = draw(st.sampled_from(fields))
             inside = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and not repeated(field)
             if not inside or not part.HasField(field.name) or draw(st.integers(0, 3)) == 0:
                 set_field(draw, part, field, depth)

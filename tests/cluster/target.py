@@ -36,7 +36,8 @@ class Target:
     seen: dict[str, int] = field(default_factory=dict)
 
     def look(self) -> cluster_pb2.Cluster:
-        message: cluster_pb2.Cluster = self.ask("GetCluster", cluster_pb2.GetClusterRequest().SerializeToString())
+        message = self.ask("GetCluster", cluster_pb2.GetClusterRequest().SerializeToString())
+        assert isinstance(message, cluster_pb2.Cluster)
         return message
 
     def ask(self, name: str, payload: bytes) -> object:
