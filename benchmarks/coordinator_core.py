@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
+from coordinator.answer_text import AnswerText
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal.file import JournalFile
 from coordinator.requests.core import CoordinatorCore, CoreConfig
@@ -42,8 +43,9 @@ class Shell:
 
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         self.journal = JournalFile(directory, term=1)
+        config = CoreConfig(1, 60.0, 2**31)
         self.core = CoordinatorCore(
-            CoreConfig(1, 60.0, 2**31), lambda: Detokenizer(tokenizer.decode), self.journal.state
+            config, lambda stops: AnswerText(Detokenizer(tokenizer.decode), stops), self.journal.state
         )
         self.queues: dict[int, asyncio.Queue[Shown]] = {}
 

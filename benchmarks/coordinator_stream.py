@@ -21,14 +21,17 @@ import grpc.aio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
+from coordinator.answer_text import AnswerText
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
-from coordinator.frontend import ModelFacts
+from coordinator.grammars import Grammars
 from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
+from coordinator.model_facts import ModelFacts
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.server import GenerationServicer
 from coordinator.service import Parts, Service
+from coordinator.settle import Served
 from coordinator.tokenizer import Tokenizer
 from echelon import AsyncClient
 from echelon.internal import wire
@@ -58,12 +61,11 @@ async def measure(streams: int, steps: int, step_s: float, folder: Path) -> floa
     model = make_checkpoint(folder / "model")
     tokenizer = Tokenizer.from_directory(model)
     journal = JournalFile(folder / "journal", term=1)
-    core = CoordinatorCore(CoreConfig(1, 60.0, 2**31), lambda: Detokenizer(tokenizer.decode), journal.state)
+    config = CoreConfig(1, 60.0, 2**31)
+    core = CoordinatorCore(config, lambda stops: AnswerText(Detokenizer(tokenizer.decode), stops), journal.state)
     facts = ModelFacts(name="model", vocab_size=tokenizer.vocab_size, max_context=2**20)
-    parts = Parts(
-        core=core, journal=journal, events=EventLog(1), metrics=Metrics.create(), tokenizer=tokenizer, facts=facts
-    )
-    service = Service(parts)
+    served = Served(facts, tokenizer, Grammars(model, facts))
+    service = Service(Parts(core=core, journal=journal, events=EventLog(1), metrics=Metrics.create(), served=served))
     assigns: list[Assign] = []
 
     def take(command: Command) -> None:

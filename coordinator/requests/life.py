@@ -120,22 +120,24 @@ class Life:
             self._read_texts([len(answer.ids) for answer in self.entry.answers])
         self.finishes = [self._ending(choice) for choice in range(len(self.entry.answers))]
 
-    def take(self, choice: int, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-        """Those of the next ids that belong to the answer, and the text they settle; none after its end."""
-        held = len(self.entry.answers[choice].ids)
-        ids = ids[: self.sampling.max_tokens - held]
-        if not self.stop_ids.isdisjoint(ids):
-            ends = (place for place, token_id in enumerate(ids) if self._ends(token_id, held + place + 1))
-            ids = ids[: next(ends, len(ids)) + 1]
-        if not self._texts:
-            return ids, ""
-        taken, text = self._texts[choice].push(ids)
-        return ids[:taken], text
+    def take(self, choice: int, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str, Finish | None]:
+        """Those of the next ids that belong to the answer, the text they settle, and how they end it, if they do.
 
-    def judge(self, choice: int) -> Finish | None:
-        """How the ids that were taken end the choice: at a stop, at the limit, or not yet."""
-        self.finishes[choice] = finish = self._ending(choice)
-        return finish
+        Called for every token. The ids are to be recorded before more are taken.
+        """
+        sampling, held, finish = self.entry.request.sampling, len(self.entry.answers[choice].ids), None
+        if held + len(ids) >= sampling.max_tokens:
+            ids, finish = ids[: sampling.max_tokens - held], Finish.LENGTH
+        if not self.stop_ids.isdisjoint(ids):
+            for place, token_id in enumerate(ids, start=1):
+                if self._ends(token_id, held + place):
+                    ids, finish = ids[:place], Finish.STOP
+                    break
+        if not self._texts:
+            return ids, "", finish
+        text = self._texts[choice]
+        taken, piece = text.push(ids)
+        return (ids[:taken], piece, Finish.STOP) if text.matched else (ids, piece, finish)
 
     def _ending(self, choice: int) -> Finish | None:
         ids = self.entry.answers[choice].ids

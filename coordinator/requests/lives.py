@@ -245,7 +245,7 @@ class Lives:
         """Journal and deliver what a run of the current attempt adds to a choice that goes on; no gap is before it."""
         first = len(life.entry.answers[run.choice].ids)
         new = run.ids[first - run.first_token :]
-        ids, text = life.take(run.choice, new)
+        ids, text, finish = life.take(run.choice, new)
         if ids:
             logprobs = run.logprobs[-len(new) :][: len(ids)]
             self.record(Tokens(run.request, run.attempt, first, ids, logprobs, run.choice))
@@ -253,9 +253,8 @@ class Lives:
                 life.first_token_unix_s = now
             if life.stream is not None:
                 self._deliver(life, life.delta(run.choice, first, ids, text))
-        if life.judge(run.choice) is None:
-            life.finishes[run.choice] = run.finish
-        if life.finishes[run.choice]:
+        if finish or run.finish:
+            life.finishes[run.choice] = finish or run.finish
             self._end_choice(now, life, run)
 
     def _end_choice(self, now: float, life: Life, run: TokenRun) -> None:

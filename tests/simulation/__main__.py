@@ -1,4 +1,7 @@
-"""Run simulated lives, or one again: python -m tests.simulation [--seed N] [--count M]."""
+"""Run simulated lives, or one again: python -m tests.simulation [--seed N] [--count M].
+
+Prints what happened in them, and what of that which has to be tried did not.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import time
 import traceback
 from collections import Counter
 
-from tests.simulation.client import answered
-from tests.simulation.run import Simulation
+from tests.simulation.run import MUST_HAPPEN, Simulation
 
 
 def main() -> int:
@@ -27,14 +29,11 @@ def main() -> int:
             traceback.print_exc()
             sys.stderr.write(f"seed {seed}: run it again by: python -m tests.simulation --seed {seed}\n")
             return 1
-        totals += simulation.happened + simulation.world.checker.told
-        totals["requests"] += len(simulation.users)
-        totals["jobs"] += len(simulation.jobs)
-        totals["epochs"] += sum(site.epoch for site in simulation.sites)
-        totals["answered"] += answered(simulation.users)
-        totals["tokens"] += simulation.world.checker.tokens
-        totals["terms"] += simulation.coordinator.term
-    sys.stdout.write(f"{arguments.count} seeds in {time.monotonic() - start_s:.1f} s: {dict(totals)}\n")
+        totals += simulation.coverage()
+    lines = [f"{count:>9}  {name}\n" for name, count in sorted(totals.items())]
+    missing = [f"    never  {name}\n" for name in MUST_HAPPEN if not totals[name]]
+    sys.stdout.write("".join([*lines, *missing]))
+    sys.stdout.write(f"{arguments.count} seeds in {time.monotonic() - start_s:.1f} s: every promise held\n")
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.requests.events import Cancel
-from coordinator.requests.nouns import Request, Shown
+from coordinator.requests.nouns import Received, Request, Shown
 from echelon import session
 from echelon.errors import (
     CancelledError,
@@ -16,12 +16,12 @@ from echelon.errors import (
     StreamTakenOverError,
     UnavailableError,
 )
+from echelon.generation_session import GenerationSession, Message
 from echelon.internal.link import Sampling
 from echelon.retry import RetryPolicy
 from echelon.types import Completion, StreamEvent
 from tests.simulation.checker import require
 from tests.simulation.coordinator import Coordinator
-from tests.simulation.device import STOP_IDS, decode
 from tests.simulation.network import Connection
 from tests.simulation.world import PEER, World
 
@@ -32,13 +32,15 @@ class Order:
 
     request_id: str
     prompt: tuple[int, ...]
-    max_tokens: int
+    sampling: Sampling
     timeout_s: float
     starts_s: float
     cancels_s: float | None = None  # takes it back
     vanishes_s: float | None = None  # is never heard of again
     twin_s: float | None = None  # asks for the same a second time, on another stream, holding nothing
     nap_s: float = 0.0  # waits longer than the policy says before trying again
+    priority: int = 0
+    cache_salt: str = ""
 
 
 class User:
@@ -51,10 +53,11 @@ class User:
         self.gone = False
         self._world = world
         self._coordinator = coordinator
-        self._session = session.StreamSession(order.request_id, order.timeout_s, RetryPolicy())
+        self._session = GenerationSession(order.request_id, order.timeout_s, RetryPolicy())
         self._connection: Connection | None = None
-        self._ids: list[int] = []
-        self._text = ""
+        choices = range(order.sampling.n)
+        self._ids: list[list[int]] = [[] for _ in choices]
+        self._texts = ["" for _ in choices]
         self._deadline = world.clock.now + order.timeout_s
         self._step(session.Start())
 
@@ -91,7 +94,7 @@ class User:
         if self._connection:
             self._connection.cut()
 
-    def _step(self, event: session.Event[session.Message]) -> None:
+    def _step(self, event: session.Event[Message]) -> None:
         if self.gone or self.ended:
             return
         clock = self._world.clock
@@ -119,7 +122,7 @@ class User:
                         late <= 1.0 + self.order.nap_s, "{} ended {} s after its deadline", self.order.request_id, late
                     )
 
-    def _open(self, resume: tuple[int, ...], timeout_s: float) -> None:
+    def _open(self, resume: Received, timeout_s: float) -> None:
         self._drop()
         clock = self._world.clock
         if not self._coordinator.up:
@@ -131,14 +134,22 @@ class User:
         clock.after(timeout_s, self._broken, connection, DeadlineError("the transport's deadline passed"))
         clock.after(0.005, self._submit, connection, resume, timeout_s)
 
-    def _submit(self, connection: Connection, resume: tuple[int, ...], timeout_s: float) -> None:
+    def _submit(self, connection: Connection, resume: Received, timeout_s: float) -> None:
         order, now = self.order, self._world.clock.now
         if not connection.open or not self._coordinator.up:
             connection.cut()
             return
-        sampling = Sampling(1.0, 1.0, 0, order.max_tokens, 7, STOP_IDS)
-        digest = order.request_id.encode()
-        request = Request(order.request_id, digest, "m", order.prompt, sampling, now + timeout_s, now)
+        request = Request(
+            request_id=order.request_id,
+            digest=order.request_id.encode(),
+            model="m",
+            prompt=order.prompt,
+            sampling=order.sampling,
+            deadline_unix_s=now + timeout_s,
+            opened_unix_s=now,
+            priority=order.priority,
+            cache_salt=order.cache_salt,
+        )
         self._coordinator.act(self._coordinator.serve_user, connection, request, resume or None)
 
     def _receive(self, connection: Connection, event: Shown) -> None:
@@ -155,17 +166,17 @@ class User:
             connection.cut()
 
     def _take(self, event: StreamEvent) -> None:
-        require(
-            event.sequence == len(self._ids), "{}: {} after {} tokens", self.order.request_id, event, len(self._ids)
-        )
-        self._ids.extend(event.token_ids)
-        self._text += event.text
+        ids = self._ids[event.index]
+        require(event.sequence == len(ids), "{}: {} after {} tokens", self.order.request_id, event, len(ids))
+        ids.extend(event.token_ids)
+        self._texts[event.index] += event.text
 
     def _finish(self, completion: Completion) -> None:
         self._drop()
         self.completion = completion
-        require(completion.token_ids == tuple(self._ids), "{} is not what was yielded: {}", completion, self._ids)
-        require(self._text == completion.text == decode(self._ids), "{} is not the text of {}", self._text, self._ids)
+        ids = [list(choice.token_ids) for choice in completion.choices]
+        texts = [choice.text for choice in completion.choices]
+        require((ids, texts) == (self._ids, self._texts), "{} is not what was yielded: {}", completion, self._ids)
 
 
 def answered(users: Sequence[User]) -> int:

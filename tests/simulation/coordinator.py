@@ -11,15 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.answer_text import AnswerText
 from coordinator.detokenizer import Detokenizer
 from coordinator.jobs.runner import JobConfig
 from coordinator.journal.codec import frame, unframe
-from coordinator.journal.state import JournalState, Record
+from coordinator.journal.state import Assigned, JournalState, Record
 from coordinator.replica.events import Event as ReplicaEvent
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.requests.events import (
     Append,
     Deliver,
+    Effect,
     Emit,
     Event,
     LinkClosed,
@@ -30,11 +32,12 @@ from coordinator.requests.events import (
     Submit,
     Tick,
 )
-from coordinator.requests.nouns import Request, Shown
-from echelon.internal.link import Fence, Report
+from coordinator.requests.life import Phase
+from coordinator.requests.nouns import Received, Request, Shown
+from echelon.internal.link import Command, Fence, Report
 from tests.simulation.checker import require
-from tests.simulation.device import decode
 from tests.simulation.jobs import Jobs, JobTable
+from tests.simulation.model import decode
 from tests.simulation.network import Connection
 from tests.simulation.ranks import Site
 from tests.simulation.replica import Replica
@@ -83,7 +86,7 @@ class Coordinator:
         self._next_stream = 1
         self._links: dict[int, Connection] = {}
         self._connections: list[Connection] = []
-        self.core = CoordinatorCore(config, lambda: Detokenizer(decode), state)
+        self.core = CoordinatorCore(config, lambda stops: AnswerText(Detokenizer(decode), stops), state)
         self.jobs = Jobs(self, self.job_table, settings.jobs)
         self.replicas = [Replica(self, site) for site in self._sites]
         self.act(self.jobs.load)
@@ -137,37 +140,54 @@ class Coordinator:
         raise Crash
 
     def post(self, event: Event) -> None:
-        """One event through the core, its effects in order; records that stand together go in one write."""
+        """One event through the core, its effects in order."""
+        effects = self.core.step(self.world.clock.now, event)
+        records = [effect.record for effect in effects if isinstance(effect, Append)]
+        assigned = [record.request_id for record in records if isinstance(record, Assigned)]
+        lives = self.core._lives._lives.values() if assigned else ()
+        waiting = [life.request_id for life in lives if life.phase is Phase.QUEUED]
+        self._execute(effects)
+        self.world.checker.assigned(assigned, waiting)
+
+    def _execute(self, effects: list[Effect]) -> None:
+        """Records that stand together go in one write."""
         records: list[Record] = []
-        for effect in self.core.step(self.world.clock.now, event):
+        for effect in effects:
             if isinstance(effect, Append):
                 records.append(effect.record)
                 continue
-            self._write(records)
-            records = []
+            if records:
+                self._write(records)
+                records = []
             self.maybe_crash()
             match effect:
-                case Deliver(stream, stream_event):
-                    self.world.checker.delivered(stream, stream_event)
-                    self._streams[stream](stream_event)
+                case Deliver(stream, event):
+                    self.world.checker.delivered(stream, event)
+                    self._streams[stream](event)
                 case Send(command):
-                    if link := self._links.get(command.fence.replica):
-                        link.send(PEER, command)
-                case Emit(kind, subject):
-                    self.world.checker.told[kind] += 1
+                    self._send(command)
+                case Emit(kind, subject, detail):
+                    self.world.checker.heard(kind, subject, detail)
                     if kind == "request.replayed":
                         self.jobs.interrupted(subject)
-        self._write(records)
+        if records:
+            self._write(records)
 
-    def open_stream(self, request: Request, received: tuple[int, ...] | None, deliver: Callable[[Shown], None]) -> int:
+    def _send(self, command: Command) -> None:
+        if link := self._links.get(command.fence.replica):
+            some = sum(abandon.choice is not None for abandon in command.abandons)
+            self.world.checker.seen["one choice abandoned"] += some
+            link.send(PEER, command)
+
+    def open_stream(self, request: Request, received: Received | None, deliver: Callable[[Shown], None]) -> int:
         stream = self._next_stream
         self._next_stream += 1
         self._streams[stream] = deliver
-        self.world.checker.submitted(stream, request.request_id, len(received or ()))
+        self.world.checker.submitted(stream, request.request_id, request.sampling.n, received or ())
         self.post(Submit(stream, request, received))
         return stream
 
-    def serve_user(self, connection: Connection, request: Request, received: tuple[int, ...] | None) -> None:
+    def serve_user(self, connection: Connection, request: Request, received: Received | None) -> None:
         """A user's call, like GenerationServicer."""
         stream = self._next_stream
         self._connections.append(connection)
@@ -208,8 +228,6 @@ class Coordinator:
             self.post(LinkClosed(fence))
 
     def _write(self, records: list[Record]) -> None:
-        if not records:
-            return
         content = frame(records, self.term)
         if self.world.random.random() < self.crash_rate:
             torn = content[: self.world.random.randrange(len(content) + 1)]

@@ -1,60 +1,30 @@
-"""A model without arithmetic: the next token hashes all earlier ones, read back through the block tables.
+"""The fake device of a replica: runs plans in order on paged memory, which it reads and writes through block tables.
 
-So a block that two requests share, a row at a wrong place or a token of another attempt shows in every later token.
+A block keeps of each token a key that tells everything before it, as keys and values do. So a block that two requests
+share, one that was given away, a row at a wrong place or a token of another attempt shows in every later token.
 With `noise`, one prefix has several valid next tokens, as on a device whose kernels differ between prefill and decode:
 the same request run twice gives different answers, each consistent in itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from worker.plan import StepPlan, StepResult
+from echelon.internal.link import Logprob
+from tests.simulation.model import ROOT_KEY, VARIANTS, base_of, logprob_of, next_key
+from worker.plan import Admit, Row, StepPlan, StepResult
 
-BASES = 1024
-VARIANTS = 4
-STOP_BASES = range(20)
-STOP_IDS = tuple(base * VARIANTS + variant for base in STOP_BASES for variant in range(VARIANTS))
-
-# Fragments of UTF-8, characters cut apart among them.
-_PIECES = (
-    b"a",
-    b" the",
-    b"\xc3",
-    b"\xa9",
-    b"\xe2\x82",
-    b"\xac",
-    b"\xf0\x9f",
-    b"\x8e\x89",
-    b"\xff",
-    b"z ",
-    b"\xe2",
-    b"\n",
-)
-
-
-def follows(context: Sequence[int], token_id: int) -> bool:
-    """Whether the model may have given this token after these."""
-    return hash(tuple(context)) % BASES == token_id // VARIANTS
-
-
-def ends(ids: Sequence[int], max_tokens: int) -> bool:
-    """Whether these ids are a whole answer: one end token, at the end, or the limit."""
-    return bool(ids) and (ids[-1] in STOP_IDS or len(ids) == max_tokens) and not set(ids[:-1]) & set(STOP_IDS)
-
-
-def decode(ids: Sequence[int]) -> str:
-    return b"".join(_PIECES[token_id % len(_PIECES)] for token_id in ids).decode("utf-8", "replace")
+NOTHING = -1  # where nobody wrote
 
 
 @dataclass(slots=True)
 class Slot:
-    """Request state as ranks keep it."""
+    """State of a choice as ranks keep it: its block table, and its ids by position, the last one sampled."""
 
+    admit: Admit
     table: dict[int, int] = field(default_factory=dict)
-    last: int = -1
+    ids: dict[int, int] = field(default_factory=dict)
 
 
 class Device:
@@ -68,21 +38,60 @@ class Device:
 
     def run(self, plan: StepPlan) -> StepResult:
         for admit in plan.admits:
-            self._slots[admit.slot] = Slot()
+            self._slots[admit.slot] = Slot(admit)
         for slot, index, block in plan.blocks:
             self._slots[slot].table[index] = block
+        for told in plan.told:
+            self._slots[told.slot].ids.update(enumerate(told.ids, told.first))
         ids: list[int] = []
+        logprobs: list[Logprob | None] = []
+        scores: list[tuple[Logprob, ...]] = []
         for row in plan.rows:
             state = self._slots[row.slot]
-            for position, token_id in enumerate((state.last,) if row.given is None else row.given, row.first):
-                self._memory[self._place(state, position)] = token_id
+            self._compute(state, row)
+            if row.scored is not None:
+                scores.append(self._score(state, row, row.scored))
             if row.sampled:
-                end = row.first + row.tokens
-                context = tuple(self._memory[self._place(state, position)] for position in range(end))
-                variant = self._noise.randrange(VARIANTS) if self._noise else 0
-                state.last = hash(context) % BASES * VARIANTS + variant
-                ids.append(state.last)
-        return StepResult(plan.step, tuple(ids), (None,) * len(ids))
+                keys, token_id = self._sample(state, row.first + row.tokens)
+                ids.append(token_id)
+                logprobs.append(None if row.logprobs is None else logprob_of(keys, token_id, row.logprobs))
+        return StepResult(plan.step, tuple(ids), tuple(logprobs), tuple(scores))
+
+    def _compute(self, state: Slot, row: Row) -> None:
+        given = (state.ids.get(row.first, NOTHING),) if row.given is None else row.given
+        assert row.tokens == len(given) > 0, row
+        key = self._key(state, row.first - 1) if row.first else ROOT_KEY
+        for position, token_id in enumerate(given, row.first):
+            state.ids[position] = token_id
+            key = self._memory[self._place(state, position)] = next_key(key, token_id)
+
+    def _score(self, state: Slot, row: Row, alternatives: int) -> tuple[Logprob, ...]:
+        """Of the prompt's tokens that follow those of the row."""
+        assert row.given is not None, "a decode row scores no prompt"
+        following = row.given[1:] if row.next_id is None else (*row.given[1:], row.next_id)
+        keys = self._keys(state, row.first + row.tokens)
+        return tuple(
+            logprob_of(keys[:position], token_id, alternatives)
+            for position, token_id in enumerate(following, row.first + 1)
+        )
+
+    def _sample(self, state: Slot, end: int) -> tuple[list[int], int]:
+        """The id of position `end`, and the keys of those before it."""
+        keys = self._keys(state, end)
+        ids = [state.ids.get(position, NOTHING) for position in range(end)]
+        admit = state.admit
+        base = base_of(keys, ids, admit.prompt_tokens, admit.sampling.seed, admit.choice)
+        variant = self._noise.randrange(VARIANTS) if self._noise else 0
+        state.ids[end] = base * VARIANTS + variant
+        return keys, state.ids[end]
+
+    def _keys(self, state: Slot, end: int) -> list[int]:
+        """Those of the positions before `end`, through the block table."""
+        memory, table, size = self._memory, state.table, self._block_tokens
+        return [memory.get((table.get(at // size, NOTHING), at % size), NOTHING) for at in range(end)]
+
+    def _key(self, state: Slot, position: int) -> int:
+        return self._memory.get(self._place(state, position), NOTHING)
 
     def _place(self, state: Slot, position: int) -> tuple[int, int]:
-        return state.table[position // self._block_tokens], position % self._block_tokens
+        return state.table.get(position // self._block_tokens, NOTHING), position % self._block_tokens

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.jobs import events
-from coordinator.jobs.runner import JobConfig, JobRunner, item_request_id, item_seed, parse_item_request_id
+from coordinator.jobs.runner import JobConfig, JobRunner, item_request_id, parse_item_request_id
 from coordinator.requests.events import Cancel, StreamClosed
 from coordinator.requests.nouns import Request, Shown
 from echelon.errors import CancelledError, InvalidRequestError
-from echelon.internal.link import Sampling
 from echelon.types import Completion, ItemCounts, JobState, JobStatus, Usage
 from tests.simulation.checker import require
-from tests.simulation.device import STOP_IDS, decode, ends, follows
+from tests.simulation.model import FINISHES, Reference
 from tests.simulation.world import World
 
 if TYPE_CHECKING:
@@ -32,10 +31,9 @@ STORE_RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of a batch. fits: some replica could hold it."""
+    """One line of a batch, as it is asked for. fits: some replica could hold it."""
 
-    prompt: tuple[int, ...]
-    max_tokens: int
+    request: Request
     fits: bool
 
 
@@ -130,19 +128,25 @@ class JobTable:
 
 def _check_outcome(item: Item, outcome: events.Outcome) -> None:
     if not isinstance(outcome, Completion):
-        refused = isinstance(outcome, InvalidRequestError) and outcome.reason == "CONTEXT_TOO_LONG"
+        refused = isinstance(outcome, InvalidRequestError)
         require(refused and not item.fits, "{} ended in {!r}", item, outcome)
         return
-    ids = outcome.token_ids
-    context = list(item.prompt)
-    for token_id in ids:
-        require(follows(context, token_id), "{} is not what the model says of {}", ids, item)
-        context.append(token_id)
-    require(ends(ids, item.max_tokens), "{} is not an answer to {}", ids, item)
-    require(outcome.text == decode(ids), "{} is not the text of {}", outcome.text, ids)
+    request, counts = item.request, 0
+    require(len(outcome.choices) == request.sampling.n, "{} is not an answer to {}", outcome, item)
+    for choice in outcome.choices:
+        answer = Reference(request, choice.index)
+        for token_id in choice.token_ids:
+            defect = answer.push(token_id, None)
+            require(not defect, "{}: {}", item, defect)
+        ending = answer.ending
+        require(ending is not None, "{} is not the whole answer to {}", choice, item)
+        assert ending is not None
+        require(choice.text == ending.text, "{!r} is not the text {!r}", choice.text, ending.text)
+        require(choice.finish_reason is FINISHES[ending.finish], "{} ended in {}", choice, ending)
+        counts += len(choice.token_ids)
     usage = outcome.usage
     counted = usage.prompt_tokens, usage.completion_tokens
-    require(counted == (len(item.prompt), len(ids)), "{} of {}", usage, outcome)
+    require(counted == (len(request.prompt), counts), "{} of {}", usage, outcome)
 
 
 class Jobs:
@@ -210,10 +214,9 @@ class Jobs:
     def _submit(self, item: tuple[str, int]) -> None:
         if item not in self._streams:  # cancelled meanwhile
             return
-        row, now = self._table.rows[item[0]].items[item[1]], self._coordinator.world.clock.now
-        sampling = Sampling(1.0, 1.0, 0, row.max_tokens, item_seed(*item), STOP_IDS)
-        request_id = item_request_id(*item)
-        request = Request(request_id, request_id.encode(), "m", row.prompt, sampling, now + ITEM_TIMEOUT_S, now)
+        now = self._coordinator.world.clock.now
+        asked = self._table.rows[item[0]].items[item[1]].request
+        request = replace(asked, deadline_unix_s=now + ITEM_TIMEOUT_S, opened_unix_s=now)
         self._streams[item] = self._coordinator.open_stream(request, None, lambda event: self._take(item, event))
 
     def _take(self, item: tuple[str, int], event: Shown) -> None:

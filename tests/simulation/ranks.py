@@ -23,6 +23,7 @@ from coordinator.replica.events import (
     Tell,
 )
 from echelon.internal.link import Command, Fence
+from tests.simulation.attempts import Attempts
 from tests.simulation.checker import require
 from tests.simulation.device import Device
 from tests.simulation.network import Connection
@@ -56,6 +57,7 @@ class Site:
         self.noisy = noisy
         self.epoch = 0
         self.processes: list[RankProcess] = []
+        self.leaders: list[Leader] = []  # of all epochs
 
     @property
     def leader(self) -> Leader | None:
@@ -138,7 +140,7 @@ class RankProcess:
         self.end()
         if not self.unseen:
             died = Died(self.rank, self.incarnation)
-            told_s = self._random.random() * 0.5
+            told_s = self._random.random() * self._random.choice((0.05, 0.5, 3.0))
             self._clock.after(told_s, self._coordinator.tell_replica, self._site.index, died)
 
     def hang(self) -> None:
@@ -161,6 +163,7 @@ class RankProcess:
         if self.rank == 0:
             fence = Fence(self._term, self._site.index, self._epoch)
             self.leader = Leader(self._site, self._coordinator, fence, self._blocks)
+            self._site.leaders.append(self.leader)
             self.leader.dial()
 
     def _resident(self) -> Resident:
@@ -239,6 +242,7 @@ class Leader:
         self._coordinator = coordinator
         self._incarnation = str(fence.epoch)
         self._clock = site.world.clock
+        self._attempts = Attempts(limits.block_tokens)
         self._device = Device(limits.block_tokens, site.world.random if site.noisy else None)
         self._step_s = site.world.random.choice((0.01, 0.05, 0.2))
         self._busy_until = 0.0
@@ -266,6 +270,8 @@ class Leader:
 
     def _obey(self, link: Connection, command: Command) -> None:
         if self._link is link:
+            if command.fence == self.core.fence:
+                self._attempts.commanded(command)
             self._step(Commanded(command))
 
     def _closed(self, link: Connection) -> None:
@@ -277,13 +283,17 @@ class Leader:
     def _step(self, event: Event) -> None:
         if self.stopped:
             return
-        for effect in self.core.step(self._clock.now, event):
+        effects = self.core.step(self._clock.now, event)
+        self._attempts.running(self.core._scheduler._running, self.core._scheduler._waiting)
+        for effect in effects:
             match effect:
                 case RunPlan(plan):
+                    self._attempts.planned(plan)
                     result = self._device.run(plan)
                     self._busy_until = max(self._busy_until, self._clock.now) + self._step_s
                     self._clock.after(self._busy_until - self._clock.now, self._completed, Completed(result))
                 case SendReport(report):
+                    self._attempts.reported(report)
                     assert self._link is not None
                     self._link.send(SERVER, report)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
-from coordinator.jobs.runner import JobConfig
-from tests.simulation.checker import Checker, require
-from tests.simulation.client import Order, User
+from coordinator.jobs.runner import JobConfig, item_request_id, item_seed
+from coordinator.requests.nouns import Request
+from echelon.internal.link import Sampling
+from tests.simulation.checker import SEEN, Checker, require
+from tests.simulation.client import Order, User, answered
 from tests.simulation.coordinator import Coordinator, Settings
 from tests.simulation.jobs import Item, JobOrder, JobUser
+from tests.simulation.model import VOCABULARY, draw_sampling
 from tests.simulation.network import Clock
 from tests.simulation.ranks import Site
 from tests.simulation.world import World
@@ -17,15 +21,32 @@ from worker.engine import EngineLimits
 
 BLOCK_TOKENS = 4
 LOAD_S = 6.0  # requests arrive and faults strike within this time
-LIMIT_S = 150.0  # of peace: more than the longest deadline
+PATIENCE_S = 400.0  # of users that do not press: the slowest device comes to an end in it
+LIMIT_S = 500.0  # of peace: more than the longest deadline
+MAX_PREFIX, MAX_PROMPT = 10, 16
 FAULTS = {  # how often
-    "coordinator": (0, 0, 1, 2),
-    "death": (0, 0, 1, 2),
-    "hang": (0, 0, 0, 1),
+    "coordinator": (0, 1, 2),
+    "death": (0, 1, 2),
+    "hang": (0, 0, 1),
     "rank": (0, 1, 4),
     "link": (0, 1, 3),
     "stream": (0, 3, 9),
 }
+
+
+ENGINE = ("preemptions", "cache_hits", "shared_prefix_tokens", "chunked_prompts", "replayed_requests")
+MUST_HAPPEN = (
+    *FAULTS,
+    "coordinator.crashed within a step",
+    "replica.adopted",
+    "request.replayed",
+    "request.parked",
+    "jobs.interrupted items",
+    "jobs.results",
+    "answers",
+    *(f"engine.{name}" for name in ENGINE),
+    *SEEN,
+)
 
 
 class Simulation:
@@ -36,12 +57,13 @@ class Simulation:
         self.world = World(Clock(), random, Checker(), random.choice((0.001, 0.03, 0.2)))
         self.limits = EngineLimits(
             max_running=random.randint(1, 4),
-            kv_blocks=random.randint(12, 40),
+            kv_blocks=random.choice((12, 13, 17, 32)),
             block_tokens=BLOCK_TOKENS,
             max_step_tokens=random.choice((3, 8, 64)),
             max_context=12 * BLOCK_TOKENS,
             max_unacked_reports=random.choice((2, 64)),
         )
+        self.prefixes = [self._ids(MAX_PREFIX) for _ in range(2)]
         self.sites = [self._site(index) for index in range(random.choice((1, 1, 2)))]
         jobs = JobConfig(random.choice((1, 3, 64)), first_backoff_s=0.1, max_backoff_s=2.0)
         self.settings = Settings(random.choice((2.0, 20.0)), random.choice((20, 1000)), jobs)
@@ -70,6 +92,23 @@ class Simulation:
         clock.run(clock.now + self.settings.resume_window_s + 15.0)
         self._check_peace()
 
+    def coverage(self) -> Counter[str]:
+        """What happened in this life: faults, decisions, and what its answers were like."""
+        coordinator, checker = self.coordinator, self.world.checker
+        happened = self.happened + checker.told + checker.seen
+        happened["answers"] += answered(self.users)
+        happened["requests"] += len(self.users)
+        happened["tokens"] += checker.tokens
+        happened["epochs"] += sum(site.epoch for site in self.sites)
+        happened["coordinator.crashed within a step"] += coordinator.term - 1 - self.happened["coordinator"]
+        rows = coordinator.job_table.rows.values()
+        happened["jobs.interrupted items"] += sum(len(row.interrupted) for row in rows)
+        happened["jobs.results"] += sum(len(row.results) for row in rows)
+        for leader in (leader for site in self.sites for leader in site.leaders):
+            for name in ENGINE:
+                happened[f"engine.{name}"] += leader.core.stats().counters.get(name, 0)
+        return happened
+
     def _everyone(self) -> list[User | JobUser]:
         return [*self.users, *self.jobs]
 
@@ -84,7 +123,7 @@ class Simulation:
         require((counts.queued, counts.running, counts.parked) == (0, 0, 0), "nothing to do, but {}", counts)
         for site in self.sites:
             self._check_empty(site)
-        # No credit was lost either: each replica still takes a request that needs all of its blocks.
+        # No credit was lost either: each replica still takes a request that needs all of its slots.
         probes = [self._probe(number) for number in range(len(self.sites))]
         self.world.clock.run(self.world.clock.now + 60.0, lambda: all(probe.ended for probe in probes))
         require(all(probe.completion for probe in probes), "{} at the end", [probe.error for probe in probes])
@@ -97,9 +136,8 @@ class Simulation:
         require(leader.core.stats().blocks_referenced == 0, "blocks are held: {}", leader.core.stats())
 
     def _probe(self, number: int) -> User:
-        prompt = tuple(range(9))
-        room = min(self.limits.max_context, self.limits.kv_blocks * BLOCK_TOKENS)
-        return User(self.world, self.coordinator, Order(f"probe{number}", prompt, room - len(prompt), 60.0, 0.0))
+        sampling = Sampling(1.0, 1.0, 0, max_tokens=2, seed=number, n=self.limits.max_running)
+        return User(self.world, self.coordinator, Order(f"probe{number}", (1, 2, 3), sampling, 60.0, 0.0))
 
     def _site(self, index: int) -> Site:
         random = self.random
@@ -109,29 +147,57 @@ class Simulation:
         return self.random.uniform(0.0, 3.0) if self.random.random() < chance else None
 
     def _prompt(self) -> tuple[int, ...]:
-        return tuple(self.random.randrange(4096) for _ in range(self.random.randint(1, 14)))
+        """Some begin alike, over several blocks or a part of one; some begin as others go on."""
+        random = self.random
+        prefix = self.prefixes[random.randrange(len(self.prefixes))]
+        common = prefix[random.choice((0, 0, BLOCK_TOKENS)) : random.choice((0, 6, MAX_PREFIX))]
+        return common + self._ids(random.randint(1, MAX_PROMPT - len(common)))
+
+    def _ids(self, count: int) -> tuple[int, ...]:
+        return tuple(self.random.randrange(VOCABULARY) for _ in range(count))
+
+    def _salt(self) -> str:
+        return self.random.choice(("", "", "a", "b"))
 
     def _order(self, request_id: str) -> Order:
         random = self.random
         return Order(
             request_id,
             prompt=self._prompt(),
-            max_tokens=random.choice((1, 8, 30)),
-            timeout_s=random.choice((2.0, 90.0, 90.0)),
+            sampling=draw_sampling(random, random.getrandbits(60), self.limits.max_running),
+            timeout_s=random.choice((2.0, PATIENCE_S, PATIENCE_S)),
             starts_s=random.uniform(0.0, LOAD_S / 2),
             cancels_s=self._sometimes(0.1),
             vanishes_s=self._sometimes(0.1),
             twin_s=self._sometimes(0.1),
             nap_s=random.choice((0.0, 0.0, 5.0)),
+            priority=random.choice((0, 0, -1, 1)),
+            cache_salt=self._salt(),
         )
 
     def _job_order(self, job_id: str) -> JobOrder:
-        items = [self._item() for _ in range(self.random.randint(1, 5))]
+        items = [self._item(job_id, index) for index in range(self.random.randint(1, 5))]
         return JobOrder(job_id, tuple(items), self.random.uniform(0.0, LOAD_S / 2), self._sometimes(0.2))
 
-    def _item(self) -> Item:
-        prompt, max_tokens = self._prompt(), self.random.choice((1, 8, 20, 48))
-        return Item(prompt, max_tokens, fits=len(prompt) + max_tokens <= self.limits.max_context)
+    def _item(self, job_id: str, index: int) -> Item:
+        random, limits, prompt = self.random, self.limits, self._prompt()
+        request_id = item_request_id(job_id, index)
+        sampling = draw_sampling(random, item_seed(job_id, index), max_choices=2)
+        if random.random() < 0.1:
+            sampling = replace(sampling, max_tokens=limits.max_context)
+        request = Request(
+            request_id=request_id,
+            digest=request_id.encode(),
+            model="m",
+            prompt=prompt,
+            sampling=sampling,
+            deadline_unix_s=0.0,
+            opened_unix_s=0.0,
+            priority=random.choice((0, 0, 2)),
+            cache_salt=self._salt(),
+        )
+        fits = len(prompt) + sampling.max_tokens <= limits.max_context and sampling.n <= limits.max_running
+        return Item(request, fits)
 
     def _start(self, order: Order) -> None:
         clock = self.world.clock

@@ -9,25 +9,31 @@ from typing import Any
 
 import pytest
 
+from coordinator.answer_text import AnswerText
 from coordinator.jobs import events as job_events
 from coordinator.jobs.events import StoredJob
 from coordinator.jobs.runner import JobRunner
 from coordinator.replica import events as replica_events
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import PersistEpoch, ReplicaDown
+from coordinator.requests import waiting
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import Append, Effect
 from coordinator.requests.life import Life, Phase
 from coordinator.requests.lives import Lives
 from coordinator.requests.router import Link
 from echelon.errors import OverloadedError
-from echelon.internal.link import TokenRun
-from tests.simulation.client import answered
-from tests.simulation.run import FAULTS, Simulation
+from echelon.internal.link import Abandon, Progress, TokenRun
+from tests.simulation.run import MUST_HAPPEN, Simulation
+from worker import draft, prefix_cache, scheduler
 from worker.block_pool import BlockPool
+from worker.engine import EngineCore
+from worker.plan import Admit, Told
+from worker.scheduler import Scheduler
+from worker.sequence import Request, Sequence
 
 SEEDS = 2000
-BATCHES = 20
+BATCHES = 8
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -40,16 +46,11 @@ def test_promises_hold(batch: int) -> None:
         except Exception as error:
             error.add_note(f"run it again by: python -m tests.simulation --seed {seed}")
             raise
-        happened += simulation.happened + simulation.world.checker.told
-        happened["answered"] += answered(simulation.users)
-        happened["restarts"] += simulation.coordinator.term - 1
-        happened["interrupted"] += sum(len(row.interrupted) for row in simulation.coordinator.job_table.rows.values())
-        happened["results"] += sum(len(row.results) for row in simulation.coordinator.job_table.rows.values())
-    tried = (*FAULTS, "replica.adopted", "request.replayed", "request.parked", "interrupted")
-    assert all(happened[each] for each in tried), f"not all was tried: {happened}"
-    assert happened["results"] > SEEDS / BATCHES
-    assert happened["answered"] > SEEDS / BATCHES
-    assert happened["restarts"] > happened["coordinator"] > 0, "no crash between effects"
+        happened += simulation.coverage()
+    never = [name for name in MUST_HAPPEN if not happened[name]]
+    assert not never, f"never tried: {never} in {happened}"
+    assert happened["answers"] > SEEDS / BATCHES
+    assert happened["jobs.results"] > SEEDS / BATCHES
 
 
 def without(patch: pytest.MonkeyPatch, owner: type, method: str, kind: type) -> None:
@@ -83,7 +84,7 @@ def any_first_token(patch: pytest.MonkeyPatch) -> None:
     original = Lives.accept
 
     def accept(self: Lives, now: float, life: Life, run: TokenRun) -> None:
-        original(self, now, life, run._replace(first_token=len(life.entry.ids)))
+        original(self, now, life, run._replace(first_token=len(life.entry.answers[run.choice].ids)))
 
     patch.setattr(Lives, "accept", accept)
 
@@ -171,6 +172,128 @@ def blocks_not_freed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockPool, "check_integrity", lambda self, tables: None)
 
 
+def stop_judged_late(patch: pytest.MonkeyPatch) -> None:
+    original = AnswerText._find
+    patch.setattr(AnswerText, "_find", lambda self, text, before: original(self, text[:-1], 0))
+
+
+def held_back_text_lost_on_resume(patch: pytest.MonkeyPatch) -> None:
+    original = Life._read_texts
+
+    def read_texts(self: Life, counts: list[int]) -> None:
+        original(self, counts)
+        for text in self._texts:
+            text._held_back = ""
+
+    patch.setattr(Life, "_read_texts", read_texts)
+
+
+def min_tokens_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Life, "_ends", lambda self, token_id, count: token_id in self.stop_ids)
+
+
+def resumed_at_another_choice(patch: pytest.MonkeyPatch) -> None:
+    original = Life.attach
+    patch.setattr(Life, "attach", lambda self, stream, received: original(self, stream, received[::-1]))
+
+
+def finishes_in_wrong_order(patch: pytest.MonkeyPatch) -> None:
+    original = Lives._finish
+
+    def finish(self: Lives, now: float, life: Life) -> None:
+        life.finishes.reverse()
+        original(self, now, life)
+
+    patch.setattr(Lives, "_finish", finish)
+
+
+def prompts_logprobs_not_taken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CoordinatorCore, "_take_prompted", lambda self, prompted: None)
+
+
+def priority_ignored_by_the_coordinator(patch: pytest.MonkeyPatch) -> None:
+    original = waiting._place
+    patch.setattr(waiting, "_place", lambda life: (0, *original(life)[1:]))
+
+
+def priority_ignored_by_the_scheduler(patch: pytest.MonkeyPatch) -> None:
+    original = Sequence.of
+
+    def of(request: Request, progress: Progress) -> Sequence:
+        sequence = original(request, progress)
+        sequence.order = (0, *sequence.order[1:])
+        return sequence
+
+    patch.setattr(Sequence, "of", of)
+
+
+def one_abandoned_choice_releases_all(patch: pytest.MonkeyPatch) -> None:
+    original = EngineCore._abandon
+    patch.setattr(EngineCore, "_abandon", lambda self, abandon: original(self, replace(abandon, choice=None)))
+
+
+def abandoned_choices_go_on(patch: pytest.MonkeyPatch) -> None:
+    original = EngineCore._abandon
+
+    def abandon(self: EngineCore, abandon: Abandon) -> None:
+        if abandon.choice is None:
+            original(self, abandon)
+
+    patch.setattr(EngineCore, "_abandon", abandon)
+
+
+def preempted_without_its_ids(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, sequence: Sequence) -> None:
+        original(self, sequence)
+        del sequence.ids[sequence.prompt_tokens :]
+        sequence.given = sequence.prompt_tokens
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+def block_hash_without_salt(patch: pytest.MonkeyPatch) -> None:
+    for module in (scheduler, prefix_cache):
+        patch.setattr(module, "root_hash", lambda salt: b"")
+
+
+def block_hash_without_its_parent(patch: pytest.MonkeyPatch) -> None:
+    original = prefix_cache.chain
+
+    def chain(parent: bytes, ids: tuple[int, ...], block_tokens: int) -> list[bytes]:
+        starts = range(0, len(ids) - block_tokens + 1, block_tokens)
+        return [original(b"", ids[start : start + block_tokens], block_tokens)[0] for start in starts]
+
+    for module in (scheduler, prefix_cache):
+        patch.setattr(module, "chain", chain)
+
+
+def cached_block_kept_when_given_away(patch: pytest.MonkeyPatch) -> None:
+    original = BlockPool.allocate
+
+    def allocate(self: BlockPool) -> int:
+        known = dict(self._block_of)
+        block = original(self)
+        self._block_of = known
+        return block
+
+    patch.setattr(BlockPool, "allocate", allocate)
+    patch.setattr(BlockPool, "check_integrity", lambda self, tables=(): None)
+
+
+def last_token_of_the_prompt_from_the_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sequence, "reusable", property(lambda self: self.given))
+
+
+def cached_ids_not_told(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draft, "Told", lambda slot, first, ids: Told(slot, first, ()))
+
+
+def choices_draw_the_same(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draft, "Admit", lambda slot, choice, *rest: Admit(slot, 0, *rest))
+
+
 MUTANT_SEEDS = 2_000  # most are caught within ten
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     deliver_before_journal,
@@ -190,6 +313,23 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     failed_items_not_retried,
     cancel_before_durable,
     window_leaks,
+    stop_judged_late,
+    held_back_text_lost_on_resume,
+    min_tokens_ignored,
+    resumed_at_another_choice,
+    finishes_in_wrong_order,
+    prompts_logprobs_not_taken,
+    priority_ignored_by_the_coordinator,
+    priority_ignored_by_the_scheduler,
+    one_abandoned_choice_releases_all,
+    abandoned_choices_go_on,
+    preempted_without_its_ids,
+    block_hash_without_salt,
+    block_hash_without_its_parent,
+    cached_block_kept_when_given_away,
+    last_token_of_the_prompt_from_the_cache,
+    cached_ids_not_told,
+    choices_draw_the_same,
 ]
 
 

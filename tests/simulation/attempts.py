@@ -1,0 +1,123 @@
+"""What a leader was told to run, and whether what it plans and tells can have come of it.
+
+The judge beside each simulated leader. Whether its tokens are right, the checker sees where they are written; here
+stands what no token shows: whose blocks were shared, who went first, and what was computed for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+from echelon.internal.link import Assign, Command, Prompted, Report, TokenRun
+from tests.simulation.checker import require
+from worker.plan import StepPlan
+from worker.sequence import Sequence
+
+Attempt = tuple[str, int]  # request, attempt
+
+
+@dataclass(slots=True)
+class Told:
+    """An attempt. place: its turn. ids: by choice, prompt and answer. abandoned: choices that nobody wants any more."""
+
+    assign: Assign
+    place: tuple[int, int]
+    ids: dict[int, list[int]]
+    abandoned: set[int] = field(default_factory=set)
+    begun: bool = False
+    prompted: bool = False
+    released: bool = False
+
+
+class Attempts:
+    """All attempts that one leader was given in its epoch."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._all: list[Told] = []
+        self._told: dict[Attempt, Told] = {}  # an id that was forgotten may be used again, from attempt 1 on
+        self._by_seed: dict[int, Told] = {}  # the last attempt at a request, which its seed names
+        self._running: set[Sequence] = set()
+        self._last_report = 0
+
+    def commanded(self, command: Command) -> None:
+        """The leader has taken this command."""
+        for abandon in command.abandons:
+            if told := self._told.get((abandon.request, abandon.attempt)):
+                told.abandoned.update(told.ids if abandon.choice is None else (abandon.choice,))
+        for assign in command.assigns:
+            older = self._told.get((assign.request, assign.attempt))
+            if not older or older.released:
+                ids = {each.choice: [*assign.prompt, *each.generated] for each in assign.choices}
+                told = Told(assign, (assign.priority, len(self._all)), ids)
+                self._told[assign.request, assign.attempt] = self._by_seed[assign.sampling.seed] = told
+                self._all.append(told)
+
+    def planned(self, plan: StepPlan) -> None:
+        """Nobody begins while somebody waits whose turn is first."""
+        begin = [told for admit in plan.admits if not (told := self._by_seed[admit.sampling.seed]).begun]
+        for told in begin:
+            told.begun = True
+        if not begin:
+            return
+        last = max(told.place for told in begin)
+        for told in self._by_seed.values():
+            waits = not (told.begun or told.released or told.abandoned.issuperset(told.ids))
+            require(not waits or told.place > last, "{} waits while {} begin", told.assign, begin)
+
+    def running(self, running: Collection[Sequence], waiting: Collection[Sequence]) -> None:
+        """Who holds slots and blocks after a step, and who waits for some: who had to give them back was the last."""
+        preempted = [self._place(each) for each in waiting if each in self._running]
+        if preempted:
+            kept = [self._place(each) for each in running if each in self._running]
+            require(max(kept, default=()) < min(preempted), "{} were preempted before {}", preempted, kept)
+        self._running = set(running)
+
+    def _place(self, sequence: Sequence) -> tuple[int, ...]:
+        assign = sequence.request.assign
+        return *self._told[assign.request, assign.attempt].place, sequence.choice
+
+    def reported(self, report: Report) -> None:
+        """The leader tells this, for the first time or again."""
+        if report.report_seq <= self._last_report:
+            return
+        self._last_report = report.report_seq
+        for run in report.runs:
+            self._ran(run)
+        for prompted in report.prompted:
+            self._prompted(prompted)
+        for run in report.runs:
+            told = self._told[run.request, run.attempt]
+            require(told.prompted or not run.ids, "{} is told before its prompt", run)
+        for released in report.released:
+            if attempt := self._told.get((released.request, released.attempt)):
+                attempt.released = True
+
+    def _ran(self, run: TokenRun) -> None:
+        told = self._told[run.request, run.attempt]
+        ids = told.ids[run.choice]
+        require(run.choice not in told.abandoned, "{} is told of a choice that was abandoned", run)
+        require(run.first_token == len(ids) - len(told.assign.prompt), "{} comes after {}", run, ids)
+        ids.extend(run.ids)
+
+    def _prompted(self, prompted: Prompted) -> None:
+        told = self._told[prompted.request, prompted.attempt]
+        require(not told.prompted, "{} is told twice", prompted)
+        told.prompted = True
+        cached, prompt = prompted.cached_tokens, told.assign.prompt
+        alike = [
+            _alike(prompt, ids)
+            for other in self._all
+            if other is not told and other.assign.cache_salt == told.assign.cache_salt
+            for ids in other.ids.values()
+        ]
+        require(cached % self._block_tokens == 0 or cached == len(prompt), "{} is not whole blocks", prompted)
+        require(cached <= max(alike, default=0), "{}, but nobody began like {}", prompted, told.assign)
+
+
+def _alike(some: Ids[int], others: Ids[int]) -> int:
+    """How many ids they begin with alike."""
+    places = (place for place, (one, other) in enumerate(zip(some, others, strict=False)) if one != other)
+    return next(places, min(len(some), len(others)))
