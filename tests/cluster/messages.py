@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf import struct_pb2
@@ -146,8 +146,7 @@ def nearly(draw: st.DrawFn, good: st.SearchStrategy[M]) -> M:
         part: Message = message
         depth = 0
         while part.DESCRIPTOR.fields:
-            fields: Sequence[FieldDescriptor] = tuple(part.DESCRIPTOR.fields)
-            field = draw(st.sampled_from(fields))
+            field: Any = draw(st.sampled_from(list[Any](part.DESCRIPTOR.fields)))
             inside = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and not repeated(field)
             if not inside or not part.HasField(field.name) or draw(st.integers(0, 3)) == 0:
                 set_field(draw, part, field, depth)

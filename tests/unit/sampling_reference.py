@@ -92,5 +92,6 @@ def _without(scores: Scores, tokens: set[int]) -> Scores:
 
 
 def _softmax(scores: Scores) -> Scores:
-    weights = np.exp(scores - scores.max())
-    return weights / weights.sum()
+    weights: Scores = np.exp(scores - scores.max())
+    shares: Scores = weights / weights.sum()
+    return shares
