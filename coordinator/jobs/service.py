@@ -148,11 +148,8 @@ class JobService:
         """Raises NotFoundError."""
         status = self._runner.status(job_id)
         if status is None:
-            raise NotFoundError(
-                f"there is no job {job_id!r}; `echelon batch list` shows those there are",
-                reason="JOB_NOT_FOUND",
-                field="name",
-            )
+            missing = f"there is no job {job_id!r}; `echelon batch list` shows those there are"
+            raise NotFoundError(missing, reason="JOB_NOT_FOUND", field="name")
         return status
 
     def list_jobs(self, page_size: int, page_token: str) -> tuple[tuple[JobStatus, ...], str]:
