@@ -6,7 +6,7 @@ One CPU rank with the tiny model, in a cluster that the fuzzing tests of a modul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -33,7 +33,6 @@ class Target:
     channel: grpc.Channel
     before: tuple[object, ...] = ()
     probed: tuple[int, ...] = ()
-    seen: dict[str, int] = field(default_factory=dict)
 
     def look(self) -> cluster_pb2.Cluster:
         message = self.ask("GetCluster", cluster_pb2.GetClusterRequest().SerializeToString())

@@ -2,11 +2,12 @@
 
 Messages are made from the descriptors, nearly good ones beside wild ones, and their bytes are spoilt; calls are left
 at random points. Judged by `calls.py`. After each example nothing runs, waits or holds a block, the processes are the
-same, and a probe gets the same tokens.
+same, and a probe gets the same tokens. So too after streams in any order, which `stream_machine.py` draws.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import grpc
@@ -19,6 +20,7 @@ from echelon.v1 import generation_pb2
 from tests.cluster.calls import METHODS, Answers, End, assert_proper, call
 from tests.cluster.good_messages import GOOD, nearly_good
 from tests.cluster.messages import anything, wire
+from tests.cluster.stream_machine import fuzz_streams
 from tests.cluster.target import Target, fuzz_target
 
 pytestmark = pytest.mark.cluster
@@ -32,8 +34,9 @@ def target(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield from fuzz_target(ray_address, tmp_path_factory.mktemp("fuzz"))
 
 
-def fuzz(target: Target, name: str, examples: int) -> None:
-    method = METHODS[name]
+def fuzz(target: Target, name: str, examples: int) -> Counter[str]:
+    """How often calls met each end."""
+    method, ends = METHODS[name], Counter[str]()
 
     @settings(
         max_examples=examples,
@@ -59,11 +62,11 @@ def fuzz(target: Target, name: str, examples: int) -> None:
             if name == "StreamGenerate":
                 message = generation_pb2.GenerateRequest.FromString(payload)
                 Answers().take(end, tuple(tuple(held.ids) for held in message.resume.received))
-        outcome = "left" if end.left else end.error.code().name if end.error else "OK"
-        target.seen[outcome] = target.seen.get(outcome, 0) + 1
+        ends["left" if end.left else end.error.code().name if end.error else "OK"] += 1
         target.assert_undisturbed()
 
     one()
+    return ends
 
 
 def assert_undecodable(end: End) -> None:
@@ -78,11 +81,23 @@ def test_every_method_has_good_messages() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_any_message(target: Target, name: str) -> None:
-    fuzz(target, name, EXAMPLES.get(name, 20))
+    ends = fuzz(target, name, EXAMPLES.get(name, 20))
+    assert ends["OK"] and (ends["INVALID_ARGUMENT"] or name not in EXAMPLES)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", METHODS)
 def test_very_many_messages(target: Target, name: str) -> None:
-    fuzz(target, name, EXAMPLES.get(name, 20) * LONG_TIMES)
+    assert fuzz(target, name, EXAMPLES.get(name, 20) * LONG_TIMES)["OK"]
+
+
+def test_streams_in_any_order(target: Target) -> None:
+    ends = fuzz_streams(target, machines=30, steps=20)
+    assert ends.keys() >= {"OK", "left", "CANCELLED", "STREAM_TAKEN_OVER", "REQUEST_ID_CONFLICT", "undisturbed"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_very_many_streams_in_any_order(target: Target) -> None:
+    fuzz_streams(target, machines=600, steps=40)
