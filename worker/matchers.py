@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,8 @@ from llguidance.numpy import fill_next_token_bitmask_par
 
 from models.constraints import error_of
 from worker.plan import NO_ID, Int32Array, PlanTables
+
+KEPT_GRAMMARS = 64  # the same few are asked for again and again, and by all choices of a request
 
 
 class Sampled(Protocol):
@@ -33,10 +35,10 @@ class Constraint:
     """The constraint of a slot's answer. error: why it broke here, if it has. drawn: step and row of its last id."""
 
     def __init__(self, grammar: str, prompt_tokens: int) -> None:
+        self.grammar = grammar
         self.error = ""
         self.drawn: tuple[Sampled, int] | None = None
-        self._grammar = grammar
-        self._matcher: LLMatcher | None = None
+        self.matcher: LLMatcher | None = None
         self._position = prompt_tokens  # of the next id to take
 
     @property
@@ -44,14 +46,8 @@ class Constraint:
         """Why it broke, here or on the rank that filled its mask."""
         return self.error or "the constraint cannot be followed further: its grammar exceeds the limits of a matcher"
 
-    def matcher(self, tokenizer: LLTokenizer) -> LLMatcher:
-        if self._matcher is None:
-            self._matcher = LLMatcher(tokenizer, self._grammar, log_level=0)
-        return self._matcher
-
-    def take(self, first: int, ids: Sequence[int], tokenizer: LLTokenizer) -> None:
+    def take(self, first: int, ids: Sequence[int], matcher: LLMatcher) -> None:
         """Ids of positions first and after; those of the prompt, and those taken before, change nothing."""
-        matcher = self.matcher(tokenizer)
         if NO_ID in ids:  # the rank that filled its mask found it broken
             self.error = self.reason
         if self.error:
@@ -95,6 +91,7 @@ class Matchers:
         self._threads = threads
         self._worker = ThreadPoolExecutor(1, "matchers")
         self._slots: dict[int, Constraint] = {}
+        self._built = lru_cache(KEPT_GRAMMARS)(self._build)  # a copy costs a tenth of it
 
     def begin(self, tables: PlanTables, slots: Sequence[int]) -> Future[Masks] | None:
         """Follow a plan, and fill a mask for the next id of each of these slots; None if no constraint is touched."""
@@ -145,11 +142,19 @@ class Matchers:
     def _executor(self) -> LLExecutor:
         return LLExecutor(self._threads)
 
+    def _matcher(self, constraint: Constraint) -> LLMatcher:
+        if constraint.matcher is None:
+            constraint.matcher = self._built(constraint.grammar).deep_copy()
+        return constraint.matcher
+
+    def _build(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self._tokenizer, grammar, log_level=0)
+
     def _follow(self, sequels: Sequence[_Sequel], masked: Sequence[Constraint]) -> Masks:
         for sequel in sequels:
-            sequel.constraint.take(sequel.first, sequel.ids(), self._tokenizer)
+            sequel.constraint.take(sequel.first, sequel.ids(), self._matcher(sequel.constraint))
         bits = np.empty((len(masked), -(-self._tokenizer.vocab_size // 32)), dtype=np.int32)
-        matchers = [(constraint.matcher(self._tokenizer), row) for row, constraint in enumerate(masked)]
+        matchers = [(self._matcher(constraint), row) for row, constraint in enumerate(masked)]
         if matchers:
             fill_next_token_bitmask_par(self._executor, matchers, bits)
         for constraint, (matcher, _) in zip(masked, matchers, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.internal.link import Fence, Sampling
-from tests.unit.sampling_reference import choose
+from tests.unit.sampling_reference import Scores, choose, ruled
 from worker import sampler
 from worker.batch import apply_and_build
 from worker.plan import Admit, Row, StepPlan, Told, decode, encode
@@ -41,9 +41,13 @@ class Asked:
         return self.prompt + self.generated
 
     @property
-    def scores(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def scores(self) -> Scores:
         """Rounded: equal logits are common."""
         return np.random.default_rng(self.logits).normal(0, 2, VOCABULARY).round(1)
+
+    @property
+    def ruled(self) -> Scores:
+        return ruled(self.scores, self.ids, len(self.prompt), self.sampling)
 
     @property
     def expected(self) -> int:
@@ -103,7 +107,7 @@ def plans(asked: list[Asked], slots: list[int], decoded: bool) -> list[StepPlan]
 def drawn(
     asked: list[Asked], slots: list[int], *, ranks: int = 1, piece_rows: int = 64, decoded: bool = False
 ) -> list[int]:
-    """The ids of these rows in this order, sampled by several ranks and joined."""
+    """The ids of these rows in this order, sampled by several ranks and joined. Scores are checked on the way."""
     logits = torch.from_numpy(np.stack([one.scores for one in asked]))
     found: list[int] = []
     for rank in range(ranks):
@@ -112,6 +116,12 @@ def drawn(
         for plan in plans(asked, slots, decoded):
             batch = apply_and_build(decode(encode(plan)), state, rank, ranks, piece_rows)
         share = logits[batch.share.rows]
+        for part in batch.ruled:
+            scores = share[part.rows].clone()
+            for rule in part.rules:
+                scores = rule(scores)
+            for row, changed in zip(part.rows.tolist(), scores.tolist(), strict=True):
+                assert changed == asked[batch.share.start + row].ruled.tolist()
         found += sampler.sample(share, batch.sampling, batch.paths, batch.ruled).tolist()
     return found
 
