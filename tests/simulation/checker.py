@@ -30,6 +30,7 @@ from tests.simulation.model import FINISHES, Reference, prompt_logprobs, told_lo
 SEEN = (  # of answers and streams
     "assigned before an older one",
     "cached prompt",
+    "constraint broke",
     "end token before min_tokens",
     "ended by a stop string",
     "logprobs of the prompt",
@@ -141,6 +142,7 @@ class Checker:
         """What is told of decisions."""
         self.told[kind] += 1
         reason = str(detail.get("reason"))
+        self.seen["constraint broke"] += reason == "CONSTRAINT_FAILED"
         # A leader keeps what it holds to its end, and tells every token in its turn: only its loss is a reason.
         lost = kind != "request.replayed" or not reason.startswith(("its leader let go", "a run starts"))
         require(lost, "{} is replayed: {}", subject, reason)

@@ -13,6 +13,7 @@ from echelon.errors import (
     ConflictError,
     DeadlineError,
     EchelonError,
+    InvalidRequestError,
     StreamTakenOverError,
     UnavailableError,
 )
@@ -22,6 +23,7 @@ from echelon.retry import RetryPolicy
 from echelon.types import Completion, StreamEvent
 from tests.simulation.checker import require
 from tests.simulation.coordinator import Coordinator
+from tests.simulation.model import BREAKS
 from tests.simulation.network import Connection
 from tests.simulation.world import PEER, World
 
@@ -79,6 +81,8 @@ class User:
                 StreamTakenOverError,
                 ConflictError,
             )  # the twin may get another answer once the first is forgotten
+        if order.sampling.grammar == BREAKS:
+            excuses.append(InvalidRequestError)
         if order.timeout_s < 10:
             excuses.append(DeadlineError)
         require(isinstance(self.error, tuple(excuses)), "{} ended in {}", order, self.error)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from echelon.internal.link import Logprob
-from tests.simulation.model import ROOT_KEY, VARIANTS, base_of, logprob_of, next_key
-from worker.plan import Admit, Row, StepPlan, StepResult
+from tests.simulation.model import BREAKS, BREAKS_AT, ROOT_KEY, VARIANTS, base_of, logprob_of, next_key
+from worker.plan import NO_ID, Admit, Row, StepPlan, StepResult
 
 NOTHING = -1  # where nobody wrote
 
@@ -46,16 +46,24 @@ class Device:
         ids: list[int] = []
         logprobs: list[Logprob | None] = []
         scores: list[tuple[Logprob, ...]] = []
+        faults: list[tuple[int, str]] = []
         for row in plan.rows:
             state = self._slots[row.slot]
             self._compute(state, row)
             if row.scored is not None:
                 scores.append(self._score(state, row, row.scored))
-            if row.sampled:
+            if row.sampled and self._breaks(state.admit, row.first + row.tokens):
+                faults.append((len(ids), "no token is allowed"))
+                ids.append(NO_ID)
+                logprobs.append(None)
+            elif row.sampled:
                 keys, token_id = self._sample(state, row.first + row.tokens)
                 ids.append(token_id)
                 logprobs.append(None if row.logprobs is None else logprob_of(keys, token_id, row.logprobs))
-        return StepResult(plan.step, tuple(ids), tuple(logprobs), tuple(scores))
+        return StepResult(plan.step, tuple(ids), tuple(logprobs), tuple(scores), tuple(faults))
+
+    def _breaks(self, admit: Admit, position: int) -> bool:
+        return admit.sampling.grammar == BREAKS and position - admit.prompt_tokens >= BREAKS_AT
 
     def _compute(self, state: Slot, row: Row) -> None:
         given = (state.ids.get(row.first, NOTHING),) if row.given is None else row.given

@@ -40,6 +40,9 @@ _PIECES = (
 # Most run over the borders of two tokens or three; some begin as others do, or within one another.
 STOPS = ("é", "€", "🎉", "aa", "a the", " thea", "hea", "z a", "ez", " the\n", "\n\n", "he the the", "éa", "z ", "tha")
 _REPLACEMENT = "\ufffd"
+# Constraints that allow every token: one holds, one breaks where the answer would have its token BREAKS_AT.
+HOLDS, BREAKS = "holds", "breaks"
+BREAKS_AT = 5
 ROOT_KEY = 0  # before the first token
 
 
@@ -101,6 +104,7 @@ def draw_sampling(random: Random, seed: int, max_choices: int) -> Sampling:
         include_stop=random.random() < 0.5,
         n=min(random.choice((1, 1, 2, 3)), max_choices),
         prompt_logprobs=random.choice((None, None, None, 0, 2)),
+        grammar=random.choice(("",) * 10 + (HOLDS, BREAKS)),
     )
 
 
@@ -138,6 +142,8 @@ class Reference:
         sampling = self.request.sampling
         if self.ending:
             return f"{token_id} after the end"
+        if sampling.grammar == BREAKS and len(self.ids) >= BREAKS_AT:
+            return f"{token_id} where no constraint allows any"
         base = base_of(self._keys, self._context, len(self.request.prompt), sampling.seed, self.choice)
         if token_id // VARIANTS != base:
             return f"{token_id} does not follow {self._context}"
