@@ -86,4 +86,5 @@ def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,
         max_context=config.max_context,
+        kv_blocks_limit=plan.kv_blocks_limit or 0,
     )

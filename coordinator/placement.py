@@ -32,6 +32,7 @@ class ReplicaPlan:
 
     parameter_bytes by tensor rank; block_bytes of one KV block on each rank. shared_memory: ranks of one node draw
     on the same memory (cpu). memory_fraction is the share of the free memory that weights and blocks may take.
+    kv_blocks_limit: more blocks are never held, None where memory alone limits them.
     """
 
     tensor: int
@@ -39,9 +40,9 @@ class ReplicaPlan:
     block_bytes: int
     block_tokens: int
     max_context: int
-    max_running: int
     memory_fraction: float
     shared_memory: bool
+    kv_blocks_limit: int | None = None
 
     @property
     def blocks_per_request(self) -> int:
@@ -51,9 +52,9 @@ class ReplicaPlan:
     def kv_blocks(self, memory: Sequence[RankMemory]) -> int:
         """Blocks on every rank, before ranks take off what a step needs.
 
-        All that memory allows on devices of their own, where what no request holds keeps prefixes; in memory that is
-        shared with everything else, no more than a full batch can use. Raises ConfigError when not even one request
-        of max_context tokens fits.
+        All that memory allows on devices of their own: their ranks keep to the limit after that. In memory that is
+        shared with everything else no step is measured, and the limit is kept here. Raises ConfigError when not even
+        one request of max_context tokens fits.
         """
         assert len(memory) == self.tensor, f"memory of {len(memory)} ranks, the plan has {self.tensor}"
         sharers = Counter(rank.node_id for rank in memory)
@@ -64,8 +65,8 @@ class ReplicaPlan:
         tightest = min(range(self.tensor), key=allowed.__getitem__)
         if allowed[tightest] < self.blocks_per_request:
             raise self._no_room(memory[tightest], sharers[memory[tightest].node_id], tightest, allowed[tightest])
-        useful = self.max_running * self.blocks_per_request if self.shared_memory else allowed[tightest]
-        return min(useful, allowed[tightest])
+        limited = self.shared_memory and self.kv_blocks_limit is not None
+        return min(self.kv_blocks_limit or 0, allowed[tightest]) if limited else allowed[tightest]
 
     def _room_bytes(self, rank: RankMemory, sharers: int, index: int) -> int:
         """For KV blocks; negative where the weights alone do not fit."""
@@ -90,7 +91,7 @@ class ReplicaPlan:
 
 
 def plan_replica(config: CoordinatorConfig, model: ModelConfig) -> ReplicaPlan:
-    """The plan of each replica. Raises ConfigError when the degrees do not divide the model."""
+    """The plan of each replica. Raises ConfigError when the degrees do not divide the model, or limits contradict."""
     check_degrees(model, config.tensor)
     dtype_bytes = DTYPE_BYTES[config.dtype]
     return ReplicaPlan(
@@ -99,10 +100,23 @@ def plan_replica(config: CoordinatorConfig, model: ModelConfig) -> ReplicaPlan:
         block_bytes=kv_bytes_per_block(model, config.tensor, BLOCK_TOKENS, dtype_bytes),
         block_tokens=BLOCK_TOKENS,
         max_context=config.max_context,
-        max_running=config.max_running,
         memory_fraction=config.gpu_memory_fraction,
         shared_memory=config.device == "cpu",
+        kv_blocks_limit=_kv_blocks_limit(config),
     )
+
+
+def _kv_blocks_limit(config: CoordinatorConfig) -> int | None:
+    """What was asked for; else, in memory that is shared with everything else, what a full batch can use."""
+    if config.kv_cache_tokens is None:
+        return config.max_running * -(-config.max_context // BLOCK_TOKENS) if config.device == "cpu" else None
+    if config.kv_cache_tokens < config.max_context:
+        raise ConfigError(
+            f"kv-cache-tokens={config.kv_cache_tokens} is less than one request of max-context={config.max_context} "
+            "tokens can need; raise it, or lower max-context",
+            field="kv_cache_tokens",
+        )
+    return -(-config.kv_cache_tokens // BLOCK_TOKENS)
 
 
 def _mib(count: int) -> str:

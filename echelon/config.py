@@ -69,6 +69,9 @@ class ServeConfig(BaseModel):
     max_running: Count = Field(default=64, description="Requests in one batch.")
     max_step_tokens: Count = Field(default=2048, description="Tokens of one step; longer prompts are chunked.")
     gpu_memory_fraction: Fraction = Field(default=0.9, description="Share of free memory for weights and KV cache.")
+    kv_cache_tokens: Count | None = Field(
+        default=None, description="Most that the KV cache holds; default: what memory allows."
+    )
     state_dir: Path | None = Field(default=None, description="Journal and jobs; default: a temporary folder.")
     ray_address: str | None = Field(default=None, description="Join this Ray (host:port) instead of starting one.")
     resume_window_s: Seconds = Field(default=300.0, description="How long an interrupted stream can be resumed.")

@@ -29,7 +29,10 @@ def settle_kv_blocks(
     command: control_pb2.FormEpoch,
     matchers: Matchers,
 ) -> int:
-    """Blocks for every rank. Raises ConfigError when not one request of max_context tokens has room beside a step."""
+    """Blocks for every rank, up to the limit.
+
+    Raises ConfigError when not one request of max_context tokens has room beside a step.
+    """
     block_bytes = kv_bytes_per_block(config, context.tensor.size, command.block_tokens, context.dtype.itemsize)
     step_bytes = 0
     if context.device.type == "cuda":
@@ -51,7 +54,7 @@ def settle_kv_blocks(
             "max-step-tokens or max-running",
             field="max_context",
         )
-    return blocks
+    return min(blocks, command.kv_blocks_limit or blocks)
 
 
 def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch: int) -> StepPlan:

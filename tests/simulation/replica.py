@@ -60,7 +60,6 @@ class Replica:
             block_bytes=1,
             block_tokens=limits.block_tokens,
             max_context=limits.max_context,
-            max_running=limits.max_running,
             memory_fraction=1.0,
             shared_memory=False,
         )

@@ -47,7 +47,7 @@ class Neighbour:
         return None
 
 
-def settle(folder: Path, neighbour: int, wanted: int) -> int:
+def settle(folder: Path, neighbour: int, wanted: int, limit: int = 0) -> int:
     config = read_model_config(make_checkpoint(folder / "model"))
     context = ParallelContext(
         epoch=1,
@@ -56,7 +56,12 @@ def settle(folder: Path, neighbour: int, wanted: int) -> int:
         dtype=torch.float32,
     )
     command = control_pb2.FormEpoch(
-        kv_blocks=wanted, block_tokens=16, max_context=64, max_running=4, max_step_tokens=32
+        kv_blocks=wanted,
+        block_tokens=16,
+        max_context=64,
+        max_running=4,
+        max_step_tokens=32,
+        kv_blocks_limit=limit,
     )
     return settle_kv_blocks(None, config, context, command, None)  # type: ignore[arg-type]
 
@@ -64,6 +69,11 @@ def settle(folder: Path, neighbour: int, wanted: int) -> int:
 def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:
     assert settle(tmp_path, 7, 100) == 7
     assert settle(tmp_path, 700, 100) == 100
+
+
+def test_a_limit_is_kept_and_gives_no_blocks_that_are_not_there(tmp_path: Path) -> None:
+    assert settle(tmp_path, 700, 100, limit=9) == 9
+    assert settle(tmp_path, 7, 100, limit=9) == 7
 
 
 def test_less_than_one_request_is_refused_with_the_arithmetic(tmp_path: Path) -> None:

@@ -16,19 +16,21 @@ PLAN = ReplicaPlan(
     block_bytes=MIB,
     block_tokens=16,
     max_context=33,
-    max_running=4,
     memory_fraction=0.5,
     shared_memory=False,
 )
 
 
-def test_plenty_of_shared_memory_gives_a_full_batch_of_full_contexts() -> None:
-    apart = [RankMemory("a", 1000 * MIB), RankMemory("b", 1000 * MIB)]
-    assert replace(PLAN, shared_memory=True).kv_blocks(apart) == 4 * 3
-
-
 def test_the_cache_takes_all_that_a_device_of_its_own_allows() -> None:
     assert PLAN.kv_blocks([RankMemory("a", 1000 * MIB)] * 2) == 500 - 10
+
+
+def test_a_limit_is_kept_in_shared_memory_and_gives_no_memory_that_is_not_there() -> None:
+    plan = replace(PLAN, shared_memory=True)
+    apart = [RankMemory("a", 1000 * MIB), RankMemory("b", 1000 * MIB)]
+    assert replace(plan, kv_blocks_limit=3).kv_blocks(apart) == 3
+    assert replace(plan, kv_blocks_limit=1000).kv_blocks(apart) == 490
+    assert replace(PLAN, kv_blocks_limit=3).kv_blocks(apart) == 490, "ranks first take off what a step needs"
 
 
 def test_the_rank_with_the_least_memory_decides() -> None:
@@ -39,7 +41,7 @@ def test_ranks_of_one_node_share_its_memory_on_cpu() -> None:
     memory = [RankMemory("a", 60 * MIB), RankMemory("a", 60 * MIB)]
     assert replace(PLAN, shared_memory=True).kv_blocks(memory) == 5
     apart = [RankMemory("a", 60 * MIB), RankMemory("b", 60 * MIB)]
-    assert replace(PLAN, shared_memory=True).kv_blocks(apart) == 12
+    assert replace(PLAN, shared_memory=True).kv_blocks(apart) == 20
 
 
 def test_no_room_for_one_request_is_refused_with_the_arithmetic_and_a_remedy() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from coordinator.placement import plan_replica
 from coordinator.supervisor.preparation import prepare, temporary_folder
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
+from models.config import read_model_config
 from tests.tiny import make_checkpoint
 
 
@@ -41,11 +43,21 @@ def test_what_is_given_is_kept(model: Path, tmp_path: Path) -> None:
     assert settled.state_dir == tmp_path / "s"
 
 
+def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(model: Path, tmp_path: Path) -> None:
+    settled, _ = prepare(config(model, max_context=33, max_running=4), tmp_path)
+    limits = [
+        plan_replica(settled.model_copy(update=values), read_model_config(model)).kv_blocks_limit
+        for values in ({}, {"kv_cache_tokens": 33}, {"kv_cache_tokens": 1600}, {"device": "cuda"})
+    ]
+    assert limits == [4 * 3, 3, 100, None]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"tensor": 3}, "tensor=3 does not divide"),
         ({"max_context": 10**9}, "max-context=1000000000 is more than the model's max_position_embeddings"),
+        ({"kv_cache_tokens": 511}, "kv-cache-tokens=511 is less than one request of max-context=512 "),
         ({"state_dir": "/proc/nope"}, "state-dir /proc/nope cannot be made"),
         ({"state_dir": "/sys/kernel"}, "state-dir /sys/kernel cannot be written: "),
         ({"model": "/nowhere"}, "model directory /nowhere does not exist"),

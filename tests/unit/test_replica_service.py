@@ -24,9 +24,9 @@ PLAN = ReplicaPlan(
     block_bytes=10,
     block_tokens=16,
     max_context=32,
-    max_running=4,
     memory_fraction=0.5,
     shared_memory=True,
+    kv_blocks_limit=8,
 )
 
 
