@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
+from echelon.errors import InternalError
 from echelon.testing import LocalCluster
 from tests.cluster.reference import Reference
 from tests.tiny import LLAMA3_ROPE, make_checkpoint
@@ -102,21 +104,39 @@ class Case:
     cluster: LocalCluster
     reference: Reference
 
+    def counters(self) -> Counter[str]:
+        """Of the epoch that serves, once the answers that were given are in them: nothing may run."""
+        status = self.cluster.wait(lambda now: now.replicas[0].kv_blocks_referenced == 0, "no referenced block")
+        return Counter(status.replicas[0].counters)
+
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A Ray that outlives the clusters which join it."""
-    port, client_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="echelon-ray-") as folder:
-        config = RayHeadConfig("127.0.0.1", port, client_port, num_cpus=16, folder=Path(folder))
+        head, address = start_ray(Path(folder))
+        try:
+            yield address
+        finally:
+            head.stop()
+
+
+def start_ray(folder: Path, tries: int = 3) -> tuple[RayHead, str]:
+    """On a machine that is busy with other things Ray may not be up in time at the first try."""
+    for number in range(1, tries + 1):
+        port, client_port = free_ports(2)
+        config = RayHeadConfig("127.0.0.1", port, client_port, num_cpus=16, folder=folder / str(number))
         head = RayHead(config)
         head.start(dict(os.environ))
         try:
             while not head.is_up():
                 time.sleep(0.1)
-            yield config.address
-        finally:
+            return head, config.address
+        except InternalError:
             head.stop()
+            if number == tries:
+                raise
+    raise AssertionError("tries is at least 1")
 
 
 def free_ports(count: int) -> list[int]:
@@ -146,3 +166,20 @@ def case(request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[str
         directory, tensor=layout.tensor, dtype="float64", ray_address=ray_address, **layout.flags
     ) as cluster:
         yield Case(request.param, cluster, Reference(directory))
+
+
+@pytest.fixture(scope="session")
+def pair(ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
+    """Two tensor ranks with room for everything, made to be killed."""
+    directory = checkpoints[LAYOUTS["llama-2"].checkpoint]
+    with LocalCluster(directory, tensor=2, dtype="float64", ray_address=ray_address, lease_s=30) as cluster:
+        yield Case("pair", cluster, Reference(directory))
+
+
+@pytest.fixture(scope="session")
+def tight(ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
+    """One rank with steps of seven tokens, and a cache for one request of max-context alone."""
+    directory = checkpoints[LAYOUTS["llama-1"].checkpoint]
+    flags = CHUNKED | {"max_context": 384, "kv_cache_tokens": 384}
+    with LocalCluster(directory, dtype="float64", ray_address=ray_address, **flags) as cluster:
+        yield Case("tight", cluster, Reference(directory))

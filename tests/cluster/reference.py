@@ -1,4 +1,4 @@
-"""What transformers answers: greedy ids and their log-probabilities, in float64, one prompt at a time."""
+"""What transformers answers: ids, texts, logits and greedy answers, in float64, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -25,6 +27,30 @@ class Reference:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         # Its own choice of attention: sdpa, and eager for what sdpa cannot compute.
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+        self.end_id = int(self.tokenizer.eos_token_id)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Of a prompt, its begin token included."""
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Of a piece of text, and of nothing around it."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """After each id, [ids, vocabulary], in one pass."""
+        return np.asarray(self._model(torch.tensor([list(ids)])).logits[0].numpy(), np.float64)
+
+    def logprobs(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The same as log-probabilities."""
+        logits = self.logits(ids)
+        return np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
     @torch.no_grad()
     def greedy(self, text: str, steps: int) -> Answer:

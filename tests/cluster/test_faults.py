@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from echelon import Client, ConflictError, StreamTakenOverError
-from echelon.testing import LocalCluster
 from tests.cluster.conftest import Case
-from tests.cluster.reference import Reference
 from tests.cluster.streams import GREEDY, PROMPT, STEPS, alive, assert_undisturbed, stream_through
-from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture(scope="module")
-def killed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """Two tensor ranks in float64, made to be killed."""
-    directory = make_checkpoint(tmp_path_factory.mktemp("faults") / "model")
-    with LocalCluster(directory, tensor=2, dtype="float64", ray_address=ray_address, lease_s=30) as cluster:
-        yield Case("killed", cluster, Reference(directory))
-
-
 @pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
-def test_a_stream_survives_a_killed_rank(killed: Case, victim: int) -> None:
-    cluster = killed.cluster
+def test_a_stream_survives_a_killed_rank(pair: Case, victim: int) -> None:
+    cluster = pair.cluster
     before = cluster.ranks()
     events = stream_through(cluster.client(), lambda: cluster.kill(victim))
-    assert_undisturbed(killed, events)
+    assert_undisturbed(pair, events)
     after = cluster.ranks()
     assert {rank.epoch for rank in after} == {before[0].epoch + 1}
     assert not {rank.pid for rank in after} & {rank.pid for rank in before}, "every rank of the replica was replaced"
@@ -40,11 +28,11 @@ def test_a_stream_survives_a_killed_rank(killed: Case, victim: int) -> None:
     assert "rank.lost" in kinds and "request.replayed" in kinds
 
 
-def test_a_stream_survives_a_killed_coordinator(killed: Case) -> None:
-    cluster = killed.cluster
+def test_a_stream_survives_a_killed_coordinator(pair: Case) -> None:
+    cluster = pair.cluster
     before = cluster.status()
     events = stream_through(cluster.client(), lambda: cluster.kill("coordinator"))
-    assert_undisturbed(killed, events)
+    assert_undisturbed(pair, events)
     after = cluster.status()
     assert after.term == before.term + 1
     assert after.coordinator_pid != before.coordinator_pid
@@ -54,8 +42,8 @@ def test_a_stream_survives_a_killed_coordinator(killed: Case) -> None:
     assert "replica.adopted" in [event.kind for event in cluster.events()]
 
 
-def test_many_streams_survive_a_killed_rank(killed: Case) -> None:
-    cluster = killed.cluster
+def test_many_streams_survive_a_killed_rank(pair: Case) -> None:
+    cluster = pair.cluster
     reached = threading.Barrier(9)
     prompts = [f"{PROMPT} {i}" for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -65,12 +53,12 @@ def test_many_streams_survive_a_killed_rank(killed: Case) -> None:
         reached.wait(60)
         cluster.kill(1)
         for prompt, events in zip(prompts, streams, strict=True):
-            assert_undisturbed(killed, events.result(), prompt)
+            assert_undisturbed(pair, events.result(), prompt)
 
 
-def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
+def test_a_vanished_client_is_parked_and_resumes(pair: Case) -> None:
     """A client that is killed says nothing; its request waits, holds no block, and goes on when it is asked for."""
-    cluster = killed.cluster
+    cluster = pair.cluster
     request_id = "vanished-1"
     vanishing = Client(cluster.target)
     stream = vanishing.stream(PROMPT, sampling=GREEDY, request_id=request_id)
@@ -79,19 +67,19 @@ def test_a_vanished_client_is_parked_and_resumes(killed: Case) -> None:
     parked = cluster.wait(lambda now: now.parked == 1 and now.replicas[0].kv_blocks_referenced == 0, "a parked request")
     assert parked.running == 0
     answer = cluster.client().generate(PROMPT, sampling=GREEDY, request_id=request_id)
-    assert answer.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
+    assert answer.token_ids == pair.reference.greedy(PROMPT, STEPS).ids
     assert answer.token_ids[: len(held)] == tuple(event.token_ids[0] for event in held)
 
 
-def test_one_request_has_one_stream(killed: Case) -> None:
+def test_one_request_has_one_stream(pair: Case) -> None:
     """The same id and content takes the stream over; other content under the id is refused."""
-    client = killed.cluster.client()
+    client = pair.cluster.client()
     request_id = "taken-over"
     first = client.stream(PROMPT, sampling=GREEDY, request_id=request_id)
     next(first)
     second = client.generate(PROMPT, sampling=GREEDY, request_id=request_id)
     with pytest.raises(StreamTakenOverError):
         list(first)
-    assert second.token_ids == killed.reference.greedy(PROMPT, STEPS).ids
+    assert second.token_ids == pair.reference.greedy(PROMPT, STEPS).ids
     with pytest.raises(ConflictError, match="taken-over"):
         client.generate("something else", sampling=GREEDY, request_id=request_id)
