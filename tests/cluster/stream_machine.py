@@ -24,7 +24,7 @@ from tests.cluster.target import Target
 
 HOW = ("nothing", "shown", "shown", "part", "wrong", "longer", "swapped", "more")
 # Nothing that is drawn depends on what the cluster has said so far: places are taken modulo what there is.
-PLACE, WHICH, MORE = st.integers(0, 2), st.integers(0, 59), st.lists(st.integers(0, 330), min_size=1, max_size=20)
+PLACE, WHICH, MORE = st.integers(0, 4), st.integers(0, 59), st.lists(st.integers(0, 330), min_size=1, max_size=20)
 MOSTLY = st.sampled_from((True,) * 5 + (False,))
 PATIENT_S = 20.0
 MACHINES = itertools.count()
@@ -41,10 +41,17 @@ class Stream:
     end_by_s: float
     messages: list[Any] = field(default_factory=list)
     exact: bool = True
+    ended_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.call.add_callback(self._ended)
+
+    def _ended(self) -> None:
+        self.ended_s = time.monotonic()  # whenever it is read
 
 
 class Streams(RuleBasedStateMachine):
-    """Up to three requests, whatever number of streams."""
+    """Up to five requests, whatever number of streams."""
 
     def __init__(self, target: Target, ends: Counter[str]) -> None:
         super().__init__()
@@ -95,8 +102,11 @@ class Streams(RuleBasedStateMachine):
         self._open(self.requests[request_id], tuple(map(tuple, held)), PATIENT_S, exact)
 
     def _open(self, request: generation_pb2.GenerateRequest, held: Held, timeout_s: float, exact: bool) -> None:
-        for stream in self.open:
-            stream.exact &= stream.request_id != request.request_id or request != self.requests[request.request_id]
+        rivals = [stream for stream in self.open if stream.request_id == request.request_id]
+        if request == self.requests[request.request_id]:
+            exact &= not rivals  # whichever the cluster hears last has it
+            for stream in rivals:
+                stream.exact = False
         message = generation_pb2.GenerateRequest()
         message.CopyFrom(request)
         message.resume.received.extend(generation_pb2.TokenIds(ids=ids) for ids in held)
@@ -118,9 +128,11 @@ class Streams(RuleBasedStateMachine):
     @rule(places=st.lists(PLACE, min_size=1, max_size=3))
     def cancel(self, places: list[int]) -> None:
         request_ids = [f"{self.prefix}-{place}" for place in places]
-        self.meddled.update(request_ids)
         message = generation_pb2.CancelGenerationRequest(request_ids=request_ids)
-        self.target.ask("CancelGeneration", message.SerializeToString())
+        answer = self.target.ask("CancelGeneration", message.SerializeToString())
+        assert isinstance(answer, generation_pb2.CancelGenerationResponse)
+        assert set(answer.cancelled_request_ids) <= set(request_ids)
+        self.meddled.update(answer.cancelled_request_ids)
 
     def _read(self, stream: Stream, count: int | None) -> None:
         """So many messages, or all."""
@@ -135,7 +147,7 @@ class Streams(RuleBasedStateMachine):
     def _end(self, stream: Stream, error: grpc.RpcError | None, left: bool = False) -> None:
         self.open.remove(stream)
         end = End(METHODS["StreamGenerate"], tuple(stream.messages), error, left)
-        assert left or time.monotonic() < stream.end_by_s, "a stream outlived its deadline"
+        assert left or (stream.ended_s or 0.0) < stream.end_by_s, "a stream outlived its deadline"
         assert_proper(end)
         if stream.messages:
             self.answers.take(end, stream.received)
