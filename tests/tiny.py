@@ -33,9 +33,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if tools %}[tools] {{ tools | tojson }}\n{% endif %}"
+    "{{ bos_token }}{% if tools %}[tools] {{ tools | tojson }}{{ '\n' }}{% endif %}"
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}"
-    "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}\n{% endfor %}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 TEXT = """An echelon is a formation in which each unit stands a little behind and to the side of the one ahead.

@@ -118,11 +118,18 @@ def expected(pair: Case) -> Expected:
     return Expected(bound, free, stop, count)
 
 
-@pytest.mark.parametrize("victim", [0, "coordinator"], ids=["rank", "coordinator"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param(0, id="leader"),
+        pytest.param(1, id="follower", marks=pytest.mark.long),
+        pytest.param("coordinator", id="coordinator"),
+    ],
+)
 def test_every_kind_of_answer_survives(pair: Case, expected: Expected, victim: int | str) -> None:
     cluster = pair.cluster
     before = cluster.status()
-    pid = before.coordinator_pid if victim == "coordinator" else before.ranks[0].pid
+    pid = before.coordinator_pid if victim == "coordinator" else before.ranks[int(victim)].pid
     asked = {**DRAWN, **BOUND, "stop": replace(FREE, stop=(expected.stop,))}
     answers = Streams(cluster.client()).run(asked, lambda: os.kill(pid, signal.SIGKILL))
     for name, sampling in DRAWN.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from echelon import CancelledError, Client, Completion, SamplingParams
 from tests.cluster.conftest import LAYOUTS, Case
+from tests.cluster.rules import RULES, assert_drawn
 
 pytestmark = pytest.mark.cluster
 
@@ -134,3 +136,12 @@ def test_same_seed_same_tokens_in_any_company(case: Case, sampled: dict[str, tup
     assert alone == together
     assert sampled.setdefault(LAYOUTS[case.name].checkpoint, alone) == alone
     assert client.generate(PROMPTS[0], max_tokens=32, seed=4321, ignore_eos=True).token_ids != alone
+
+
+@pytest.mark.long
+def test_every_rule_on_every_layout(case: Case) -> None:
+    """All at once, two choices each: what each must be, transformers' logits say."""
+    text, rules = PROMPTS[-1], list(RULES.values())
+    inputs = [{"prompt": text, "sampling": replace(sampling, n=2)} for sampling in rules]
+    for sampling, answer in zip(rules, case.cluster.client().map(inputs, concurrency=len(inputs)), strict=True):
+        assert_drawn(case.reference, case.reference.ids(text), replace(sampling, n=2), answer)
