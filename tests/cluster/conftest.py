@@ -178,8 +178,8 @@ def pair(ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
 
 @pytest.fixture(scope="session")
 def tight(ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
-    """One rank with steps of seven tokens, and a cache for one request of max-context alone."""
+    """One rank with steps of seven tokens, and a cache that one request of max-context fills."""
     directory = checkpoints[LAYOUTS["llama-1"].checkpoint]
-    flags = CHUNKED | {"max_context": 384, "kv_cache_tokens": 384}
+    flags: dict[str, Any] = CHUNKED | {"max_context": 384, "kv_cache_tokens": 384}
     with LocalCluster(directory, dtype="float64", ray_address=ray_address, **flags) as cluster:
         yield Case("tight", cluster, Reference(directory))
