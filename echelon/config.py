@@ -170,7 +170,9 @@ def _file_values(text: str) -> dict[str, object]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration file is not YAML: {error}") from None
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        raise ConfigError(f"the configuration file is not YAML{line}: {getattr(error, 'problem', error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -103,7 +103,9 @@ def _cut(text: str, most_bytes: int) -> str:
 
 
 def _unreachable(address: str, details: str) -> UnavailableError:
-    return UnavailableError(f"cannot reach {address}: {details.rsplit(': ', 1)[-1].rstrip(']') or 'connection lost'}")
+    why = details.rsplit(": ", 1)[-1].rstrip("]") or "connection lost"
+    remedy = f"; is `echelon serve --address {address}` running?" if "refused" in why else ""
+    return UnavailableError(f"cannot reach {address}: {why}{remedy}")
 
 
 def _any(message: error_details_pb2.ErrorInfo) -> any_pb2.Any:

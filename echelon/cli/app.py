@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from echelon.cli import batch, chat, cluster, doctor, generate
-from echelon.cli.output import error_line, exit_code, forget_output
+from echelon.cli.output import error_line, exit_code, forget_output, retry_notices
 from echelon.cli.sampling import with_sampling
 from echelon.errors import ConfigError, EchelonError
 
@@ -30,7 +30,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with retry_notices():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise typer.Exit(130) from interrupt
         except EchelonError as error:

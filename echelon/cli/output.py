@@ -5,12 +5,14 @@ Runs in the user's terminal. Knows no call.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TextIO
 
@@ -50,6 +52,35 @@ def exit_code(error: EchelonError) -> int:
 def error_line(error: EchelonError) -> None:
     """One line on stderr, with the request's id where a log can be searched for it."""
     typer.echo(f"echelon: error: {error}", err=True)
+
+
+class RetryNotice(logging.Handler):
+    """Tells on stderr why a command waits, each reason once: a wait of minutes is not to look like a hang."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print what the SDK says of a retry, if it is new."""
+        why = getattr(record, "why", "")
+        if why and why not in self._told:
+            self._told.add(why)
+            typer.echo(f"echelon: {why}; trying again until the deadline", err=True)
+
+
+@contextlib.contextmanager
+def retry_notices() -> Iterator[None]:
+    """Within it, what the SDK waits for is told."""
+    log, notice = logging.getLogger("echelon"), RetryNotice()
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(notice)
+    try:
+        yield
+    finally:
+        log.removeHandler(notice)
+        log.setLevel(level)
 
 
 def forget_output() -> None:

@@ -89,8 +89,10 @@ def _read(path: Path | None) -> str:
         return ""
     try:
         return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}", field="config") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}", field="config") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not UTF-8 at byte {error.start}", field="config") from None
 
 
 def _command() -> Callable[..., None]:

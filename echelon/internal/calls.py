@@ -6,6 +6,7 @@ channel.
 
 from __future__ import annotations
 
+import logging
 import math
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from echelon import convert_cluster, convert_jobs
 from echelon.errors import InvalidRequestError
 from echelon.internal.channel import MAX_MESSAGE_BYTES
 from echelon.profiles import Settings
-from echelon.session import CallSession, FeedSession, Session
+from echelon.session import Broken, CallSession, FeedSession, Session
 from echelon.types import (
     Cluster,
     ClusterEvent,
@@ -36,6 +37,7 @@ R = TypeVar("R")
 LIST_PAGE_SIZE = 200
 MAX_INPUT_BYTES = MAX_MESSAGE_BYTES - 2**16  # the rest of the message fits beside it
 _JOBS = "echelon.v1.BatchJobService"
+_log = logging.getLogger("echelon")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class Call(Generic[P, M, Y, R]):
     session: Session[P, M, Y, R]
     streams: bool = False
     request_id: str | None = None  # its errors carry it
+
+
+def log_retry(event: object, seconds: float) -> None:
+    """Say why a call waits and is tried again: at level INFO of the logger `echelon`, silent unless asked for."""
+    if isinstance(event, Broken):
+        _log.info("%s; trying again in %.1f s", event.error.message, seconds, extra={"why": event.error.message})
 
 
 Unary = Call[None, M, M, M]

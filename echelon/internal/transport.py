@@ -104,6 +104,7 @@ class Transport:
                             open_call = self._open(call, effect)
                         case Sleep(seconds):
                             self._drop(open_call)
+                            calls.log_retry(event, seconds)
                             self._closed.wait(seconds)
                             following = Timer()
                         case Raise(error):

@@ -90,6 +90,7 @@ class AsyncTransport:
                             open_call = self._open(call, effect)
                         case Sleep(seconds):
                             self._drop(open_call)
+                            calls.log_retry(event, seconds)
                             await asyncio.sleep(seconds)
                             following = Timer()
                         case Raise(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -139,7 +140,18 @@ def test_the_servers_error_is_one_line_with_the_request(server: ScriptedServer) 
 def test_status_of_nothing_is_one_line_and_exit_1(as_json: bool) -> None:
     result = echelon("status", *["--json"][: int(as_json)], address="localhost:1")
     assert result.exit_code == 1
-    assert (result.stdout, result.stderr) == ("", "echelon: error: cannot reach localhost:1: Connection refused\n")
+    remedy = "is `echelon serve --address localhost:1` running?"
+    told = f"echelon: error: cannot reach localhost:1: Connection refused; {remedy}\n"
+    assert (result.stdout, result.stderr) == ("", told)
+
+
+def test_why_a_command_waits_is_told_once() -> None:
+    result = echelon("generate", "once", "--timeout", "1", address="localhost:1")
+    waiting, ended = result.stderr.splitlines()
+    assert waiting.startswith("echelon: cannot reach localhost:1: Connection refused; is `echelon serve")
+    assert waiting.endswith("; trying again until the deadline")
+    assert ended.startswith("echelon: error: the deadline passed: cannot reach")
+    assert not logging.getLogger("echelon").handlers
 
 
 def cluster() -> Cluster:
