@@ -1,6 +1,6 @@
 """Constraints: what a step waits for beside the forward pass, in microseconds, with a large vocabulary.
 
-    python benchmarks/constraint_masks.py [--vocabulary 131072] [--rows 1 16 64 256] [--threads 1] [--device cpu] [--json]
+    python benchmarks/constraint_masks.py [--vocabulary 131072] [--rows 1 16 64 256] [--threads 1] [--json]
 
 A byte-level BPE vocabulary is trained on the interpreter's own libraries. Each step takes the last id of every row and
 fills its next mask (`follow`, in the matchers' thread while the device computes), then carries the masks to the device

@@ -39,7 +39,11 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({"model": "m", "heartbeat_s": "5", "lease_s": "6"}, "", "heartbeat-s=5 must be at most a third of lease-s=6"),
         ({"model": "m"}, "tensr: 2", "unknown key 'tensr'; did you mean 'tensor'"),
         ({"model": "m"}, "- a", "must hold keys and values"),
-        ({"model": "m"}, "a: 1\nb: [", "not YAML at line 2, column 5: expected the node content, but found '<stream end>'"),
+        (
+            {"model": "m"},
+            "a: 1\nb: [",
+            "not YAML at line 2, column 5: expected the node content, but found '<stream end>'",
+        ),
     ],
 )
 def test_a_mistake_gets_one_error_that_names_it(flags: dict[str, str | None], text: str, expected: str) -> None:

@@ -78,7 +78,7 @@ def test_the_model_is_fetched_once_and_settled_as_a_directory(
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= fetched
     assert not fetched & {"README.md", "pytorch_model.bin", "consolidated.safetensors"}
     assert not any("onnx" in request for request in hub.requests)
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("echelon")]  # gRPC may tell of forks
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("echelon")]  # gRPC tells of forks
     assert len(told) == 1 and told[0].startswith(f"echelon: org/tiny@main is fetched from {hub.endpoint}")
     hub.requests.clear()
     assert model_directory("org/tiny@v1") == settled.model

@@ -85,7 +85,9 @@ def test_what_the_transport_says_is_understood(code: grpc.StatusCode, details: s
 def test_a_coordinator_that_is_away_is_named_in_one_line() -> None:
     details = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused (111)"
     error = status.from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, details), "host:1")
-    assert error.message == "cannot reach host:1: Connection refused (111); is `echelon serve --address host:1` running?"
+    assert (
+        error.message == "cannot reach host:1: Connection refused (111); is `echelon serve --address host:1` running?"
+    )
 
 
 def test_a_cancel_of_the_server_is_not_a_broken_transport() -> None:
