@@ -69,11 +69,13 @@ def processes(cluster: cluster_pb2.Cluster) -> tuple[object, ...]:
 
 
 def fuzz_target(ray_address: str, folder: Path) -> Iterator[Target]:
-    """For a fixture of a module. The jobs that fuzzing names are there, and other names are not."""
+    """For a fixture of a module: so small that prompts are chunked and requests are preempted.
+
+    The jobs that fuzzing names are there, and other names are not.
+    """
     directory = make_checkpoint(folder / "tiny")
-    with LocalCluster(
-        directory, ray_address=ray_address, max_running=MAX_RUNNING, max_queue_tokens=2000, resume_window_s=5
-    ) as cluster:
+    sizes = {"max_running": MAX_RUNNING, "max_queue_tokens": 2000, "max_step_tokens": 32, "kv_cache_tokens": 640}
+    with LocalCluster(directory, ray_address=ray_address, resume_window_s=5, **sizes) as cluster:  # type: ignore[arg-type]
         for job_id in filter(None, JOB_IDS):
             cluster.client().jobs.submit([{"custom_id": "a", "prompt": "x", "max_tokens": 3}], job_id=job_id).wait()
         with grpc.insecure_channel(cluster.target, options=CLIENT_OPTIONS) as channel:

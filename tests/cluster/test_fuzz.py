@@ -25,7 +25,7 @@ from tests.cluster.target import Target, fuzz_target
 
 pytestmark = pytest.mark.cluster
 
-EXAMPLES = {"Generate": 120, "StreamGenerate": 120, "CreateBatchJob": 60}  # of others a sixth
+EXAMPLES = {"Generate": 120, "StreamGenerate": 120, "CreateBatchJob": 60}  # of others 30
 LONG_TIMES = 12
 
 
@@ -81,7 +81,7 @@ def test_every_method_has_good_messages() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_any_message(target: Target, name: str) -> None:
-    ends = fuzz(target, name, EXAMPLES.get(name, 20))
+    ends = fuzz(target, name, EXAMPLES.get(name, 30))
     assert ends["OK"] and (ends["INVALID_ARGUMENT"] or name not in EXAMPLES)
 
 
@@ -89,7 +89,7 @@ def test_any_message(target: Target, name: str) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", METHODS)
 def test_very_many_messages(target: Target, name: str) -> None:
-    assert fuzz(target, name, EXAMPLES.get(name, 20) * LONG_TIMES)["OK"]
+    assert fuzz(target, name, EXAMPLES.get(name, 30) * LONG_TIMES)["OK"]
 
 
 def test_streams_in_any_order(target: Target) -> None:
