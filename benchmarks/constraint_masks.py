@@ -1,11 +1,11 @@
-"""Constraints: what a step waits for beside the forward pass, in microseconds, with a large vocabulary.
+"""Constraints: what their masks cost in each step, with a large vocabulary.
 
-    python benchmarks/constraint_masks.py [--vocabulary 131072] [--rows 1 16 64 256] [--threads 1] [--json]
+    python benchmarks/constraint_masks.py [--vocabulary 131072] [--rows 1 16 64 256] [--device cpu] [--json]
 
 A byte-level BPE vocabulary is trained on the interpreter's own libraries. Each step takes the last id of every row and
-fills its next mask (`follow`, in the matchers' thread while the device computes), then carries the masks to the device
-and bars what they forbid (`apply`). Ids are drawn at random among the allowed ones: text like no model writes, which
-takes a matcher through many states. Prints medians as a table with the versions, or as JSON lines.
+fills its next mask (follow: CPU time, of the matchers' thread while the device computes), then carries the masks to the
+device and bars what they forbid (apply: CPU time, or time on CUDA). Ids are drawn at random among the allowed ones: no
+model writes such text, and it takes a matcher through many states. Prints a table with the versions, or JSON lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from worker.upload import upload_one
 
 CORPUS_CHARACTERS = 60_000_000
 END = 0
+COLUMN = 24
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -50,7 +51,8 @@ SCHEMA = {
 GRAMMARS = {
     "json_schema": compile_constraint("json_schema", json.dumps(SCHEMA)),
     "json_object": compile_constraint("json_object", True),
-    "regex": compile_constraint("regex", r"[A-Za-z ,.]{40,400}"),
+    "regex of a date": compile_constraint("regex", r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"),
+    "regex of a text": compile_constraint("regex", r"[A-Za-z ,.]{40,400}"),
 }
 
 
@@ -91,7 +93,7 @@ def train(vocabulary: int, directory: Path) -> None:
 
 
 def follow(matchers: Matchers, grammar: str, rows: int, steps: int) -> tuple[list[float], Masks]:
-    """Seconds of each step from its beginning to its masks, and the last masks. Answers that end begin anew."""
+    """Seconds of CPU time of each step, until its masks are there; and the last masks. Answers that end begin anew."""
     random = np.random.default_rng(1)
     sampling = Sampling(1.0, 1.0, 0, 100, 0, stop_token_ids=(END,), grammar=grammar)
     positions = [0] * rows
@@ -102,11 +104,11 @@ def follow(matchers: Matchers, grammar: str, rows: int, steps: int) -> tuple[lis
         admits = tuple(Admit(slot, 0, 1, sampling) for slot in sorted(ended))
         planned = [Row(slot, positions[slot], 1, (5,) if slot in ended else None, True) for slot in range(rows)]
         tables = decode(encode(StepPlan(Fence(0, 0, 0), step, admits, rows=tuple(planned))))
-        begin = time.perf_counter()
+        begin = time.process_time()
         following = matchers.begin(tables, range(rows))
         assert following is not None
         masks = following.result()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
         ids = [int(random.choice(np.flatnonzero(_bits(mask)))) for mask in masks.bits]
         for slot, constraint in matchers.of(range(rows)).items():
             constraint.drawn = (DrawnIds(ids), slot)
@@ -120,22 +122,15 @@ def apply(masks: Masks, vocabulary: int, device: torch.device, steps: int) -> li
     scores = torch.randn(rows, vocabulary, dtype=torch.float64, device=device)
     places = torch.arange(rows, device=device)
 
-    def once() -> None:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds = []
+    for _ in range(steps + 1):
+        begin = clock()
         Allowed(places, upload_one(masks.bits, device))(scores)
         if device.type == "cuda":
             torch.cuda.synchronize()
-
-    return timed(once, steps)
-
-
-def timed(call: Callable[[], object], times: int) -> list[float]:
-    call()
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+        seconds.append(clock() - begin)
+    return seconds[1:]
 
 
 def _bits(mask: np.ndarray[tuple[int], np.dtype[np.int32]]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -150,50 +145,48 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
         def read() -> LLTokenizer:
             return constraint_tokenizer(Path(folder), arguments.vocabulary, (END,))
 
-        begin = time.perf_counter()
+        begin = time.process_time()
         vocabulary = read()
-        yield {
-            "figure": "read_vocabulary",
-            "vocabulary": vocabulary.vocab_size,
-            "ms": _rounded(time.perf_counter() - begin, 1e3),
-        }
-        matchers = Matchers(lambda: vocabulary, arguments.threads)
+        yield {"read_vocabulary_ms": round((time.process_time() - begin) * 1e3, 1)}
+        matchers = Matchers(lambda: vocabulary, threads=1)
         for name, grammar in GRAMMARS.items():
             for rows in arguments.rows:
                 steps = max(20, arguments.row_steps // rows)
                 followed, masks = follow(matchers, grammar, rows, steps)
-                applied = statistics.median(apply(masks, arguments.vocabulary, device, 10))
-                median = statistics.median(followed)
+                applied = apply(masks, arguments.vocabulary, device, 10)
                 yield {
-                    "figure": "masks",
                     "constraint": name,
                     "rows": rows,
-                    "follow_us": _rounded(median, 1e6),
-                    "follow_us_per_row": _rounded(median / rows, 1e6),
-                    "follow_us_p99": _rounded(statistics.quantiles(followed, n=100)[98], 1e6),
-                    "apply_us": _rounded(applied, 1e6),
+                    "follow_us_per_row_median": _us(statistics.median(followed) / rows),
+                    "follow_us_per_row_mean": _us(statistics.fmean(followed) / rows),
+                    "follow_us_p99": _us(statistics.quantiles(followed, n=100)[98]),
+                    "apply_us_median": _us(statistics.median(applied)),
                 }
 
 
-def _rounded(seconds: float, unit: float) -> float:
-    return round(seconds * unit, 1)
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 1)
+
+
+def print_row(figures: dict[str, object], header: bool) -> None:
+    if header:
+        print("  ".join(f"{name:>{COLUMN}}" for name in figures))
+    print("  ".join(f"{value:>{COLUMN}}" for value in figures.values()), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=131_072)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--row-steps", type=int, default=10_000, help="rows times steps of each measurement")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     packages = ("llguidance", "tokenizers", "torch", "numpy")
     setting = {
         "benchmark": "constraint_masks",
         "vocabulary": arguments.vocabulary,
-        "threads": arguments.threads,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "cores": os.cpu_count(),
         "versions": {
@@ -202,11 +195,13 @@ def main() -> None:
         },
     }
     print(json.dumps(setting))
+    rows = 0
     for figures in measure(arguments):
-        if arguments.json:
+        if arguments.json or len(figures) == 1:
             print(json.dumps(figures), flush=True)
         else:
-            print("  ".join(f"{name} {value:>10}" for name, value in figures.items()), flush=True)
+            print_row(figures, header=not rows)
+            rows += 1
 
 
 if __name__ == "__main__":

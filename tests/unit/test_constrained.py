@@ -26,6 +26,7 @@ from worker.runner import Runner, RunnerLimits
 SCHEMAS = 200
 LIMITS = RunnerLimits(max_running=40, max_context=512, block_tokens=16)
 BLOCKS_PER_SLOT = LIMITS.max_context // LIMITS.block_tokens
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 PROMPT = (7, 8, 9)
 END = 1
 TEMPERATURE = 4.0  # the model would rather repeat itself
@@ -115,7 +116,8 @@ def test_answers_to_random_schemas_are_valid_and_a_replay_goes_on_alike(checkpoi
     assert replayed == [answers[one] for one in order]
 
 
-def test_regex_choice_and_lark_hold_for_every_answer(checkpoint: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_regex_choice_and_lark_hold_for_every_answer(checkpoint: Path, device: torch.device) -> None:
     options = ["yes", "no", 'per"haps', "日本"]
     lark = 'start: "(" sum ")"\nsum: NUMBER ("+" NUMBER){0,3}\nNUMBER: /[1-9][0-9]{0,2}/'
     grammars = [
@@ -124,11 +126,22 @@ def test_regex_choice_and_lark_hold_for_every_answer(checkpoint: Path) -> None:
         compile_constraint("grammar", lark),
     ]
     asked = [asking(grammar, seed) for grammar in grammars for seed in range(20)]
-    found = texts(checkpoint, Slots(runner_of(checkpoint)).answers(asked))
+    runner = runner_of(checkpoint, solo_context(device, torch.float32, FENCE.epoch))
+    found = texts(checkpoint, Slots(runner).answers(asked))
     assert all(re.fullmatch("[a-f]{3,9}(-[0-9]{2}){0,2}", text) for text in found[:20])
     assert set(found[20:40]) <= set(options) and len(set(found[20:40])) > 1
     assert all(re.fullmatch(r"\([1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}\)", text) for text in found[40:])
     assert len(set(found[:20])) > 10 and len(set(found[40:])) > 10
+
+
+def test_each_row_has_its_own_mask_whatever_paths_its_company_takes(checkpoint: Path) -> None:
+    words = ["aa", "bb", "cc", "dd", "ee", "ff"]
+    paths = [{"temperature": 0.0}, {}, {"top_k": 5}] * 2
+    asked = [
+        replace(asking(compile_constraint("choice", [word])), **path)  # type: ignore[arg-type]
+        for word, path in zip(words, paths, strict=True)
+    ]
+    assert texts(checkpoint, Slots(runner_of(checkpoint)).answers(asked)) == words
 
 
 def test_a_constraint_comes_before_other_rules(checkpoint: Path) -> None:

@@ -21,6 +21,8 @@ FENCE = Fence(1, 0, 1)
 VOCABULARY = 24
 CONTEXT = 40
 SLOTS = 8
+CPU = torch.device("cpu")
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=99, seed=5)
 
 ids_of = st.integers(0, VOCABULARY - 1)
@@ -105,13 +107,19 @@ def plans(asked: list[Asked], slots: list[int], decoded: bool) -> list[StepPlan]
 
 
 def drawn(
-    asked: list[Asked], slots: list[int], *, ranks: int = 1, piece_rows: int = 64, decoded: bool = False
+    asked: list[Asked],
+    slots: list[int],
+    *,
+    ranks: int = 1,
+    piece_rows: int = 64,
+    decoded: bool = False,
+    device: torch.device = CPU,
 ) -> list[int]:
     """The ids of these rows in this order, sampled by several ranks and joined. Scores are checked on the way."""
-    logits = torch.from_numpy(np.stack([one.scores for one in asked]))
+    logits = torch.from_numpy(np.stack([one.scores for one in asked])).to(device)
     found: list[int] = []
     for rank in range(ranks):
-        state = SlotState(SLOTS, CONTEXT, 4, torch.device("cpu"))
+        state = SlotState(SLOTS, CONTEXT, 4, device)
         state.history.fill_(7)  # what earlier owners left
         for plan in plans(asked, slots, decoded):
             batch = apply_and_build(decode(encode(plan)), state, rank, ranks, piece_rows)
@@ -127,12 +135,16 @@ def drawn(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_every_row_gets_what_the_reference_says_in_any_company_order_and_share(data: st.DataObject) -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@given(data=st.data())
+def test_every_row_gets_what_the_reference_says_in_any_company_order_and_share(
+    device: torch.device, data: st.DataObject
+) -> None:
     asked = data.draw(st.lists(asked_rows, min_size=1, max_size=SLOTS))
     slots = data.draw(st.permutations(range(SLOTS)))[: len(asked)]
     ranks, piece_rows = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    found = drawn(asked, slots, ranks=ranks, piece_rows=piece_rows, decoded=data.draw(st.booleans()))
+    decoded = data.draw(st.booleans())
+    found = drawn(asked, slots, ranks=ranks, piece_rows=piece_rows, decoded=decoded, device=device)
     assert found == [one.expected for one in asked]
 
 
