@@ -7,6 +7,7 @@ follows the same grammar over the same vocabulary. It knows no torch, no request
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -64,7 +65,7 @@ def check(tokenizer: LLTokenizer, grammar: str) -> str | None:
     """Why no answer can follow a grammar, with the place where that is known; None if some can begin to."""
     refused, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if refused:
-        return str(messages[0]).strip()
+        return _without_picture(str(messages[0]).strip())
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     matcher.compute_bitmask()
     return f"no text follows it: {error_of(matcher)}" if matcher.is_error() else None
@@ -73,6 +74,12 @@ def check(tokenizer: LLTokenizer, grammar: str) -> str | None:
 def error_of(matcher: LLMatcher) -> str:
     """What a matcher that has failed says, without the dump of its state."""
     return str(matcher.get_error()).partition("\n<state>")[0].strip()
+
+
+def _without_picture(message: str) -> str:
+    """In one line what llguidance says of a regex that does not parse, which it draws; other messages as they are."""
+    found = re.search(r"regex parse error:.*?^error: ([^\n]+)", message, re.DOTALL | re.MULTILINE)
+    return message[: found.start()] + found[1] if found else message
 
 
 def _json_grammar(schema: dict[str, object]) -> str:

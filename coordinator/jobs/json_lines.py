@@ -5,6 +5,7 @@ Pure, in the coordinator, off its event loop. Knows JSON and no field of a reque
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -86,7 +87,9 @@ class JsonObject:
         """Refuse the first key that is none of these."""
         for key in self._value:
             if key not in known:
-                self.refuse(key, f"is unknown; known here are {', '.join(known)}")
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                self.refuse(key, f"is unknown; {hint}known here are {', '.join(known)}")
 
     def child(self, key: str, value: object) -> JsonObject:
         """The object at this place below."""

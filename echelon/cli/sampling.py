@@ -94,8 +94,14 @@ def _text_of(name: str, value: str) -> str:
         return value
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{name} {value} cannot be read: {error}", field=f"sampling.{name}") from None
+    except OSError as error:
+        raise InvalidRequestError(
+            f"{name} {value} cannot be read: {error.strerror}", field=f"sampling.{name}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{name} {value} is not UTF-8 at byte {error.start}", field=f"sampling.{name}"
+        ) from None
 
 
 def _bias(entry: str) -> tuple[int, float]:

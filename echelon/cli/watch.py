@@ -24,6 +24,7 @@ from echelon.errors import DeadlineError, EchelonError, UnavailableError
 from echelon.types import Cluster
 
 DECODED = "decode_rows"  # the counter of tokens that were decoded, one a row
+SERVING = ("ready", "stepping")  # phases of a rank that has loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def line(look: Look, rates: dict[int, float]) -> str:
     if cluster is None:
         return f"{look.error}; looking again"
     ready = sum(replica.state == "ready" for replica in cluster.replicas)
-    ranks = sum(rank.state == "ready" for rank in cluster.ranks)
+    ranks = sum(rank.state in SERVING for rank in cluster.ranks)
     used = sum(replica.kv_blocks_referenced for replica in cluster.replicas)
     total = sum(replica.kv_blocks_total for replica in cluster.replicas)
     return (

@@ -175,6 +175,7 @@ def test_the_model_and_the_template_arguments_are_taken() -> None:
         (short(token_ids=[1, True]), "token_ids", "must be a list of token ids"),
         (short(token_ids=[-1]), "token_ids", "must be a list of token ids"),
         (short(prompt="x", template_args={}), "template_args", "goes with messages only"),
+        (short(promt="x"), "promt", "is unknown; did you mean prompt\\? known here are custom_id, model, prompt"),
         (short(prompt="x", body_tokens=4), "body_tokens", "is unknown; known here are custom_id, model, prompt"),
         (
             short(prompt="x", temperature=-1),

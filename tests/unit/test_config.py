@@ -42,7 +42,7 @@ def test_the_environment_is_read_only_when_given() -> None:
         (
             {"model": "m"},
             "a: 1\nb: [",
-            "not YAML at line 2, column 5: expected the node content, but found '<stream end>'",
+            "not YAML at line 2, column 5: expected the node content",
         ),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_lark_grammar_is_taken_as_it_is(tokenizer: LLTokenizer) -> None:
         ("json_schema", '{"type": "strin"}', "Invalid type: strin"),
         ("json_schema", '{"type": "string", "pattern": "("}', "unclosed group"),
         ("json_schema", '{"enum": []}', "Unsatisfiable schema"),
-        ("regex", "[0-9]+(", "unclosed group"),
+        ("regex", "[0-9]+(", 'invalid regex "[0-9]+(" (in regex): unclosed group'),
         ("regex", "(?=a)b", "look-around"),
         ("grammar", 'start: "a" b', 'at 1(8): unknown name: "b"'),
         ("grammar", "start: (((", "1(11): Expected token ')'"),
