@@ -25,7 +25,11 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """Attempt number `attempt` was given to an epoch of a replica. recomputed_tokens: prefilled again so far."""
+    """This attempt was given to an epoch of a replica. recomputed_tokens: prefilled again so far.
+
+    Attempts are numbered over all requests: an id may be used again once it is forgotten, and what a leader still
+    tells of its older attempts must not pass for the new one's.
+    """
 
     request_id: str
     attempt: int
@@ -133,21 +137,23 @@ class Entry:
 
 @dataclass(slots=True)
 class JournalState:
-    """All remembered requests by id.
+    """All remembered requests by id. last_attempt: the highest number that was given to one.
 
     Applying some last records a second time, in order, changes nothing: compaction relies on it.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
+    last_attempt: int = 0
 
     def apply(self, record: Record) -> None:
-        """Fold one record in. Records of requests that are not remembered change nothing."""
+        """Fold one record in. Records of requests that are not remembered change nothing but the last attempt."""
         match record:
             case Tokens():
                 self._add_tokens(record)
             case Opened(request):
                 self.entries[request.request_id] = Entry.open(record)
-            case Assigned(request_id):
+            case Assigned(request_id, attempt):
+                self.last_attempt = max(self.last_attempt, attempt)
                 if entry := self.entries.get(request_id):
                     entry.assigned = record
             case Prompted(request_id):
@@ -165,6 +171,8 @@ class JournalState:
 
     def records(self) -> Iterator[Record]:
         """The fewest records that lead to this state."""
+        if self.last_attempt:
+            yield Assigned("", self.last_attempt, 0, 0)
         for entry in self.entries.values():
             yield from entry.records()
 

@@ -154,7 +154,7 @@ class CoordinatorCore:
         life = self._current(prompted.request, prompted.attempt)
         if life is None or life.entry.prompted:
             return
-        replayed = prompted.attempt > 1 and life.entry.generated_tokens
+        replayed = life.entry.recomputed_tokens and life.entry.generated_tokens
         cached_tokens = 0 if replayed else prompted.cached_tokens
         if cached_tokens or prompted.prompt_logprobs:
             logprobs = prompted.prompt_logprobs
@@ -195,7 +195,7 @@ class CoordinatorCore:
     def _assign_to(self, now: float, life: Life, link: Link) -> None:
         entry, request = life.entry, life.entry.request
         recomputed = entry.recomputed_tokens + (life.size.known_tokens if entry.attempt else 0)
-        attempt = entry.attempt + 1
+        attempt = self._lives.next_attempt()
         self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
         self._lives.move(life, Phase.RUNNING)
         if life.assigned_unix_s is None:

@@ -84,6 +84,10 @@ class Lives:
         self._state.apply(record)
         self._appends.append(Append(record))
 
+    def next_attempt(self) -> int:
+        """A number that no attempt at any request has had."""
+        return self._state.last_attempt + 1
+
     def emit(self, kind: str, subject: str, **detail: object) -> None:
         self._told.append(Emit(kind, subject, detail))
 

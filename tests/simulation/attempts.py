@@ -36,8 +36,7 @@ class Attempts:
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._all: list[Told] = []
-        self._told: dict[Attempt, Told] = {}  # an id that was forgotten may be used again, from attempt 1 on
+        self._told: dict[Attempt, Told] = {}
         self._by_seed: dict[int, Told] = {}  # the last attempt at a request, which its seed names
         self._running: set[Sequence] = set()
         self._last_report = 0
@@ -48,12 +47,11 @@ class Attempts:
             if told := self._told.get((abandon.request, abandon.attempt)):
                 told.abandoned.update(told.ids if abandon.choice is None else (abandon.choice,))
         for assign in command.assigns:
-            older = self._told.get((assign.request, assign.attempt))
-            if not older or older.released:
-                ids = {each.choice: [*assign.prompt, *each.generated] for each in assign.choices}
-                told = Told(assign, (assign.priority, len(self._all)), ids)
-                self._told[assign.request, assign.attempt] = self._by_seed[assign.sampling.seed] = told
-                self._all.append(told)
+            attempt = assign.request, assign.attempt
+            require(attempt not in self._told, "{} is told twice", attempt)
+            ids = {each.choice: [*assign.prompt, *each.generated] for each in assign.choices}
+            told = Told(assign, (assign.priority, len(self._told)), ids)
+            self._told[attempt] = self._by_seed[assign.sampling.seed] = told
 
     def planned(self, plan: StepPlan) -> None:
         """Nobody begins while somebody waits whose turn is first."""
@@ -109,7 +107,7 @@ class Attempts:
         cached, prompt = prompted.cached_tokens, told.assign.prompt
         alike = [
             _alike(prompt, ids)
-            for other in self._all
+            for other in self._told.values()
             if other is not told and other.assign.cache_salt == told.assign.cache_salt
             for ids in other.ids.values()
         ]

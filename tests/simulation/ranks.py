@@ -140,7 +140,7 @@ class RankProcess:
         self.end()
         if not self.unseen:
             died = Died(self.rank, self.incarnation)
-            told_s = self._random.random() * self._random.choice((0.05, 0.5, 3.0))
+            told_s = self._random.random() * self._random.choice((0.001, 0.1, 3.0))
             self._clock.after(told_s, self._coordinator.tell_replica, self._site.index, died)
 
     def hang(self) -> None:

@@ -207,6 +207,15 @@ def finishes_in_wrong_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lives, "_finish", finish)
 
 
+def attempts_numbered_again_from_one(patch: pytest.MonkeyPatch) -> None:
+    """Once all requests that had more are forgotten."""
+
+    def next_attempt(self: Lives) -> int:
+        return 1 + max((life.entry.attempt for life in self._lives.values()), default=0)
+
+    patch.setattr(Lives, "next_attempt", next_attempt)
+
+
 def prompts_logprobs_not_taken(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CoordinatorCore, "_take_prompted", lambda self, prompted: None)
 
@@ -294,7 +303,7 @@ def choices_draw_the_same(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(draft, "Admit", lambda slot, choice, *rest: Admit(slot, 0, *rest))
 
 
-MUTANT_SEEDS = 2_000  # most are caught within ten
+MUTANT_SEEDS = SEEDS  # most are caught within ten
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     deliver_before_journal,
     any_attempt,
@@ -318,6 +327,7 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     min_tokens_ignored,
     resumed_at_another_choice,
     finishes_in_wrong_order,
+    attempts_numbered_again_from_one,
     prompts_logprobs_not_taken,
     priority_ignored_by_the_coordinator,
     priority_ignored_by_the_scheduler,

@@ -230,7 +230,7 @@ def test_cancel_abandons_at_the_leader_and_leaves_others_alone(shell: Shell) -> 
     assert not shell.core.is_open("a")
     assert shell.abandons() == [Abandon("a", 1)]
     assert isinstance(shell.last_error(1), CancelledError)
-    shell.run(0, 5, name="b")
+    shell.run(0, 5, attempt=2, name="b")
     assert shell.ids(2) == [5]
 
 
@@ -303,21 +303,38 @@ def test_draining_refuses_the_new_and_finishes_the_known(shell: Shell) -> None:
 def test_the_end_of_an_epoch_replays_its_requests_first_and_in_order(shell: Shell) -> None:
     for stream, name in enumerate(("a", "b", "c"), start=1):
         shell.post(Submit(stream, request(name)))
-    shell.run(0, 5, 6, name="b")
+    shell.run(0, 5, 6, attempt=2, name="b")
     shell.post(ReplicaEnded(FENCE, "rank 1 was killed"))
     assert [emit.subject for emit in shell.told if emit.kind == "request.replayed"] == ["b", "a"]
-    shell.run(2, 7, name="b")  # a message of the dead
+    shell.run(2, 7, attempt=2, name="b")  # a message of the dead
     shell.open(fence=Fence(1, 0, 2))
     again = shell.assigns()[2:]
     assert [(assign.request, assign.attempt, assign.choices) for assign in again] == [
-        ("a", 2, (Progress(0),)),
-        ("b", 2, (Progress(0, (5, 6)),)),
+        ("a", 3, (Progress(0),)),
+        ("b", 4, (Progress(0, (5, 6)),)),
     ]
-    shell.post(Reported(Report(Fence(1, 0, 2), 1, (TokenRun("b", 0, 2, 2, (STOP_ID,), finish=Finish.STOP),))))
+    shell.post(Reported(Report(Fence(1, 0, 2), 1, (TokenRun("b", 0, 4, 2, (STOP_ID,), finish=Finish.STOP),))))
     final = shell.shown[2][-1]
     assert isinstance(final, Completion)
     assert final.token_ids == (5, 6, STOP_ID)
     assert final.usage.recomputed_tokens == 5
+
+
+def test_what_a_forgotten_request_left_at_a_leader_is_not_taken_for_one_that_uses_its_id_again(shell: Shell) -> None:
+    shell.post(Submit(1, request()))
+    shell.post(LinkClosed(FENCE))
+    shell.post(StreamClosed(1))
+    shell.now += WINDOW_S
+    shell.post(Tick())
+    shell.records = list(shell.state.records())  # the journal was compacted
+    successor = shell.restart()
+    successor.post(Submit(2, request(prompt=(9, 9), digest=b"of other content")))
+    successor.open(Running("r", 1))
+    assert successor.abandons() == [Abandon("r", 1)]
+    assert [assign.attempt for assign in successor.assigns()] == [2]
+    successor.run(0, 5, attempt=1)  # made for the other prompt, and not acknowledged before the link broke
+    successor.run(0, 6, attempt=2)
+    assert successor.ids(2) == [6]
 
 
 def test_an_epoch_that_is_over_cannot_come_back(shell: Shell) -> None:
@@ -456,11 +473,11 @@ def test_lower_priority_goes_first_then_who_came_first(shell: Shell) -> None:
     for stream, (name, priority) in enumerate((("z", 0), ("y", 0), ("x", -1), ("d", 1), ("w", -1)), start=1):
         shell.post(Submit(stream, request(name, priority=priority)))
     order = ["z", "x", "w", "y", "d"]
-    for name in order:
+    for attempt, name in enumerate(order, start=1):
         assert shell.assigns()[-1].request == name
         assert shell.assigns()[-1].priority == {"d": 1, "x": -1, "w": -1}.get(name, 0)
-        shell.run(0, STOP_ID, finish=Finish.STOP, name=name)
-        shell.report(released=(Released(name, 1),))
+        shell.run(0, STOP_ID, attempt=attempt, finish=Finish.STOP, name=name)
+        shell.report(released=(Released(name, attempt),))
     assert [assign.request for assign in shell.assigns()] == order
 
 
@@ -490,8 +507,8 @@ def test_who_leaves_the_queue_and_comes_back_waits_once(shell: Shell) -> None:
     shell.report(released=(Released("a", 1),))
     assert [assign.request for assign in shell.assigns()] == ["a", "b"]
     assert shell.core.counts == Counts(0, 1, 1)
-    shell.run(0, STOP_ID, finish=Finish.STOP, name="b")
-    shell.report(released=(Released("b", 1),))
+    shell.run(0, STOP_ID, attempt=2, finish=Finish.STOP, name="b")
+    shell.report(released=(Released("b", 2),))
     shell.post(Submit(9, request("c")))
     assert [assign.request for assign in shell.assigns()] == ["a", "b", "c"]
 
