@@ -87,7 +87,7 @@ class JsonObject:
         """Refuse the first key that is none of these."""
         for key in self._value:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
                 hint = f"did you mean {near[0]}? " if near else ""
                 self.refuse(key, f"is unknown; {hint}known here are {', '.join(known)}")
 
