@@ -106,8 +106,8 @@ def assert_proper(end: End) -> None:
         return
     assert info.domain == ERROR_DOMAIN and CODES[info.reason] == code.name, f"{shown} ({info.reason})"
     assert len(details) > 10, shown
-    if info.reason == "INVALID_FIELD":
-        assert info.metadata["field"], shown
+    if info.reason == "INVALID_FIELD":  # or the whole of it is wrong
+        assert info.metadata["field"] or details.startswith("the request "), shown
 
 
 def error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo | None:

@@ -7,9 +7,11 @@ other. Knows the tiny model's vocabulary and its names, and no invariant.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf import struct_pb2
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
@@ -168,3 +170,49 @@ GOOD: Mapping[str, Strategy] = {
 def nearly_good(name: str) -> st.SearchStrategy[Message]:
     """Messages of this RPC that are good, or would be but for a field or two."""
     return nearly(GOOD[name])
+
+
+def struct_of(**values: float | str) -> struct_pb2.Struct:
+    struct = struct_pb2.Struct()
+    struct.update(values)
+    return struct
+
+
+def _chat(**fields: Any) -> generation_pb2.ChatPrompt:
+    return generation_pb2.ChatPrompt(messages=[generation_pb2.ChatMessage(role="user", content="x")], **fields)
+
+
+def _job(jsonl: str) -> jobs_pb2.CreateBatchJobRequest:
+    return jobs_pb2.CreateBatchJobRequest(source=jobs_pb2.BatchSource(jsonl=jsonl.encode()))
+
+
+_CALL = generation_pb2.ToolCall(id="a", name="b", arguments_json="[" * 100_000)
+_DEEP = '{"custom_id": "a", "messages": [{"role": "user", "content": "x"}], "template_args": {"a": %s%s}}'
+_ENUM = generation_pb2.SamplingParams(json_schema='{"enum": [1]}', max_tokens=3, min_tokens=2)
+# What once ended with INTERNAL or UNKNOWN, was lost on its way, or took the coordinator with it.
+FOUND: Mapping[str, tuple[str, Message]] = {
+    "NaN in a template's argument": (
+        "Generate",
+        generation_pb2.GenerateRequest(chat=_chat(template_args=struct_of(a=math.nan))),
+    ),
+    "bottomless arguments of a call": (
+        "Tokenize",
+        generation_pb2.TokenizeRequest(
+            chat=generation_pb2.ChatPrompt(messages=[generation_pb2.ChatMessage(role="assistant", tool_calls=[_CALL])])
+        ),
+    ),
+    "an error of wide characters": (
+        "Generate",
+        generation_pb2.GenerateRequest(text="x", model="\N{GRINNING FACE}" * 2000),
+    ),
+    "a long key": ("CreateBatchJob", _job('{"custom_id": "a", "prompt": "x", "%s": 1}' % ("k" * 20_000))),
+    "deep JSON": ("CreateBatchJob", _job(_DEEP % ("[" * 600, "]" * 600))),
+    "a cursor beyond 63 bits": (
+        "StreamBatchJobResults",
+        jobs_pb2.StreamBatchJobResultsRequest(name=f"batchJobs/{JOB_IDS[1]}", after_cursor=2**64 - 1),
+    ),
+    "a text of ten million characters": ("StreamGenerate", generation_pb2.GenerateRequest(text="x" * 10_000_000)),
+    "a salt of forty million": ("Generate", generation_pb2.GenerateRequest(text="x", cache_salt="x" * 40_000_000)),
+    "a form that is complete before min_tokens": ("Generate", generation_pb2.GenerateRequest(text="x", sampling=_ENUM)),
+    "five million ids": ("CancelGeneration", generation_pb2.CancelGenerationRequest(request_ids=["x"] * 5_000_000)),
+}

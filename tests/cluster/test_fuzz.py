@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from echelon.v1 import generation_pb2
 from tests.cluster.calls import METHODS, Answers, End, assert_proper, call
-from tests.cluster.good_messages import GOOD, nearly_good
+from tests.cluster.good_messages import FOUND, GOOD, nearly_good
 from tests.cluster.messages import anything, wire
 from tests.cluster.stream_machine import fuzz_streams
-from tests.cluster.target import Target, fuzz_target
+from tests.cluster.target import SETTLE_S, Target, fuzz_target
 
 pytestmark = pytest.mark.cluster
 
@@ -77,6 +77,15 @@ def assert_undecodable(end: End) -> None:
 
 def test_every_method_has_good_messages() -> None:
     assert GOOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_found(target: Target, name: str) -> None:
+    method, message = FOUND[name]
+    end = call(target.channel, METHODS[method], message.SerializeToString(), SETTLE_S)
+    assert_proper(end)
+    assert end.error is None or end.error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+    target.assert_undisturbed()
 
 
 @pytest.mark.parametrize("name", METHODS)
