@@ -15,16 +15,17 @@ from typing import Any
 import grpc
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from echelon.v1 import generation_pb2
 from tests.cluster.calls import GRACE_S, METHODS, Answers, End, assert_proper, error_info, open_call
 from tests.cluster.good_messages import VOCABULARY, samplings
 from tests.cluster.target import Target
 
-HOW = ("nothing", "shown", "shown", "part", "wrong", "longer", "swapped", "more")
+# What a client that comes back holds; the last three may make a request's answer another one, and spoil it for good.
+HOW = ("nothing", *["shown"] * 6, *["part"] * 4, *["wrong"] * 3, "longer", "swapped", "more")
 # Nothing that is drawn depends on what the cluster has said so far: places are taken modulo what there is.
-PLACE, WHICH, MORE = st.integers(0, 4), st.integers(0, 59), st.lists(st.integers(0, 330), min_size=1, max_size=20)
+PLACE, WHICH, MORE = st.integers(0, 3), st.integers(0, 59), st.lists(st.integers(0, 330), min_size=1, max_size=20)
 MOSTLY = st.sampled_from((True,) * 5 + (False,))
 PATIENT_S = 20.0
 MACHINES = itertools.count()
@@ -33,7 +34,10 @@ Held = tuple[tuple[int, ...], ...]
 
 @dataclass(eq=False)
 class Stream:
-    """One call of StreamGenerate under way. exact: its client holds what was shown, and no other takes it over."""
+    """One call of StreamGenerate under way. exact: its client holds what was shown, and no other takes it over.
+
+    wrong: its client holds what was never shown.
+    """
 
     request_id: str
     call: Any
@@ -41,6 +45,7 @@ class Stream:
     end_by_s: float
     messages: list[Any] = field(default_factory=list)
     exact: bool = True
+    wrong: bool = False
     ended_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +56,7 @@ class Stream:
 
 
 class Streams(RuleBasedStateMachine):
-    """Up to five requests, whatever number of streams."""
+    """Up to four requests, whatever number of streams."""
 
     def __init__(self, target: Target, ends: Counter[str]) -> None:
         super().__init__()
@@ -61,6 +66,12 @@ class Streams(RuleBasedStateMachine):
         self.open: list[Stream] = []
         self.answers = Answers()
         self.meddled: set[str] = set()  # requests that may end otherwise than by themselves
+
+    @initialize(samplings=st.lists(samplings(), min_size=2, max_size=3), length=st.integers(12, 80))
+    def begin(self, samplings: list[generation_pb2.SamplingParams], length: int) -> None:
+        """Some requests, so that there is something to come back to."""
+        for place, sampling in enumerate(samplings):
+            self.start(place, sampling, length, patient=True, same=True)
 
     @rule(place=PLACE, sampling=samplings(), length=st.integers(12, 80), patient=MOSTLY, same=MOSTLY)
     def start(
@@ -81,6 +92,9 @@ class Streams(RuleBasedStateMachine):
         request_id = f"{self.prefix}-{place}"
         if request_id not in self.requests:
             return
+        for stream in self.open:
+            if stream.request_id == request_id and stream.messages:
+                self._take(stream, None, left=True)  # as far as it was read
         held = [list(ids) for ids in self.answers.of(request_id)]
         ids = held[choice % len(held)] if held else []
         if how == "nothing":
@@ -88,7 +102,7 @@ class Streams(RuleBasedStateMachine):
         elif how == "part":
             del ids[cut % (len(ids) + 1) :]
         elif how == "wrong" and ids:
-            ids[cut % len(ids)] = (ids[cut % len(ids)] + 1 + more[0]) % VOCABULARY
+            ids[cut % len(ids)] = (ids[cut % len(ids)] + 1 + more[0] % (VOCABULARY - 1)) % VOCABULARY
         elif how == "longer":
             ids.extend(more)
         elif how == "swapped":
@@ -98,12 +112,15 @@ class Streams(RuleBasedStateMachine):
         if how in ("longer", "swapped", "more"):
             self.answers.distrust(request_id)
             self.meddled.add(request_id)
-        exact = how in ("nothing", "shown", "part")
-        self._open(self.requests[request_id], tuple(map(tuple, held)), PATIENT_S, exact)
+        self.ends[f"resumed: {how}"] += 1
+        exact, wrong = how in ("nothing", "shown", "part"), how == "wrong" and bool(ids)
+        self._open(self.requests[request_id], tuple(map(tuple, held)), PATIENT_S, exact, wrong)
 
-    def _open(self, request: generation_pb2.GenerateRequest, held: Held, timeout_s: float, exact: bool) -> None:
+    def _open(
+        self, request: generation_pb2.GenerateRequest, held: Held, timeout_s: float, exact: bool, wrong: bool = False
+    ) -> None:
         rivals = [stream for stream in self.open if stream.request_id == request.request_id]
-        if request == self.requests[request.request_id]:
+        if request == self.requests[request.request_id] and not wrong:
             exact &= not rivals  # whichever the cluster hears last has it
             for stream in rivals:
                 stream.exact = False
@@ -111,12 +128,18 @@ class Streams(RuleBasedStateMachine):
         message.CopyFrom(request)
         message.resume.received.extend(generation_pb2.TokenIds(ids=ids) for ids in held)
         call = open_call(self.target.channel, METHODS["StreamGenerate"], message.SerializeToString(), timeout_s)
-        self.open.append(Stream(request.request_id, call, held, time.monotonic() + timeout_s + GRACE_S, exact=exact))
+        end_by_s = time.monotonic() + timeout_s + GRACE_S
+        self.open.append(Stream(request.request_id, call, held, end_by_s, exact=exact, wrong=wrong))
 
-    @rule(which=WHICH, count=st.integers(1, 6))
+    @rule(which=WHICH, count=st.integers(1, 40))
     def read(self, which: int, count: int) -> None:
         if self.open:
             self._read(self.open[which % len(self.open)], count)
+
+    @rule(which=WHICH)
+    def finish(self, which: int) -> None:
+        if self.open:
+            self._read(self.open[which % len(self.open)], None)
 
     @rule(which=WHICH)
     def leave(self, which: int) -> None:
@@ -146,18 +169,23 @@ class Streams(RuleBasedStateMachine):
 
     def _end(self, stream: Stream, error: grpc.RpcError | None, left: bool = False) -> None:
         self.open.remove(stream)
-        end = End(METHODS["StreamGenerate"], tuple(stream.messages), error, left)
         assert left or (stream.ended_s or 0.0) < stream.end_by_s, "a stream outlived its deadline"
-        assert_proper(end)
-        if stream.messages:
-            self.answers.take(end, stream.received)
+        self._take(stream, error, left)
         if stream.exact and not left and stream.request_id not in self.meddled:
             assert error is None, error
             self.ends["undisturbed"] += 1
         info = error_info(error) if error else None
+        if stream.wrong and not left and self.answers.trusts(stream.request_id):
+            assert info and info.reason == "REQUEST_ID_CONFLICT", error
         if info and info.reason == "CONSTRAINT_FAILED":
             assert not self.answers.trusts(stream.request_id), error
         self.ends["left" if left else info.reason if info else "DEADLINE" if error else "OK"] += 1
+
+    def _take(self, stream: Stream, error: grpc.RpcError | None, left: bool) -> None:
+        end = End(METHODS["StreamGenerate"], tuple(stream.messages), error, left)
+        assert_proper(end)
+        if stream.messages:
+            self.answers.take(end, stream.received)
 
     def teardown(self) -> None:
         for stream in list(self.open):

@@ -75,7 +75,7 @@ def fuzz_target(ray_address: str, folder: Path) -> Iterator[Target]:
     """
     directory = make_checkpoint(folder / "tiny")
     sizes = {"max_running": MAX_RUNNING, "max_queue_tokens": 2000, "max_step_tokens": 32, "kv_cache_tokens": 640}
-    with LocalCluster(directory, ray_address=ray_address, resume_window_s=5, **sizes) as cluster:  # type: ignore[arg-type]
+    with LocalCluster(directory, ray_address=ray_address, resume_window_s=20, **sizes) as cluster:  # type: ignore[arg-type]
         for job_id in filter(None, JOB_IDS):
             cluster.client().jobs.submit([{"custom_id": "a", "prompt": "x", "max_tokens": 3}], job_id=job_id).wait()
         with grpc.insecure_channel(cluster.target, options=CLIENT_OPTIONS) as channel:
