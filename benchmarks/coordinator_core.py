@@ -26,11 +26,11 @@ from coordinator.answer_text import AnswerText
 from coordinator.detokenizer import Detokenizer
 from coordinator.journal.file import JournalFile
 from coordinator.requests.core import CoordinatorCore, CoreConfig
-from coordinator.requests.events import Append, Deliver, Event, LinkOpened, Reported, Submit
+from coordinator.requests.events import Append, Deliver, Event, LinkOpened, Reported, Send, Submit
 from coordinator.requests.nouns import Request, Shown
 from coordinator.tokenizer import Tokenizer
 from echelon.internal import wire
-from echelon.internal.link import Fence, ReplicaHello, Report, Sampling, TokenRun
+from echelon.internal.link import Assign, Fence, ReplicaHello, Report, Sampling, TokenRun
 from echelon.internal.v1 import link_pb2
 from tests.tiny import make_checkpoint
 
@@ -48,6 +48,7 @@ class Shell:
             config, lambda stops: AnswerText(Detokenizer(tokenizer.decode), stops), self.journal.state
         )
         self.queues: dict[int, asyncio.Queue[Shown]] = {}
+        self.assigns: list[Assign] = []
 
     def post(self, now: float, event: Event) -> None:
         effects = self.core.step(now, event)
@@ -55,14 +56,17 @@ class Shell:
         for effect in effects:
             if isinstance(effect, Deliver):
                 self.queues[effect.stream].put_nowait(effect.event)
+            elif isinstance(effect, Send):
+                self.assigns.extend(effect.command.assigns)
 
 
-def messages(streams: int, steps: int, vocab_size: int) -> list[bytes]:
-    """Wire forms of the steps' reports."""
+def messages(assigns: list[Assign], steps: int, vocab_size: int) -> list[bytes]:
+    """Wire forms of the steps' reports: one token for each that was assigned."""
     draw = random.Random(0)
     reports: list[bytes] = []
     for step in range(steps):
-        runs = tuple(TokenRun(f"request-{i}", 0, 1, step, (draw.randrange(vocab_size),)) for i in range(streams))
+        drawn = [(assign, draw.randrange(vocab_size)) for assign in assigns]
+        runs = tuple(TokenRun(assign.request, 0, assign.attempt, step, (token_id,)) for assign, token_id in drawn)
         reports.append(wire.report_to_proto(Report(FENCE, step + 1, runs)).SerializeToString())
     return reports
 
@@ -76,7 +80,7 @@ def measure(streams: int, steps: int, directory: Path, tokenizer: Tokenizer) -> 
         sampling = Sampling(1.0, 1.0, 0, steps + 1, i, (2**31 - 1,))
         shell.post(0.0, Submit(i, Request(f"request-{i}", b"", "m", PROMPT, sampling, 1e9, 0.0)))
     seconds: list[float] = []
-    for content in messages(streams, steps, tokenizer.vocab_size):
+    for content in messages(shell.assigns, steps, tokenizer.vocab_size):
         begin = time.thread_time()
         report = wire.report_from_proto(link_pb2.ReplicaReport.FromString(content))
         shell.post(1.0, Reported(report))
