@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: setup demo test test-long lint format bench proto clean
+.PHONY: setup demo test test-long test-cluster test-rest lint format bench proto clean
 
 setup: $(STAMP)
 
@@ -24,11 +24,18 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+# Two runs side by side, for those that start clusters mostly wait; what they print comes when they end.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cluster test-rest LONG="and not long"
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cluster test-rest
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m "cluster $(LONG)" tests/cluster
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest -m "not cluster $(LONG)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

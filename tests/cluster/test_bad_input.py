@@ -89,7 +89,11 @@ REFUSED: dict[str, tuple[Request, str, str]] = {
     "no role": (said(""), "messages", r"messages\[0\] has no role"),
     "id outside": (Request(token_ids=ids(7, VOCABULARY)), "token_ids", r"token_ids\[1\] = 320 is outside the vocab"),
     "stop id outside": (sampled(stop_token_ids=[999]), "sampling.stop_token_ids", "= 999 is outside the vocabulary"),
-    "held id outside": (resumed(5, VOCABULARY), "resume.received[0]", r"received\[1\] = 320 is outside the vocabulary"),
+    "held id outside": (
+        resumed(5, VOCABULARY),
+        "resume.received[0]",
+        r"received\[0\]\[1\] = 320 is outside the vocabulary",
+    ),
     "held too many": (resumed(5, 5, 5, 5, 5), "resume.received", "holds 5 ids, over max_tokens=4"),
     "temperature NaN": (sampled(temperature=math.nan), "sampling.temperature", "finite number >= 0, got nan"),
     "temperature inf": (sampled(temperature=math.inf), "sampling.temperature", "finite number >= 0, got inf"),

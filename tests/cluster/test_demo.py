@@ -61,6 +61,7 @@ def assert_equals_transformers(model: Path, results: list[dict[str, Any]]) -> No
         assert item["text"] == tokenizer.decode(answer, skip_special_tokens=True)
 
 
+@pytest.mark.long
 def test_the_demo(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     demo = subprocess.Popen(

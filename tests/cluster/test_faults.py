@@ -14,7 +14,7 @@ from tests.cluster.streams import GREEDY, PROMPT, STEPS, alive, assert_undisturb
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)], ids=["leader", "follower"])
 def test_a_stream_survives_a_killed_rank(pair: Case, victim: int) -> None:
     cluster = pair.cluster
     before = cluster.ranks()

@@ -103,7 +103,7 @@ def test_very_many_messages(target: Target, name: str) -> None:
 
 def test_streams_in_any_order(target: Target) -> None:
     ends = fuzz_streams(target, machines=30, steps=20)
-    assert ends.keys() >= {"OK", "left", "CANCELLED", "STREAM_TAKEN_OVER", "REQUEST_ID_CONFLICT", "undisturbed"}
+    assert ends.keys() >= {"OK", "left", "undisturbed"}  # the rarer ends depend on who is quicker: see the long run
 
 
 @pytest.mark.long

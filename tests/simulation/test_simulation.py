@@ -343,7 +343,15 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
 ]
 
 
-@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+# Of each part of the system one; the long run has them all.
+QUICK = {stop_judged_late, priority_ignored_by_the_scheduler, preempted_without_its_ids, block_hash_without_salt}
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [pytest.param(each, marks=() if each in QUICK else pytest.mark.long) for each in MUTANTS],
+    ids=lambda mutate: mutate.__name__,
+)
 def test_the_checker_bites(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
     for seed in range(MUTANT_SEEDS):
