@@ -23,6 +23,7 @@ DEFAULT_TIMEOUT_S = 600.0
 JOB_PREFIX = "job."
 MAX_SALT_CHARACTERS = 256
 MAX_MESSAGES = 10_000
+MAX_PROMPT_LOGPROBS = 3_000_000  # they travel in one message, 15 bytes each
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
 
@@ -83,6 +84,7 @@ def resolve(fields: GenerateFields, served: Served, now: float, drawn_seed: int,
             reason="CONTEXT_TOO_LONG",
             field="sampling.max_tokens" if len(prompt) < facts.max_context else "prompt",
         )
+    _check_scores(len(prompt), sampling.prompt_logprobs)
     deadline = now + DEFAULT_TIMEOUT_S if fields.deadline_unix_s is None else fields.deadline_unix_s
     return Request(
         request_id=fields.request_id or drawn_id,
@@ -146,6 +148,17 @@ def _encode(prompt: Prompt | None, tokenizer: Tokenizer, most_tokens: int | None
     if not ids:
         raise InvalidRequestError("the prompt has no tokens; send at least one", field="prompt")
     return ids
+
+
+def _check_scores(prompt_tokens: int, prompt_logprobs: int | None) -> None:
+    """What could not be told would be computed again and again."""
+    count = 0 if prompt_logprobs is None else prompt_tokens * (prompt_logprobs + 1)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"{prompt_tokens} prompt tokens x (1 + prompt_logprobs={prompt_logprobs}) = {count} log-probabilities, "
+            f"over the limit of {MAX_PROMPT_LOGPROBS}; ask for fewer, or shorten the prompt",
+            field="sampling.prompt_logprobs",
+        )
 
 
 def _check_length(text: str, tokenizer: Tokenizer, most_tokens: int | None) -> None:

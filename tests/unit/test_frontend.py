@@ -236,3 +236,12 @@ def test_too_many_stop_ids_are_refused() -> None:
     SamplingParams(stop_token_ids=range(1024))  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="at most 1024 token ids"):
         SamplingParams(stop_token_ids=range(1025))  # type: ignore[arg-type]
+
+
+def test_more_scores_than_one_message_carries_are_refused(run: Run) -> None:
+    fields = replace(IDS, prompt=(5,) * 150_000, sampling=SamplingParams(prompt_logprobs=19, max_tokens=1))
+    facts = replace(FACTS, max_context=200_000)
+    assert run(fields, facts).sampling.prompt_logprobs == 19
+    with pytest.raises(InvalidRequestError, match="= 3150000 log-probabilities, over the limit of 3000000") as caught:
+        run(replace(fields, sampling=SamplingParams(prompt_logprobs=20, max_tokens=1)), facts)
+    assert caught.value.field == "sampling.prompt_logprobs"
