@@ -68,7 +68,7 @@ class Layout:
 
 CHUNKED = {"max_step_tokens": 7, "max_running": 7}
 LAYOUTS = {
-    "llama-1": Layout("llama", 1, LLAMA3),
+    "llama-1": Layout("llama", 1, LLAMA3, long=True),
     "llama-2": Layout("llama", 2, LLAMA3),
     "qwen3-1-chunked": Layout("qwen3", 1, TIED_ODD, CHUNKED),
     "qwen3-2": Layout("qwen3", 2, TIED_ODD),

@@ -88,7 +88,12 @@ def test_what_was_found_stays_found(target: Target, name: str) -> None:
     target.assert_undisturbed()
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("Generate", "StreamGenerate", "CreateBatchJob", "Tokenize", "CancelGeneration")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in METHODS]
+)
 def test_any_message(target: Target, name: str) -> None:
     ends = fuzz(target, name, EXAMPLES.get(name, 30))
     assert ends["OK"] and (ends["INVALID_ARGUMENT"] or name not in EXAMPLES)
