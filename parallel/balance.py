@@ -98,9 +98,9 @@ def place_experts(
     2. Within a node the slots that are left over go one by one to the expert whose replicas are loaded most.
     3. Replicas are packed onto the node's ranks, heaviest first, each to the lightest rank that has room and lacks the
        expert; then ranks swap experts while that lowers the heaviest.
-    4. With a previous placement, the least disturbing of these is taken whose heaviest rank exceeds that of step 3 by
-       at most `tolerance`: it as it is; it with swaps; it with the new numbers of replicas; step 3's, its ranks
-       numbered so that most experts stay.
+    4. With a previous placement, the first of these is taken whose heaviest rank exceeds that of step 3 by at most
+       `tolerance`: it, with as many swaps as that needs, none if it is still good; it with the new numbers of replicas,
+       and swaps; step 3's, its ranks numbered so that most experts stay.
     """
     assert len(loads) == layout.experts, f"loads of {len(loads)} experts, the layout has {layout.experts}"
     shape = [layout.slots_per_rank] * layout.ranks
@@ -158,7 +158,6 @@ def _place_on_node(loads: Sequence[float], layout: ExpertLayout, before: Bins | 
     goal = (1 + tolerance) * heaviest(fresh, loads)
 
     def candidates(before: Bins) -> Iterator[Bins]:
-        yield before
         yield swapped(before, loads, goal)
         if (kept := recounted(before, loads, counts)) is not None:
             yield swapped(kept, loads, goal)

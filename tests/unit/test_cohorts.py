@@ -67,6 +67,20 @@ def test_a_cohort_that_is_no_more_gives_its_requests_away() -> None:
     assert balance_cohorts([], [], 4) == ()
 
 
+def test_the_costliest_are_placed_first() -> None:
+    assert balance_cohorts([1, 1, 2], [UNPLACED] * 3, 2, tolerance=10.0) == (1, 1, 0)
+
+
+def test_the_request_that_moves_is_the_one_that_makes_two_cohorts_equal() -> None:
+    assert balance_cohorts([9, 5, 2, 6], [0, 0, 0, 1], 2, tolerance=0.0) == (0, 1, 0, 1)
+
+
+def test_differences_within_the_tolerance_are_left_alone() -> None:
+    costs, current = [10.0, 10.0, 0.4, 0.4], [0, 1, 0, 0]
+    assert balance_cohorts(costs, current, 2, tolerance=0.1) == (0, 1, 0, 0)
+    assert balance_cohorts(costs, current, 2, tolerance=0.01) == (0, 1, 0, 1)
+
+
 def test_one_request_that_outweighs_all_others_stays() -> None:
     assert balance_cohorts([10, 1, 1], [0, 0, 1], 2, tolerance=0.0) == (0, 1, 1)
     assert balance_cohorts([10, 1], [0, 1], 2, tolerance=0.0) == (0, 1), "moving it would only turn them round"
