@@ -68,7 +68,7 @@ def shifted(loads: list[float], drift: float, chance: Random) -> list[float]:
     return [load * math.exp(chance.gauss(0, drift)) for load in loads]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(layouts_and_loads())
 def test_every_placement_is_complete_and_no_better_than_the_bound(
     case: tuple[ExpertLayout, list[list[float]]],
@@ -86,7 +86,7 @@ def test_every_placement_is_complete_and_no_better_than_the_bound(
             assert max(placement.rank_loads(loads)) <= (1 + TOLERANCE) * max(fresh.rank_loads(loads)) + 1e-9
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(layouts_and_loads())
 def test_no_rank_exceeds_the_mean_by_more_than_the_heaviest_replica(
     case: tuple[ExpertLayout, list[list[float]]],
@@ -98,6 +98,7 @@ def test_no_rank_exceeds_the_mean_by_more_than_the_heaviest_replica(
     assert max(placement.rank_loads(loads)) <= sum(loads) / layout.ranks + replica + 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(LOADS, min_size=1, max_size=5), st.integers(0, 4), st.integers(1, 4))
 def test_no_other_replication_has_a_lighter_heaviest_replica(loads: list[float], extra: int, most: int) -> None:
     slots = min(len(loads) + extra, len(loads) * most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.cohorts import TOLERANCE, UNPLACED, balance_cohorts
@@ -22,6 +22,7 @@ def moves(before: list[int] | tuple[int, ...], after: tuple[int, ...]) -> int:
     return sum(old not in (UNPLACED, new) for old, new in zip(before, after, strict=True))
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(1, 9), st.floats(0.0, 0.5), st.randoms(use_true_random=False))
 def test_cohorts_differ_by_the_tolerance_or_by_less_than_a_request(
     costs: list[float], cohorts: int, tolerance: float, chance: Random
@@ -36,6 +37,7 @@ def test_cohorts_differ_by_the_tolerance_or_by_less_than_a_request(
     assert balance_cohorts(costs, placed, cohorts, tolerance=tolerance) == placed, "what is balanced stays"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 8), max_size=80), st.integers(1, 9))
 def test_requests_of_equal_cost_move_as_few_times_as_any_rule_could(current: list[int], cohorts: int) -> None:
     current = [cohort % cohorts for cohort in current]
@@ -47,6 +49,7 @@ def test_requests_of_equal_cost_move_as_few_times_as_any_rule_could(current: lis
     assert moves(current, placed) == sum(max(0, size - goal) for size, goal in zip(sizes, goals, strict=True))
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(1, 6), st.integers(0, 5), st.randoms(use_true_random=False))
 def test_no_more_move_than_may_and_the_rest_is_no_worse(
     costs: list[float], cohorts: int, max_moves: int, chance: Random

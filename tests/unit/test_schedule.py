@@ -6,7 +6,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.schedule import (
@@ -104,6 +104,7 @@ def test_a_microbatch_cannot_need_what_comes_after_it() -> None:
         StageState(limit=2).announce(0).announce(2)
 
 
+@settings(deadline=None)
 @given(streams(), st.randoms(use_true_random=False))
 def test_a_stages_operations_follow_from_the_plan_stream_alone(
     stream: tuple[int, int, list[int]], timing: Random
@@ -127,6 +128,7 @@ def test_a_stages_operations_follow_from_the_plan_stream_alone(
         assert tuple(done) == schedule.ops[stage]
 
 
+@settings(deadline=None)
 @given(streams())
 def test_each_operation_once_in_order_and_within_bounds(stream: tuple[int, int, list[int]]) -> None:
     stages, depth, afters = stream
@@ -180,6 +182,7 @@ def test_interleaving_refuses_what_it_cannot_order() -> None:
         interleaved(4, 8, 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.randoms(use_true_random=False))
 def test_the_leader_keeps_the_pipeline_full_and_never_more(stages: int, chance: Random) -> None:
     """Work comes and results come at any time; F while there is work and room, B while something is out, else wait."""

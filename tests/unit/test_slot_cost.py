@@ -85,6 +85,7 @@ def test_what_recent_slots_do_not_show_is_not_forgotten() -> None:
     assert model.predict(chunk) == pytest.approx(TRUE.predict(chunk), rel=0.15)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(WORK, st.floats(1e-6, 100.0)), max_size=12), WORK, WORK)
 def test_whatever_was_measured_more_work_never_costs_less(
     measured: list[tuple[SlotWork, float]], work: SlotWork, more: SlotWork
@@ -95,6 +96,7 @@ def test_whatever_was_measured_more_work_never_costs_less(
     assert 0 <= model.predict(work) <= model.predict(work + more) < math.inf
 
 
+@settings(deadline=None)
 @given(WORK, st.floats(1e-5, 10.0))
 def test_one_observation_is_repeated(work: SlotWork, seconds: float) -> None:
     assert SlotCostModel().observe(work, seconds).predict(work) == pytest.approx(seconds)
@@ -112,7 +114,7 @@ def test_before_anything_was_measured_chunks_fill_the_budget() -> None:
     assert chunk_tokens(model, decode, 0, 100_000, target_s, LIMITS) == 2000
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 200),
     st.integers(0, 100_000),
@@ -145,7 +147,7 @@ def test_chunks_shrink_as_the_prompt_grows() -> None:
     assert chunks == sorted(chunks, reverse=True) and chunks[-1] < 512
 
 
-@settings(max_examples=200)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=9), st.integers(0, 64_000), st.integers(1, 30_000))
 def test_the_target_takes_what_waits_in_the_shortest_time(rows: list[int], first: int, waiting: int) -> None:
     cohorts = [decode_work([1000] * count) for count in rows]

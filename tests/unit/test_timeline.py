@@ -75,7 +75,7 @@ def test_the_bubble_of_independent_microbatches_at_inference(stages: int, microb
         assert timeline.bubble(*timeline.filled()) == pytest.approx(0)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(1, 6), min_size=1, max_size=9), st.integers(0, 2))
 def test_a_round_takes_the_slowest_slot_through_all_stages(stages: int, slots: list[int], latency: int) -> None:
     """Cohorts that take turns, however many: max(sum of slots, stages * slowest + the way), as ideal_round_s says."""
@@ -125,7 +125,7 @@ def arrivals(draw: st.DrawFn) -> tuple[Schedule, int, dict[tuple[int, int, Kind]
     return schedule, depth, costs, draw(st.sampled_from([0.0, 0.25])), draw(st.integers(1, 3)), release_s
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(arrivals())
 def test_any_arrivals_complete_within_bounds(
     case: tuple[Schedule, int, dict[tuple[int, int, Kind], float], float, int, list[float]],
@@ -157,7 +157,7 @@ def test_any_arrivals_complete_within_bounds(
         assert started - sum(return_s <= start_s for return_s in last) <= depth, "at most depth are in flight"
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 24), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_training_needs_no_more_than_one_place_in_a_queue(
     stages: int, microbatches: int, queue_length: int, chance: Random

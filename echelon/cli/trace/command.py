@@ -14,24 +14,25 @@ from typing import Annotated
 import typer
 
 from echelon.cli import output
-from echelon.cli.trace import simulated
 from echelon.cli.trace.chrome import to_chrome
 from echelon.cli.trace.drawing import to_png, to_svg
-from echelon.cli.trace.picture import Panel, draw
+from echelon.cli.trace.figures import Figures, figures, summary
+from echelon.cli.trace.picture import COLOURS, Panel, draw
+from echelon.cli.trace.simulated import FIELDS, KINDS, Simulation, parse
 from echelon.errors import ConfigError
 from parallel.timeline import OpRecord, Timeline, ideal_bubble, in_order
 from parallel.trace import merged, parse_records, record_line
 
 SUFFIXES = (".json", ".jsonl", ".png", ".svg")
-MAX_DRAWN = 20_000  # operations: more are a grey mass
+MAX_DRAWN = 5_000  # operations: more are a grey mass
 
 Logs = Annotated[list[Path] | None, typer.Argument(metavar="[LOG]...", help="Ranks' logs of operations, JSON lines.")]
 Simulate = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE,...",
-        help=f"Simulate a schedule ({', '.join(simulated.KINDS)}) instead, or beside the log. "
-        f"Keys: {', '.join(simulated.FIELDS)}; several values of costs and slots are divided by slashes.",
+        help=f"Simulate a schedule ({', '.join(KINDS)}) instead, or beside the log. "
+        f"Keys: {', '.join(FIELDS)}; several values of costs and slots are divided by slashes.",
     ),
 ]
 Outputs = Annotated[
@@ -48,6 +49,7 @@ def trace(
     outputs: Outputs = None,
     epoch: Annotated[int | None, typer.Option(help="The epoch of the log; its latest if not given.")] = None,
     window: Annotated[str, typer.Option(metavar="FROM:TO", help="Seconds of the log since its first operation.")] = "",
+    as_json: output.AsJson = False,
 ) -> None:
     """Show when each pipeline stage did what, and how much of the time it did nothing: the bubble.
 
@@ -57,11 +59,14 @@ def trace(
         if path.suffix not in SUFFIXES:
             raise ConfigError(f"{path}: expected one of {', '.join(SUFFIXES)}", field="output")
     panels = [_executed(logs, epoch, window)] if logs else []
-    panels += [_planned(simulated.parse(text)) for text in simulate or []]
+    panels += [_planned(parse(text)) for text in simulate or []]
     if not panels:
         raise ConfigError("give a log, or --simulate stages=4,microbatches=8", field="simulate")
-    for panel in panels:
-        _print(panel)
+    if as_json:
+        output.json_line([panel.figures for panel in panels])
+    else:
+        for panel in panels:
+            _print(panel.figures)
     for path in outputs or []:
         _write(path, panels)
 
@@ -78,48 +83,26 @@ def _executed(logs: Iterable[Path], epoch: int | None, window: str) -> Panel:
     stages = 1 + max(record.stage for record in records)
     whole = in_order(merged(record for record in records if record.epoch == chosen), stages)
     timeline = _within(whole, *_window(window))
-    return Panel(f"executed, epoch {chosen}", _steady(timeline, _bubble(timeline)), timeline)
+    return Panel(figures(f"executed, epoch {chosen}", timeline), timeline)
 
 
-def _planned(simulation: simulated.Simulation) -> Panel:
+def _planned(simulation: Simulation) -> Panel:
     """What a simulation says will be done."""
-    timeline = simulation.run()
-    summary = _bubble(timeline)
+    timeline, inference = simulation.run(), not simulation.trains
     title = f"{simulation.name}: {simulation.stages} stages, {simulation.microbatches} micro-batches"
-    if simulation.equal:
-        ideal = ideal_bubble(simulation.stages, simulation.microbatches, simulation.chunks)
-        summary += f"; (p - 1) / ({'m v' if simulation.chunks > 1 else 'm'} + p - 1) = {ideal:.1%}"
-    if simulation.trains:
-        return Panel(title, summary, timeline, returns=False)
-    cohorts = simulation.cohorts
-    if simulation.microbatches > cohorts:
-        summary += f"; round {timeline.round_s(cohorts):.6g} s"
-    slots = f", slots {'/'.join(f'{slot:g}' for slot in simulation.slots)}" if len(simulation.slots) > 1 else ""
-    return Panel(
-        f"{title}, {cohorts} cohort{'s' * (cohorts > 1)}{slots}", _steady(timeline, summary), timeline, cohorts
-    )
+    cohorts = simulation.cohorts if inference else 0
+    if inference:
+        title += f", {cohorts} cohort" + "s" * (cohorts > 1)
+    if len(simulation.slots) > 1:
+        title += f", slots {'/'.join(f'{slot:g}' for slot in simulation.slots)}"
+    ideal = ideal_bubble(simulation.stages, simulation.microbatches, simulation.chunks) if simulation.equal else None
+    found = figures(title, timeline, ideal=ideal, cohorts=cohorts, inference=inference)
+    return Panel(found, timeline, cohorts or COLOURS, returns=inference)
 
 
-def _bubble(timeline: Timeline) -> str:
-    return f"{timeline.span_s:.6g} s, bubble {timeline.bubble():.1%}"
-
-
-def _steady(timeline: Timeline, summary: str) -> str:
-    """With the bubble of the time between filling and draining, if there is one."""
-    since_s, until_s = timeline.filled()
-    if until_s <= since_s:
-        return summary
-    return f"{summary}; bubble {timeline.bubble(since_s, until_s):.1%} between filling and draining"
-
-
-def _print(panel: Panel) -> None:
-    typer.echo(f"{panel.title}: {panel.subtitle}")
-    rows = []
-    for stage in range(panel.timeline.stages):
-        ops = panel.timeline.ops(stage)
-        busy_s, forwards = panel.timeline.busy_s(stage), sum(op.kind.value == "F" for op in ops)
-        idle = 1 - busy_s / panel.timeline.span_s if panel.timeline.span_s else 0.0
-        rows.append((stage, forwards, len(ops) - forwards, f"{busy_s:.6g}", f"{idle:.1%}"))
+def _print(found: Figures) -> None:
+    typer.echo(f"{found.title}: {summary(found)}")
+    rows = [(s.stage, s.forwards, s.backs, f"{s.busy_s:.6g}", f"{s.idle:.1%}") for s in found.stages]
     output.table("", ("stage", "F", "B", "busy s", "idle"), rows)
 
 
@@ -137,7 +120,7 @@ def _write(path: Path, panels: list[Panel]) -> None:
         case ".svg":
             content = to_svg(draw(panels)).encode()
         case ".json":
-            content = to_chrome([(panel.title, panel.timeline) for panel in panels]).encode()
+            content = to_chrome([(panel.figures.title, panel.timeline) for panel in panels]).encode()
         case _:
             content = "".join(f"{record_line(record)}\n" for record in records).encode()
     try:

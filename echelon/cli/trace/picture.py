@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from echelon.cli.trace.drawing import Box, Label, Line, Picture, Shape
+from echelon.cli.trace.figures import Figures, summary
 from parallel.schedule import Kind
 from parallel.timeline import OpRecord, Timeline
 
@@ -24,19 +25,19 @@ LETTER = 0.62  # of the font size: the width of a digit
 INK, FAINT, WAY, IDLE, GRID = "#1f2933", "#6b7785", "#3e4c59", "#edf0f4", "#d5dbe3"
 STRONG = ("#3b6fb6", "#d9822b", "#3f9b63", "#c44e52", "#7d5ba6", "#2a9d9f", "#a98f1f", "#c05c94")
 PALE = ("#c3d5ee", "#f5d9b8", "#c2e5cf", "#f0c6c8", "#d9cdea", "#bce4e4", "#ece2b3", "#efcbe0")
+COLOURS = len(STRONG)
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A timeline with its heading.
+    """A timeline with the figures that head it.
 
     colours: after how many micro-batches they begin again, as cohorts do. returns: backs are tokens that return.
     """
 
-    title: str
-    subtitle: str
+    figures: Figures
     timeline: Timeline
-    colours: int = len(STRONG)
+    colours: int = COLOURS
     returns: bool = True
 
 
@@ -75,15 +76,14 @@ class _Frame:
 
 def _panel(panel: Panel, top: float) -> Iterator[Shape]:
     frame, timeline = _Frame(panel.timeline, top), panel.timeline
-    yield Label(MARGIN, top + 10, panel.title, 20, INK)
-    yield Label(MARGIN, top + 35, panel.subtitle, 13, FAINT)
+    yield Label(MARGIN, top + 10, panel.figures.title, 20, INK)
+    yield Label(MARGIN, top + 35, summary(panel.figures), 13, FAINT)
     yield Label(WIDTH - MARGIN, top + 35, RETURNING if panel.returns else TRAINING, 13, FAINT, "end")
     for stage in range(timeline.stages):
         y = frame.y(stage)
-        busy = timeline.busy_s(stage) / timeline.span_s if timeline.span_s else 0.0
         yield Label(MARGIN, y + ROW / 2, f"stage {stage}", 14, INK)
         yield Box(LEFT, y, WIDTH - LEFT - RIGHT, ROW, IDLE, 3)
-        yield Label(WIDTH - MARGIN, y + ROW / 2, f"{busy:.0%} busy", 13, FAINT, "end")
+        yield Label(WIDTH - MARGIN, y + ROW / 2, f"{1 - panel.figures.stages[stage].idle:.0%} busy", 13, FAINT, "end")
     yield from _axis(frame)
     for record in timeline.records:
         yield from _operation(record, frame, panel.colours)
@@ -94,7 +94,7 @@ def _panel(panel: Panel, top: float) -> Iterator[Shape]:
 def _operation(record: OpRecord, frame: _Frame, colours: int) -> Iterator[Shape]:
     """A box with the micro-batch's number where it has room; at least a line of a pixel."""
     x, end, y = frame.x(record.start_s), frame.x(record.end_s), frame.y(record.stage)
-    colour = record.op.microbatch % min(colours, len(STRONG))
+    colour = record.op.microbatch % min(colours, COLOURS)
     forward = record.op.kind is Kind.FORWARD
     width = max(1.0, end - x - 1)
     yield Box(x, y, width, ROW, (STRONG if forward else PALE)[colour], min(3.0, width / 4))
