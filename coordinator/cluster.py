@@ -72,12 +72,21 @@ class Cluster:
 
     async def survivors(self, replica: int) -> frozenset[tuple[int, str]]:
         """(rank, incarnation) of a replica's processes that live and have a master: an agent that answers."""
+        living = await self._living()
+        return frozenset((rank, incarnation) for index, rank, incarnation in living if index == replica)
+
+    async def end_surplus(self, replicas: int) -> None:
+        """End what a predecessor left of replicas beyond so many, and give their slots back."""
+        for replica in {index for index, _, _ in await self._living() if index >= replicas}:
+            await self.kill(replica)
+            await self._call(remove_slots, self._cluster, replica)
+
+    async def _living(self) -> list[tuple[int, int, str]]:
+        """(replica, rank, incarnation) of every process of this cluster whose agent answers."""
         asked = (self._ask(agent.living) for agent in self._agents.values())
         found = await asyncio.gather(*asked, return_exceptions=True)
-        living = [name for part in found if not isinstance(part, BaseException) for name in part]
-        prefix = replica_prefix(self._cluster, replica)
-        names = [parse_rank_name(name) for name in living if name.startswith(prefix)]
-        return frozenset((rank, incarnation) for _, _, rank, incarnation in names)
+        living = [parse_rank_name(name) for part in found if not isinstance(part, BaseException) for name in part]
+        return [(replica, rank, incarnation) for of, replica, rank, incarnation in living if of == self._cluster]
 
     async def launch(self, spec: RankSpec) -> int:
         """Start a rank in its slot; its pid. Raises InternalError when Ray has no room or the process does not come."""

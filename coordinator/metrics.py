@@ -36,6 +36,8 @@ class Metrics:
     time_to_first_token: Histogram
     inter_token: Histogram
     kv_cache_usage: Gauge
+    replicas: Gauge
+    replicas_serving: Gauge
     epoch: Gauge
     term: Gauge
     journal_durable: Gauge
@@ -74,6 +76,8 @@ class Metrics:
             time_to_first_token=seconds("time_to_first_token_seconds", "From arrival to the first token."),
             inter_token=seconds("inter_token_latency_seconds", "Between deltas of one request, per token."),
             kv_cache_usage=gauge("kv_cache_usage_ratio", "Referenced share of a replica's KV blocks.", "replica"),
+            replicas=gauge("replicas", "Copies of the model that are to serve."),
+            replicas_serving=gauge("replicas_serving", "Replicas that serve now."),
             epoch=gauge("replica_epoch", "The replica's epoch.", "replica"),
             term=gauge("coordinator_term", "The coordinator's term."),
             journal_durable=gauge("journal_durable", "1 while tokens are journaled before delivery."),

@@ -30,9 +30,9 @@ class RankMemory:
 class ReplicaPlan:
     """What one replica needs of its ranks, before any of them was started.
 
-    parameter_bytes by tensor rank; block_bytes of one KV block on each rank. shared_memory: ranks of one node draw
-    on the same memory (cpu). memory_fraction is the share of the free memory that weights and blocks may take.
-    kv_blocks_limit: more blocks are never held, None where memory alone limits them.
+    parameter_bytes by tensor rank; block_bytes of one KV block on each rank. shared_memory: ranks of one node, of
+    whatever replica, draw on the same memory (cpu). memory_fraction is the share of the free memory that weights and
+    blocks may take. kv_blocks_limit: more blocks are never held, None where memory alone limits them.
     """
 
     tensor: int
@@ -43,6 +43,7 @@ class ReplicaPlan:
     memory_fraction: float
     shared_memory: bool
     kv_blocks_limit: int | None = None
+    replicas: int = 1
 
     @property
     def blocks_per_request(self) -> int:
@@ -57,7 +58,7 @@ class ReplicaPlan:
         one request of max_context tokens fits.
         """
         assert len(memory) == self.tensor, f"memory of {len(memory)} ranks, the plan has {self.tensor}"
-        sharers = Counter(rank.node_id for rank in memory)
+        sharers = Counter(rank.node_id for rank in memory for _ in range(self.replicas))
         allowed = [
             self._room_bytes(rank, sharers[rank.node_id] if self.shared_memory else 1, index) // self.block_bytes
             for index, rank in enumerate(memory)
@@ -103,6 +104,7 @@ def plan_replica(config: CoordinatorConfig, model: ModelConfig) -> ReplicaPlan:
         memory_fraction=config.gpu_memory_fraction,
         shared_memory=config.device == "cpu",
         kv_blocks_limit=_kv_blocks_limit(config),
+        replicas=config.replicas,
     )
 
 

@@ -1,6 +1,6 @@
 """Everything a coordinator process holds, built in order and taken down in order.
 
-Opens the state directory, builds core, jobs and replica, serves both gRPC ports, joins Ray, and then keeps the
+Opens the state directory, builds core, jobs and replicas, serves both gRPC ports, joins Ray, and then keeps the
 background tasks running. A task that ends by itself is a defect and ends the coordinator; the supervisor replaces it.
 """
 
@@ -28,9 +28,9 @@ from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
 from coordinator.placement import plan_replica
 from coordinator.replica.core import ReplicaConfig, ReplicaCore
-from coordinator.replica.events import Died
 from coordinator.replica.health import HealthLimits
 from coordinator.replica.service import Callbacks, ReplicaService
+from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from echelon import types
@@ -41,7 +41,6 @@ from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
 from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from models.config import read_model_config
 
-REPLICA = 0  # one replica for now
 STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
 LARGE_METHODS = ("/echelon.v1.BatchJobService/CreateBatchJob",)  # a whole batch file in one request
@@ -59,7 +58,7 @@ class Coordinator:
         self._model = read_model_config(config.model)
         self._service = build_service(config, self._model, self._fences)
         self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
-        self._replica = self._build_replica()
+        self._replicas = self._build_replicas()
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._jobs: JobService | None = None
@@ -82,9 +81,10 @@ class Coordinator:
         await self._cluster.connect()
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        survivors = await self._cluster.survivors(REPLICA)
+        await self._cluster.end_surplus(self._config.replicas)
+        survivors = [await self._cluster.survivors(replica) for replica in range(self._config.replicas)]
         await self._watch(
-            self._replica.run(survivors), self._service.tick(), self._jobs.run(), self._deaths(), self._renew()
+            self._replicas.run(survivors), self._service.tick(), self._jobs.run(), self._deaths(), self._renew()
         )
 
     async def drain(self) -> None:
@@ -102,7 +102,7 @@ class Coordinator:
     async def close(self) -> None:
         """End servers, ranks and slots; the state directory stays for a successor. `run` must have ended."""
         self._service.events.emit("coordinator.stopping", "coordinator")
-        self._replica.close()
+        self._replicas.close()
         try:
             await self._set_serving(False)
             await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
@@ -119,25 +119,14 @@ class Coordinator:
 
     def describe(self) -> types.Cluster:
         """Everything that serves, at this moment."""
-        config, core = self._config, self._replica.core
-        counts, engine = self._service.core.counts, self._service.engine(REPLICA)
-        serving = self._replica.serving is not None
+        config, counts = self._config, self._service.core.counts
         model = types.Model(
             name=config.served_model_name,
             source=str(config.model),
-            state="active" if serving else "loading",
+            state="active" if self._replicas.serving else "loading",
             dtype=config.dtype,
             architecture=self._model.architecture,
             max_context=config.max_context,
-        )
-        replica = types.Replica(
-            index=REPLICA,
-            epoch=core.fence.epoch,
-            state=core.state.value,
-            kv_blocks_total=engine.kv_blocks or core.kv_blocks,
-            kv_blocks_referenced=engine.stats.blocks_referenced,
-            step=engine.stats.step,
-            counters=engine.stats.counters,
         )
         return types.Cluster(
             version=importlib.metadata.version("echelon"),
@@ -147,32 +136,36 @@ class Coordinator:
             running=counts.running,
             parked=counts.parked,
             models=(model,),
-            replicas=(replica,),
-            ranks=core.ranks(),
+            replicas=self._replicas.describe(),
+            ranks=self._replicas.ranks(),
         )
 
     # Bringing up.
 
-    def _build_replica(self) -> ReplicaService:
+    def _build_replicas(self) -> Replicas:
+        edges = Edges(
+            persist_epoch=self._fences.persist_epoch,
+            loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
+            serving=self._on_serving,
+            ready=lambda: self._tell(ready=self._config.address),
+            fail=self._fail,
+        )
+        return Replicas(self._config.replicas, self._build_replica, self._service, edges)
+
+    def _build_replica(self, replica: int, callbacks: Callbacks) -> ReplicaService:
         config, fences = self._config, self._fences
         core = ReplicaCore(
             ReplicaConfig(
-                replica=REPLICA,
+                replica=replica,
                 term=fences.term,
-                epoch=fences.epoch(REPLICA),
+                epoch=fences.epoch(replica),
                 plan=plan_replica(config, self._model),
                 incarnation_prefix=f"{fences.cluster}-",
                 limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
         )
-        callbacks = Callbacks(
-            persist_epoch=lambda epoch: fences.persist_epoch(REPLICA, epoch),
-            loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
-            serving=self._on_serving,
-            fail=self._fail,
-        )
         launcher = RankLauncher(self._cluster, config, fences)
-        return ReplicaService(REPLICA, core, launcher, self._service, callbacks)
+        return ReplicaService(replica, core, launcher, self._service, callbacks)
 
     async def _serve_public(self, jobs: JobService) -> None:
         server = grpc.aio.server(interceptors=[DecodingInterceptor(LARGE_METHODS)], options=SERVER_OPTIONS)
@@ -187,8 +180,7 @@ class Coordinator:
 
     async def _serve_internal(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        replicas = {REPLICA: self._replica}
-        settings = epoch_settings(self._config)
+        replicas, settings = self._replicas.services, epoch_settings(self._config)
         control_pb2_grpc.add_RankControlServicer_to_server(RankControlServicer(replicas, settings), server)
         link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(replicas, self._service), server)
         await self._start(server, self._config.internal_address)
@@ -204,7 +196,7 @@ class Coordinator:
     # Keeping going.
 
     async def _watch(self, *works: Coroutine[Any, Any, None]) -> None:
-        """Until one of them, or the replica, fails."""
+        """Until one of them, or a replica, fails."""
         tasks = [asyncio.ensure_future(work) for work in works]
         try:
             done, _ = await asyncio.wait([*tasks, self._failed], return_when=asyncio.FIRST_COMPLETED)
@@ -217,20 +209,17 @@ class Coordinator:
 
     async def _deaths(self) -> None:
         async for replica, rank, incarnation in self._cluster.deaths():
-            if replica == REPLICA:
-                self._replica.post(Died(rank, incarnation))
+            self._replicas.died(replica, rank, incarnation)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._config.lease_s / 6)
             await self._cluster.renew()
 
-    def _on_serving(self, serving: bool) -> None:
-        task = asyncio.get_running_loop().create_task(self._set_serving(serving))
+    def _on_serving(self, replicas: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_serving(replicas > 0))
         self._health_changes.add(task)
         task.add_done_callback(self._health_changes.discard)
-        if serving:
-            self._tell(ready=self._config.address)
 
     async def _set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from echelon.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ECHELON_"
-NOT_SUPPORTED_YET = ("pipeline", "data", "expert", "replicas")
+NOT_SUPPORTED_YET = ("pipeline", "data", "expert")
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
@@ -59,7 +59,7 @@ class ServeConfig(BaseModel):
     pipeline: Count = Field(default=1, description="Pipeline stages (only 1 for now).")
     data: Count = Field(default=1, description="Attention data-parallel ranks (only 1 for now).")
     expert: Count = Field(default=1, description="Expert-parallel ranks (only 1 for now).")
-    replicas: Count = Field(default=1, description="Copies of the model (only 1 for now).")
+    replicas: Count = Field(default=1, description="Copies of the model, each on ranks of its own.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."

@@ -88,8 +88,9 @@ def slot_name(cluster: str, replica: int, rank: int) -> str:
     return f"slot/{cluster}/{replica}/{rank}"
 
 
-def remove_slots(cluster: str) -> None:
-    """Give every device of the cluster back to Ray."""
+def remove_slots(cluster: str, replica: int | None = None) -> None:
+    """Give every device of the cluster, or of one replica of it, back to Ray."""
+    prefix = f"slot/{cluster}/" if replica is None else f"slot/{cluster}/{replica}/"
     for group in ray.util.placement_group_table().values():
-        if group["name"].startswith(f"slot/{cluster}/") and group["state"] != "REMOVED":
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))

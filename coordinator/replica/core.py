@@ -40,6 +40,7 @@ from coordinator.replica.events import (
     ReplicaDown,
     ReplicaUp,
     Started,
+    StartEnded,
     StoreOpened,
     Tell,
     Tick,
@@ -76,9 +77,8 @@ class ReplicaCore:
         self._state = State.STARTING
         self._attempt = Attempt(0.0, 0.0)
         self._early: list[RankEvent] = []
-        self._failures = 0
-        self._served = False
-        self._up_s = 0.0
+        self._failures, self._up_s = 0, 0.0
+        self.adopted = self._kept = False  # serves an earlier coordinator's epoch; is started again after any failure
         self._down_s: float | None = None
         self._handlers: Mapping[type, Callable[..., list[Effect]]] = {
             Attached: self._attached,
@@ -123,6 +123,9 @@ class ReplicaCore:
             return self._tick(now, event)
         if isinstance(event, Killed):
             return self._killed(now, event)
+        if isinstance(event, StartEnded):
+            self._kept = True
+            return []
         if self._state is State.STARTING:
             self._early.append(event)  # a survivor dials before it is known which others there are
             return []
@@ -142,8 +145,8 @@ class ReplicaCore:
     def _started(self, now: float, event: Started) -> list[Effect]:
         expected = {(rank, self.incarnation()) for rank in range(self._config.plan.tensor)}
         if self._epoch == 0 or event.survivors != expected:
-            left = len(event.survivors & expected)
-            return self._fence(now, f"cold start: {left} of {len(expected)} ranks of epoch {self._epoch} are alive")
+            alive = f"{len(event.survivors & expected)} of {len(expected)} ranks of epoch {self._epoch} are alive"
+            return self._fence(now, f"cold start: {alive}")
         self._state = State.ADOPTING
         self._expect_ranks(now, "ready", now + self._config.adopt_window_s)
         return [self._emit("replica.adopting", epoch=self._epoch)]
@@ -185,12 +188,11 @@ class ReplicaCore:
     def _attached(self, now: float, event: Attached, rank: RankState) -> list[Effect]:
         if self._state is State.ADOPTING and (event.resident is None or event.epoch != self._epoch):
             return self._fence(now, f"rank {event.rank} does not serve epoch {self._epoch}", event.rank)
-        again = rank.hello is not None
+        effects: list[Effect] = [Tell(self.fence, event.rank, event.incarnation, Accept())]
+        if rank.hello is None:
+            effects.append(self._emit("rank.attached", event.rank, pid=event.pid, epoch=self._epoch))
         rank.hello, rank.resident = event, event.resident
         rank.seen = Observation(event.phase, rank.seen.step, now, now)
-        effects: list[Effect] = [Tell(self.fence, event.rank, event.incarnation, Accept())]
-        if not again:
-            effects.append(self._emit("rank.attached", event.rank, pid=event.pid, epoch=self._epoch))
         if self._state is State.FORMING and event.phase in ("waiting", "store"):
             return effects + self._repeat_command(event)
         if self._state is State.LAUNCHING and all(rank.hello for rank in self._attempt.ranks.values()):
@@ -213,7 +215,7 @@ class ReplicaCore:
         try:
             blocks = self._config.plan.kv_blocks([RankMemory(h.node_id, h.memory_bytes) for h in hellos])
         except ConfigError as error:
-            return self._give_up(error)
+            return self._lost(now, 0, error.message) if self._kept else self._give_up(error)
         self._attempt.store_address, self._attempt.kv_blocks = event.address, blocks
         form = Form(event.address, blocks)
         return [Tell(self.fence, index, rank.incarnation, form) for index, rank in self._attempt.ranks.items()]
@@ -232,14 +234,14 @@ class ReplicaCore:
         return self._serve_when_all_ready(now)
 
     def _serve_when_all_ready(self, now: float) -> list[Effect]:
-        if self._state not in (State.FORMING, State.ADOPTING):
+        ready = all(rank.hello and rank.resident for rank in self._attempt.ranks.values())
+        if self._state not in (State.FORMING, State.ADOPTING) or not ready:
             return []
-        if not all(rank.hello and rank.resident for rank in self._attempt.ranks.values()):
-            return []
-        kind = "replica.adopted" if self._state is State.ADOPTING else "replica.ready"
+        self.adopted = self._state is State.ADOPTING
+        kind = "replica.adopted" if self.adopted else "replica.ready"
         self._attempt.count_blocks(self._config.plan)
         took_s = now - (self._attempt.began_s if self._down_s is None else self._down_s)
-        self._state, self._served, self._up_s, self._down_s = State.READY, True, now, None
+        self._state, self._kept, self._up_s, self._down_s = State.READY, True, now, None
         return [ReplicaUp(self.fence), self._emit(kind, epoch=self._epoch, took_s=round(took_s, 3))]
 
     # What goes wrong.
@@ -282,7 +284,7 @@ class ReplicaCore:
         self._failures += 1
         effects = [self._emit("rank.lost", index, epoch=self._epoch, reason=reason)]
         message = f"rank {index} of replica {self._config.replica}: {reason}"
-        if not self._served and self._state is not State.ADOPTING and self._failures >= START_ATTEMPTS:
+        if not self._kept and self._state is not State.ADOPTING and self._failures >= START_ATTEMPTS:
             return effects + self._give_up(InternalError(message))
         return effects + self._fence(now, message, index)
 

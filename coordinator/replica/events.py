@@ -130,8 +130,13 @@ class Tick:
     lag_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class StartEnded:
+    """The cluster serves: from now on a failure is recovered from, however often it comes, and never ends it."""
+
+
 RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | LaunchFailed
-Event = RankEvent | Started | Killed | Tick
+Event = RankEvent | Started | Killed | Tick | StartEnded
 
 
 @dataclass(frozen=True, slots=True)

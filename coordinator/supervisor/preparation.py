@@ -93,11 +93,14 @@ def _device(config: ServeConfig) -> Device:
     gpus = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
     if config.device == "cpu" or (config.device == "auto" and (gpus == 0 or config.dtype == "float64")):
         return "cpu"
-    if gpus < config.tensor and config.ray_address is None:
+    if gpus < (needed := config.replicas * config.tensor) and config.ray_address is None:
+        field, need = "tensor", f"tensor={config.tensor} needs as many GPUs"
+        if config.replicas > 1:
+            field = "replicas"
+            need = f"replicas={config.replicas} x tensor={config.tensor} need {needed} GPUs"
         raise ConfigError(
-            f"tensor={config.tensor} needs as many GPUs, this machine has {gpus}; lower tensor, join a larger Ray "
-            "with ray-address, or use device=cpu",
-            field="tensor",
+            f"{need}, this machine has {gpus}; lower {field}, join a larger Ray with ray-address, or use device=cpu",
+            field=field,
         )
     return "cuda"
 
@@ -171,4 +174,6 @@ def _reach_ray(address: str) -> str:
 def _own_ray(config: CoordinatorConfig, folder: Path) -> RayHead:
     host, port = split_address(config.ray_address)
     client_port = _claim(LOCAL_HOST, 0, "Ray's client port")
-    return RayHead(RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, config.tensor), folder))
+    return RayHead(
+        RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, config.replicas * config.tensor), folder)
+    )

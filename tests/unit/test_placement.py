@@ -63,3 +63,9 @@ def test_no_room_for_one_request_is_refused_with_the_arithmetic_and_a_remedy() -
 def test_weights_that_do_not_fit_are_told_as_such() -> None:
     with pytest.raises(ConfigError, match="the weights alone leave no room"):
         PLAN.kv_blocks([RankMemory("a", MIB)] * 2)
+
+
+def test_replicas_of_one_node_share_its_memory_on_cpu() -> None:
+    memory = [RankMemory("a", 120 * MIB), RankMemory("a", 120 * MIB)]
+    assert replace(PLAN, shared_memory=True, replicas=2).kv_blocks(memory) == 5
+    assert replace(PLAN, replicas=2).kv_blocks(memory) == 50, "devices are not shared"

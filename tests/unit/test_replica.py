@@ -32,6 +32,7 @@ from coordinator.replica.events import (
     ReplicaUp,
     Resident,
     Started,
+    StartEnded,
     StoreOpened,
     Tell,
     Tick,
@@ -274,6 +275,17 @@ def test_no_memory_for_the_cache_gives_up_at_once() -> None:
     core.step(1.0, hello(1, name, memory_bytes=1))
     effects = core.step(1.0, StoreOpened(0, name, "h:1"))
     assert isinstance(effects[-1], GiveUp) and "no memory for the KV cache" in str(effects[-1].error)
+
+
+def test_no_memory_for_the_cache_ends_no_cluster_that_serves() -> None:
+    core = make()
+    name = launch(core)
+    core.step(0.5, StartEnded())
+    for rank in (0, 1):
+        core.step(1.0, hello(rank, name, memory_bytes=1))
+    effects = core.step(1.0, StoreOpened(0, name, "h:1"))
+    assert PersistEpoch(2) in effects, "it is tried again: what took the memory may be gone by then"
+    assert not any(isinstance(effect, GiveUp) for effect in effects)
 
 
 def test_ranks_that_never_attach_are_started_again() -> None:
