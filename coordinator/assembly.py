@@ -81,7 +81,12 @@ def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
     return control_pb2.FormEpoch(
         model_path=str(config.model),
         dtype=config.dtype,
+        pipeline=config.pipeline,
+        data=config.data,
         tensor=config.tensor,
+        expert=config.expert,
+        pipeline_depth=config.pipeline_depth or config.pipeline,
+        trace_dir=str(config.trace_dir or ""),
         block_tokens=plan.block_tokens,
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from echelon.config import CoordinatorConfig
+from echelon.config import CoordinatorConfig, ServeConfig
 from echelon.errors import ConfigError
 from models.config import DTYPE_BYTES, ModelConfig
 from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes
+from parallel.degrees import Degrees
 
 BLOCK_TOKENS = 16
 
@@ -30,20 +31,24 @@ class RankMemory:
 class ReplicaPlan:
     """What one replica needs of its ranks, before any of them was started.
 
-    parameter_bytes by tensor rank; block_bytes of one KV block on each rank. shared_memory: ranks of one node, of
-    whatever replica, draw on the same memory (cpu). memory_fraction is the share of the free memory that weights and
-    blocks may take. kv_blocks_limit: more blocks are never held, None where memory alone limits them.
+    parameter_bytes and block_bytes, of one KV block, by rank. shared_memory: ranks of one node, of whatever replica,
+    draw on the same memory (cpu). memory_fraction is the share of the free memory that weights and blocks may take.
+    kv_blocks_limit: more blocks are never held, None where memory alone limits them.
     """
 
-    tensor: int
+    degrees: Degrees
     parameter_bytes: tuple[int, ...]
-    block_bytes: int
+    block_bytes: tuple[int, ...]
     block_tokens: int
     max_context: int
     memory_fraction: float
     shared_memory: bool
     kv_blocks_limit: int | None = None
-    replicas: int = 1
+
+    @property
+    def ranks(self) -> range:
+        """Of a replica."""
+        return range(self.degrees.replica_ranks)
 
     @property
     def blocks_per_request(self) -> int:
@@ -57,13 +62,13 @@ class ReplicaPlan:
         shared with everything else no step is measured, and the limit is kept here. Raises ConfigError when not even
         one request of max_context tokens fits.
         """
-        assert len(memory) == self.tensor, f"memory of {len(memory)} ranks, the plan has {self.tensor}"
-        sharers = Counter(rank.node_id for rank in memory for _ in range(self.replicas))
+        assert len(memory) == len(self.ranks), f"memory of {len(memory)} ranks, the plan has {len(self.ranks)}"
+        sharers = Counter(rank.node_id for rank in memory for _ in range(self.degrees.replicas))
         allowed = [
-            self._room_bytes(rank, sharers[rank.node_id] if self.shared_memory else 1, index) // self.block_bytes
+            self._room_bytes(rank, sharers[rank.node_id] if self.shared_memory else 1, index) // self.block_bytes[index]
             for index, rank in enumerate(memory)
         ]
-        tightest = min(range(self.tensor), key=allowed.__getitem__)
+        tightest = min(self.ranks, key=allowed.__getitem__)
         if allowed[tightest] < self.blocks_per_request:
             raise self._no_room(memory[tightest], sharers[memory[tightest].node_id], tightest, allowed[tightest])
         limited = self.shared_memory and self.kv_blocks_limit is not None
@@ -78,33 +83,45 @@ class ReplicaPlan:
         need = self.blocks_per_request
         fitting = max(allowed, 0) * self.block_tokens
         remedy = (
-            f"lower max-context to {fitting} or less, raise tensor or free memory"
+            f"lower max-context to {fitting} or less, raise tensor or pipeline, or free memory"
             if fitting
-            else "the weights alone leave no room: raise tensor or free memory"
+            else "the weights alone leave no room: raise tensor or pipeline, or free memory"
         )
         return ConfigError(
             f"no memory for the KV cache on rank {index}: {_mib(rank.free_bytes)} free * gpu-memory-fraction "
             f"{self.memory_fraction:g}{shared} - {_mib(self.parameter_bytes[index])} of weights leaves room for "
             f"{max(allowed, 0)} blocks, and one request of max-context {self.max_context} needs {need} blocks of "
-            f"{self.block_tokens} tokens ({_mib(need * self.block_bytes)}); {remedy}",
+            f"{self.block_tokens} tokens ({_mib(need * self.block_bytes[index])}); {remedy}",
             field="max_context",
         )
 
 
+def degrees_of(config: ServeConfig) -> Degrees:
+    """What the flags ask for. Raises ConfigError when that is no product."""
+    return Degrees(
+        replicas=config.replicas,
+        pipeline=config.pipeline,
+        data=config.data,
+        tensor=config.tensor,
+        expert=config.expert,
+    )
+
+
 def plan_replica(config: CoordinatorConfig, model: ModelConfig) -> ReplicaPlan:
     """The plan of each replica. Raises ConfigError when the degrees do not divide the model, or limits contradict."""
-    check_degrees(model, config.tensor)
+    degrees = degrees_of(config)
+    check_degrees(model, degrees)
     dtype_bytes = DTYPE_BYTES[config.dtype]
+    places = [degrees.place(rank) for rank in range(degrees.replica_ranks)]
     return ReplicaPlan(
-        tensor=config.tensor,
-        parameter_bytes=tuple(parameter_bytes(model, r, config.tensor, dtype_bytes) for r in range(config.tensor)),
-        block_bytes=kv_bytes_per_block(model, config.tensor, BLOCK_TOKENS, dtype_bytes),
+        degrees=degrees,
+        parameter_bytes=tuple(parameter_bytes(model, place, dtype_bytes) for place in places),
+        block_bytes=tuple(kv_bytes_per_block(model, place, BLOCK_TOKENS, dtype_bytes) for place in places),
         block_tokens=BLOCK_TOKENS,
         max_context=config.max_context,
         memory_fraction=config.gpu_memory_fraction,
         shared_memory=config.device == "cpu",
         kv_blocks_limit=_kv_blocks_limit(config),
-        replicas=config.replicas,
     )
 
 

@@ -56,10 +56,13 @@ class ServeConfig(BaseModel):
     model: Path | str = Field(description="Directory of a Hugging Face checkpoint, or ORG/NAME[@REVISION] on its Hub.")
     served_model_name: str | None = Field(default=None, description="Name clients ask for; default: the model's own.")
     tensor: Count = Field(default=1, description="Ranks that split every layer.")
-    pipeline: Count = Field(default=1, description="Pipeline stages (only 1 for now).")
+    pipeline: Count = Field(default=1, description="Stages that share the layers.")
     data: Count = Field(default=1, description="Attention data-parallel ranks (only 1 for now).")
     expert: Count = Field(default=1, description="Expert-parallel ranks (only 1 for now).")
     replicas: Count = Field(default=1, description="Copies of the model, each on ranks of its own.")
+    pipeline_depth: Count | None = Field(
+        default=None, description="Micro-batches in the pipeline at once; default: as many as stages."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."
@@ -80,6 +83,7 @@ class ServeConfig(BaseModel):
     drain_timeout_s: DrainSeconds = Field(default=30.0, description="How long SIGTERM lets running requests finish.")
     max_queue_tokens: Count = Field(default=1_000_000, description="Prompt tokens that may wait for a place.")
     journal: Journal = Field(default="write", description="fsync survives power loss too, for a disk flush a step.")
+    trace_dir: Path | None = Field(default=None, description="Log every operation of every rank there; default: not.")
     metrics_address: str | None = Field(default=None, description="host:port of a Prometheus endpoint; default: none.")
 
     @field_validator("model")
@@ -105,7 +109,7 @@ class ServeConfig(BaseModel):
     @classmethod
     def _is_one_for_now(cls, value: int) -> int:
         if value != 1:
-            raise ValueError(f"is not supported yet above 1, got {value}; use tensor to spread the model")
+            raise ValueError(f"is not supported yet above 1, got {value}; use tensor or pipeline to spread the model")
         return value
 
     @model_validator(mode="after")

@@ -33,9 +33,10 @@ from models.tables import (
     FINAL_NORM,
     HEAD,
     attention_inputs,
+    held_layers,
+    held_parameters,
     kv_heads_held,
     mlp_inputs,
-    parameter_table,
     tensor_name,
 )
 from parallel.context import ParallelContext
@@ -63,33 +64,41 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class DecoderModel:
-    """A whole decoder. shards: the resident tensor behind each checkpoint name, filled by the loader.
+    """One stage of a decoder, or a whole one. shards: the resident tensor behind each checkpoint name, for the loader.
 
-    embedding_scale multiplies embeddings, logit_cap c bends each logit x to c * tanh(x / c); None leaves them alone.
+    The first stage has the embedding, the last one norm and head. embedding_scale multiplies embeddings, logit_cap c
+    bends each logit x to c * tanh(x / c); None leaves them alone.
     """
 
     config: ModelConfig
-    embedding: VocabularyEmbedding
+    embedding: VocabularyEmbedding | None
     embedding_scale: float | None
     rotaries: Mapping[Rope, RotaryEmbedding]
     layers: Sequence[DecoderLayer]
-    norm: RMSNorm
-    head: VocabularyHead
+    norm: RMSNorm | None
+    head: VocabularyHead | None
     shards: Mapping[str, Tensor]
 
-    def __call__(self, batch: ForwardBatch, kv_cache: PagedCache) -> Tensor:
-        """Normalized hidden states of the sampled tokens, [S, hidden]; keys and values of all tokens are stored."""
-        hidden = self.embedding(batch.token_ids)
-        if self.embedding_scale is not None:
-            hidden = hidden * self.embedding_scale
+    def __call__(self, batch: ForwardBatch, kv_cache: PagedCache, hidden: Tensor | None = None) -> Tensor:
+        """hidden [T, hidden]: what the stage before has made of the batch, None on the first stage.
+
+        The last stage returns normalized hidden states of the sampled tokens, [S, hidden], any other those of all
+        tokens, [T, hidden]. Keys and values of all tokens are stored.
+        """
+        if self.embedding is not None:
+            hidden = self.embedding(batch.token_ids)
+            if self.embedding_scale is not None:
+                hidden = hidden * self.embedding_scale
+        assert hidden is not None, "a stage behind the first computes on what the one before sent"
         rotations = {rope: rotary(batch.positions, hidden.dtype) for rope, rotary in self.rotaries.items()}
-        attend = PagedAttention(batch, kv_cache, {layer.window for layer in self.config.layers})
+        attend = PagedAttention(batch, kv_cache, {layer.attention.rule.window for layer in self.layers})
         for layer in self.layers:
             hidden = layer(hidden, rotations[layer.rope], attend)
-        return self.norm(hidden.index_select(0, batch.sample_index))
+        return hidden if self.norm is None else self.norm(hidden.index_select(0, batch.sample_index))
 
     def row_logits(self, hidden: Tensor) -> Tensor:
         """[k, vocabulary] logits of rows rank * k .. of hidden, k = ceil(S / tensor size); surplus rows are zeros."""
+        assert self.head is not None, "the last stage has the head"
         logits = self.head(hidden)
         cap = self.config.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -102,20 +111,23 @@ class DecoderModel:
 
 
 def build_decoder(config: ModelConfig, context: ParallelContext) -> DecoderModel:
-    """The model with its tensors allocated on the context's device, uninitialized."""
-    weights = Weights(parameter_table(config), context)
-    embedding = weights.take(tensor_name(config, EMBEDDING))
-    layers = tuple(_build_layer(config, context, weights, layer) for layer in range(config.num_hidden_layers))
-    norm = RMSNorm(weights.take(tensor_name(config, FINAL_NORM)), config.rms_norm_eps, config.family.norms_from_one)
-    head = embedding if config.tie_word_embeddings else weights.take(tensor_name(config, HEAD))
+    """The stage of this rank with its tensors allocated on the context's device, uninitialized."""
+    place, held = context.place, held_layers(config, context.place)
+    weights = Weights(held_parameters(config, place), context)
+    tied = place.last_stage and config.tie_word_embeddings
+    table = weights.take(tensor_name(config, EMBEDDING)) if place.first_stage or tied else None
+    layers = tuple(_build_layer(config, context, weights, layer, layer - held.start) for layer in held)
+    norm = weights.take(tensor_name(config, FINAL_NORM)) if place.last_stage else None
+    head = table if tied else weights.take(tensor_name(config, HEAD)) if place.last_stage else None
+    embedding = table if place.first_stage else None
     return DecoderModel(
         config=config,
-        embedding=VocabularyEmbedding(embedding, context.tensor),
+        embedding=None if embedding is None else VocabularyEmbedding(embedding, context.tensor),
         embedding_scale=_embedding_scale(config, context.dtype),
-        rotaries={rope: _rotary(config, rope, context.device) for rope in {layer.rope for layer in config.layers}},
+        rotaries={rope: _rotary(config, rope, context.device) for rope in {config.layers[n].rope for n in held}},
         layers=layers,
-        norm=norm,
-        head=VocabularyHead(head, config.vocab_size, context.tensor),
+        norm=None if norm is None else RMSNorm(norm, config.rms_norm_eps, config.family.norms_from_one),
+        head=None if head is None else VocabularyHead(head, config.vocab_size, context.tensor),
         shards=weights.shards(),
     )
 
@@ -131,7 +143,10 @@ def _rotary(config: ModelConfig, rope: Rope, device: torch.device) -> RotaryEmbe
     return RotaryEmbedding(rotary_frequencies(config.head_dim, rope).to(device), rope.attention_factor)
 
 
-def _build_layer(config: ModelConfig, context: ParallelContext, weights: Weights, layer: int) -> DecoderLayer:
+def _build_layer(
+    config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, cached_layer: int
+) -> DecoderLayer:
+    """cached_layer: its number among those that the rank has keys and values of."""
     family, norms = config.family, config.family.norms
 
     def take(*parts: str, kind: str = "weight") -> Tensor:
@@ -148,7 +163,7 @@ def _build_layer(config: ModelConfig, context: ParallelContext, weights: Weights
 
     heads, kv_heads = config.num_attention_heads // context.tensor.size, kv_heads_held(config, context.tensor.size)
     attention = SelfAttention(
-        layer=layer,
+        layer=cached_layer,
         rule=AttentionRule(config.layers[layer].window, config.attention_scale, config.attention_cap),
         head_dim=config.head_dim,
         head_counts=[heads, kv_heads, kv_heads],

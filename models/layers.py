@@ -41,7 +41,7 @@ class Weights:
 
     def take(self, *names: str) -> Tensor:
         """One tensor that stacks the named ones along dim 0."""
-        shapes = [self._pending.pop(name).held_shape(self._context.tensor.size) for name in names]
+        shapes = [self._pending.pop(name).held_shape(self._context.place.degrees) for name in names]
         rows = [shape[0] for shape in shapes]
         context = self._context
         stacked = torch.empty((sum(rows), *shapes[0][1:]), device=context.device, dtype=context.dtype)

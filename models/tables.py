@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
+from parallel.degrees import Degrees, Place
+from parallel.partition import cut
 from parallel.sharding import (
     Placement,
     Region,
@@ -37,13 +39,13 @@ class Parameter:
     placement: Placement
     layer: int | None = None
 
-    def held_shape(self, tensor_size: int) -> Shape:
-        """The shape each tensor rank keeps resident."""
-        return held_shape(self.shape, self.placement, tensor_size)
+    def held_shape(self, degrees: Degrees) -> Shape:
+        """The shape that each rank which holds a part of it keeps resident."""
+        return held_shape(self.shape, self.placement, degrees.tensor)
 
-    def held_regions(self, tensor_rank: int, tensor_size: int) -> tuple[Region, ...]:
-        """The parts of the full tensor that a tensor rank reads, and stacks along dim 0."""
-        return held_regions(self.shape, self.placement, tensor_rank, tensor_size)
+    def held_regions(self, place: Place) -> tuple[Region, ...]:
+        """The parts of the full tensor that a rank reads, and stacks along dim 0."""
+        return held_regions(self.shape, self.placement, place.tensor_rank, place.degrees.tensor)
 
 
 def tensor_name(config: ModelConfig, part: str, layer: int | None = None, kind: str = "weight") -> str:
@@ -110,10 +112,39 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield parameter("mlp.down_proj", (hidden, intermediate), Split(1, (intermediate,)))
 
 
-def parameter_bytes(config: ModelConfig, tensor_rank: int, tensor_size: int, dtype_bytes: int) -> int:
-    """Exactly the resident bytes of a tensor rank's parameters; padding makes them the same on every rank."""
-    assert 0 <= tensor_rank < tensor_size, f"tensor rank {tensor_rank} of {tensor_size}"
-    return dtype_bytes * sum(math.prod(p.held_shape(tensor_size)) for p in parameter_table(config))
+def stage_layers(config: ModelConfig, pipeline: int) -> tuple[range, ...]:
+    """The decoder layers of each stage, cut so that the stages read alike many numbers, the head's among them."""
+    numbers = [0.0] * config.num_hidden_layers
+    head = config.vocab_size * config.hidden_size
+    for parameter in parameter_table(config):
+        if parameter.layer is not None:
+            numbers[parameter.layer] += math.prod(parameter.shape)
+    return cut(numbers, pipeline, last=head)
+
+
+def held_layers(config: ModelConfig, place: Place) -> range:
+    """The decoder layers that a rank computes."""
+    return stage_layers(config, place.degrees.pipeline)[place.pipeline_rank]
+
+
+def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
+    """What a rank holds a part of: its stage's layers, and what comes before the first or after the last layer.
+
+    A tied head is the embedding, so the last stage holds that too.
+    """
+    layers = held_layers(config, place)
+    outside = set()
+    if place.first_stage or (place.last_stage and config.tie_word_embeddings):
+        outside.add(tensor_name(config, EMBEDDING))
+    if place.last_stage:
+        outside |= {tensor_name(config, FINAL_NORM), tensor_name(config, HEAD)}
+    return tuple(p for p in parameter_table(config) if (p.name in outside if p.layer is None else p.layer in layers))
+
+
+def parameter_bytes(config: ModelConfig, place: Place, dtype_bytes: int) -> int:
+    """Exactly the resident bytes of a rank's parameters; padding makes them the same on all tensor ranks."""
+    shapes = (parameter.held_shape(place.degrees) for parameter in held_parameters(config, place))
+    return dtype_bytes * sum(map(math.prod, shapes))
 
 
 def kv_heads_held(config: ModelConfig, tensor_size: int) -> int:
@@ -121,24 +152,29 @@ def kv_heads_held(config: ModelConfig, tensor_size: int) -> int:
     return units_held(config.num_key_value_heads, tensor_size)
 
 
-def kv_bytes_per_block(config: ModelConfig, tensor_size: int, block_tokens: int, dtype_bytes: int) -> int:
-    """Bytes that one block of keys and values takes on each rank, over all layers."""
-    per_token = 2 * config.num_hidden_layers * kv_heads_held(config, tensor_size) * config.head_dim * dtype_bytes
-    return block_tokens * per_token
+def kv_bytes_per_block(config: ModelConfig, place: Place, block_tokens: int, dtype_bytes: int) -> int:
+    """Bytes that one block of keys and values takes on a rank, over all its layers."""
+    heads = kv_heads_held(config, place.degrees.tensor)
+    return block_tokens * 2 * len(held_layers(config, place)) * heads * config.head_dim * dtype_bytes
 
 
-def check_degrees(config: ModelConfig, tensor: int) -> None:
+def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
     """Raises ConfigError with the arithmetic and the remedy if the model cannot be cut over so many ranks."""
-    problem = _degree_problem(config, tensor)
-    if problem is None:
-        return
-    allowed = (t for t in range(1, config.num_attention_heads + 1) if _degree_problem(config, t) is None)
-    raise ConfigError(f"{problem}; tensor may be {', '.join(map(str, allowed))}", field="tensor")
+    if degrees.pipeline > config.num_hidden_layers:
+        raise ConfigError(
+            f"pipeline={degrees.pipeline} stages for num_hidden_layers={config.num_hidden_layers}: each stage needs a "
+            f"layer; pipeline may be 1 to {config.num_hidden_layers} ({degrees})",
+            field="pipeline",
+        )
+    if degrees.expert > 1:
+        raise ConfigError(f"expert={degrees.expert}: {config.architecture} has no experts; leave it 1", field="expert")
+    problem = _tensor_problem(config, degrees.tensor)
+    if problem is not None:
+        allowed = (t for t in range(1, config.num_attention_heads + 1) if _tensor_problem(config, t) is None)
+        raise ConfigError(f"{problem}; tensor may be {', '.join(map(str, allowed))} ({degrees})", field="tensor")
 
 
-def _degree_problem(config: ModelConfig, tensor: int) -> str | None:
-    if tensor < 1:
-        return f"tensor={tensor} is not a number of ranks"
+def _tensor_problem(config: ModelConfig, tensor: int) -> str | None:
     for name in ("num_attention_heads", "intermediate_size"):
         units = getattr(config, name)
         if units % tensor != 0:

@@ -1,4 +1,4 @@
-"""Group: the ranks that share one axis of the mesh, and the collectives between them.
+"""Group: the ranks that share one axis of the mesh, and the collectives between them; Channel: one way between two.
 
 In rank processes only. A group of one is the same object with identity collectives, so no caller asks for a degree.
 CPU tensors travel over gloo, CUDA tensors over NCCL; on CUDA a collective is queued on the current stream and the
@@ -7,6 +7,9 @@ host does not wait. It knows no model and no epoch.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +30,8 @@ class Backend(Protocol):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
     def alltoall_base(self, output: Tensor, input: Tensor, output_rows: list[int], input_rows: list[int]) -> Work: ...
     def barrier(self) -> Work: ...
+    def send(self, tensors: list[Tensor], to_rank: int, tag: int) -> Work: ...
+    def recv(self, tensors: list[Tensor], from_rank: int, tag: int) -> Work: ...
     def abort(self) -> None: ...
 
 
@@ -69,3 +74,37 @@ class Group:
         """Returns once every rank has called it."""
         if self.backend is not None:
             self.backend.barrier().wait()
+
+
+class Channel:
+    """Tensors from one rank to another, in order, over a communicator that only these two have.
+
+    room: how many may be on their way before the sender waits; on CUDA only its stream does. Both know every shape.
+    """
+
+    def __init__(self, backend: Backend, device: torch.device, room: int) -> None:
+        assert room >= 1, f"room for {room}"
+        self.backend = backend
+        self._device = device
+        self._room = room
+        self._sending: deque[tuple[Work, Tensor]] = deque()
+        # What is received must not wait for what was computed before it was asked for.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, tensor: Tensor) -> None:
+        """Put a tensor on its way; it must not be changed afterwards."""
+        while len(self._sending) >= self._room:
+            work, _ = self._sending.popleft()
+            work.wait()
+        kept = tensor.contiguous()
+        self._sending.append((self.backend.send([kept], 1, 0), kept))
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor. A CPU waits for it here; on CUDA what reads it waits."""
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+            work = self.backend.recv([tensor], 0, 0)
+        work.wait()
+        if self._stream is not None:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+        return tensor

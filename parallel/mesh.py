@@ -1,7 +1,8 @@
 """The mesh: forms the process groups of one epoch, and takes them down.
 
-The only place that makes process groups, in rank processes. Groups are built on their own prefix of the epoch's store
-and never on torch.distributed's global default group, so epochs cannot mix and nothing is left behind in the process.
+The only place that makes process groups, in rank processes. The mesh is an arange reshaped. Groups are built on their
+own prefix of the epoch's store and never on torch.distributed's global default group, so epochs cannot mix and
+nothing is left behind in the process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from parallel.comm import Backend, Group
+from parallel.comm import Backend, Channel, Group
 from parallel.context import ParallelContext, solo_context
+from parallel.degrees import Place
 
 PUBLISH_TIMEOUT_S = 30.0
 
@@ -30,28 +32,42 @@ def form_context(
     store_address: str,
     prefix: str,
     epoch: int,
-    rank: int,
-    tensor: int,
+    place: Place,
     device: torch.device,
     dtype: torch.dtype,
     timeout_s: float,
+    depth: int = 1,
 ) -> ParallelContext:
     """Meets the other ranks at the store under prefix and epoch; returns when all have come.
 
     timeout_s bounds the meeting and every later gloo collective; a peer that dies makes those raise at once.
+    depth: how many micro-batches are in the pipeline at once at most.
     """
-    if tensor == 1:
+    if place.degrees.replica_ranks == 1:
         return solo_context(device, dtype, epoch)
-    timeout = timedelta(seconds=timeout_s)
-    store = PrefixStore(f"{prefix}/epoch-{epoch}/tensor", _client(store_address, timeout_s))
-    if device.type == "cuda":
-        backend = _nccl(store, rank, tensor, device, timeout)
-    else:
-        backend = _gloo(store, rank, tensor, _address_facing(store_address), timeout)
-    group = Group(rank, tensor, backend)
-    present = group.all_reduce(torch.ones(1, device=device)).item()  # connects now, while a late peer is still expected
-    assert present == tensor, f"{present} ranks of {tensor} met at {prefix}"
-    return ParallelContext(epoch=epoch, tensor=group, device=device, dtype=dtype)
+    store = PrefixStore(f"{prefix}/epoch-{epoch}", _client(store_address, timeout_s))
+    maker = _Maker(store, _address_facing(store_address), device, timedelta(seconds=timeout_s))
+    ranks = torch.arange(place.degrees.replica_ranks).view(place.degrees.pipeline, place.degrees.data, -1)
+    stage, data_rank, tensor_rank = place.pipeline_rank, place.data_rank, place.tensor_rank
+    replica = maker.on_host("replica", ranks.flatten().tolist(), place.rank)
+    present = replica.all_reduce(torch.ones(1)).item()  # connects now, while a late peer is still expected
+    assert present == replica.size, f"{present} ranks of {replica.size} met at {prefix}"
+    tensor = maker.group("tensor", ranks[stage, data_rank].tolist(), place.rank)
+    data = maker.group("data", ranks[stage, :, tensor_rank].tolist(), place.rank)
+    received, sent, returned = maker.channels(place, depth)
+    return ParallelContext(
+        epoch=epoch,
+        device=device,
+        dtype=dtype,
+        place=place,
+        tensor=tensor,
+        data=data,
+        stage=maker.group("stage", ranks[stage].flatten().tolist(), place.rank),
+        replica=replica,
+        received=received,
+        sent=sent,
+        returned=returned,
+    )
 
 
 def publish(store_address: str, key: str, value: str) -> None:
@@ -66,9 +82,73 @@ def lookup(store_address: str, key: str, timeout_s: float) -> str:
 
 def close(context: ParallelContext) -> None:
     """Ends the context's groups; collectives that wait in them fail. The context is useless afterwards."""
-    backend = context.tensor.backend
-    if backend is not None:
+    groups = (context.tensor, context.data, context.stage, context.replica)
+    channels = (context.received, context.sent, context.returned)
+    backends = [group.backend for group in groups] + [channel.backend for channel in channels if channel]
+    for backend in {id(backend): backend for backend in backends if backend is not None}.values():
         backend.abort()
+
+
+class _Maker:
+    """Makes groups that meet at one store; every rank of a group asks for it under the same name.
+
+    The same ranks on the same device are one group, whatever it is asked for.
+    """
+
+    def __init__(self, store: Store, address: str, device: torch.device, timeout: timedelta) -> None:
+        self._store = store
+        self._address = address
+        self._device = device
+        self._timeout = timeout
+        self._made: dict[tuple[torch.device, tuple[int, ...]], Group] = {}
+
+    def on_host(self, name: str, members: list[int], rank: int) -> Group:
+        """Over gloo, for tensors in host memory."""
+        return self._met(name, members, rank, torch.device("cpu"))
+
+    def group(self, name: str, members: list[int], rank: int) -> Group:
+        """For tensors on the device; connected when this returns."""
+        return self._met(name, members, rank, self._device)
+
+    def channels(self, place: Place, depth: int) -> tuple[Channel | None, Channel | None, Channel | None]:
+        """From the stage before, to the stage behind, and from the last to the first; in this order everywhere.
+
+        Two hidden states may be on their way to a stage, so that one travels while another is computed. What returns
+        never has to wait: there is not more of it than micro-batches.
+        """
+        stages, stage = place.degrees.pipeline, place.pipeline_rank
+        received = self._channel(place.on_stage(stage - 1), place, place, 2) if not place.first_stage else None
+        sent = self._channel(place, place.on_stage(stage + 1), place, 2) if not place.last_stage else None
+        returned = None
+        if stages > 1 and (place.first_stage or place.last_stage):
+            returned = self._channel(place.on_stage(stages - 1), place.on_stage(0), place, depth)
+        return received, sent, returned
+
+    def _channel(self, sender: Place, receiver: Place, own: Place, room: int) -> Channel:
+        """With one number sent through it: a communicator connects at its first use."""
+        backend = self._backend(f"from-{sender.rank}-to-{receiver.rank}", int(own == receiver), 2, self._device)
+        channel = Channel(backend, self._device, room)
+        if own == sender:
+            channel.send(torch.ones(1, device=self._device))
+        else:
+            assert channel.receive((1,), torch.float32).item() == 1
+        return channel
+
+    def _met(self, name: str, members: list[int], rank: int, device: torch.device) -> Group:
+        if len(members) == 1:
+            return Group()
+        if (known := self._made.get((device, tuple(members)))) is not None:
+            return known
+        backend = self._backend(f"{name}-{members[0]}", members.index(rank), len(members), device)
+        group = self._made[device, tuple(members)] = Group(members.index(rank), len(members), backend)
+        group.all_reduce(torch.ones(1, device=device))  # connects now
+        return group
+
+    def _backend(self, name: str, rank: int, size: int, device: torch.device) -> Backend:
+        store = PrefixStore(name, self._store)
+        if device.type == "cuda":
+            return _nccl(store, rank, size, device, self._timeout)
+        return _gloo(store, rank, size, self._address, self._timeout)
 
 
 def _client(store_address: str, timeout_s: float) -> TCPStore:

@@ -20,6 +20,7 @@ from models.config import ModelConfig, read_model_config
 from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel import mesh
+from parallel.degrees import Degrees
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
@@ -66,11 +67,11 @@ def form_epoch(
         store_address=command.store_address,
         prefix=f"replica-{fence.replica}",
         epoch=fence.epoch,
-        rank=spec.rank,
-        tensor=command.tensor,
+        place=degrees_of(command).place(spec.rank),
         device=device,
         dtype=getattr(torch, command.dtype),
         timeout_s=MEET_TIMEOUT_S,
+        depth=command.pipeline_depth,
     )
     model = build_model(config, context)
     load_weights(model, config, Path(command.model_path), context, progress)
@@ -81,6 +82,11 @@ def form_epoch(
     runner = Runner(model, kv_cache, context, limits, matchers)
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command), None)
     return Epoch(fence, runner, plans, lead, model.resident_bytes, kv_cache.resident_bytes)
+
+
+def degrees_of(command: control_pb2.FormEpoch) -> Degrees:
+    """The replica's."""
+    return Degrees(pipeline=command.pipeline, data=command.data, tensor=command.tensor, expert=command.expert)
 
 
 def private_host(coordinator_address: str) -> str:
@@ -98,7 +104,8 @@ def _matchers(config: ModelConfig, directory: Path) -> Matchers:
 
 def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:
     """Rank 0: an engine whose plans go to the others by socket, and to itself by a queue."""
-    server = PlanServer(fence, frozenset(range(1, command.tensor)), private_host(spec.coordinator_address))
+    others = frozenset(range(1, degrees_of(command).replica_ranks))
+    server = PlanServer(fence, others, private_host(spec.coordinator_address))
     mesh.publish(command.store_address, _plan_key(fence), server.address)
     server.accept(MEET_TIMEOUT_S)
     own: queue.SimpleQueue[bytes] = queue.SimpleQueue()

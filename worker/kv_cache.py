@@ -11,28 +11,28 @@ from torch import Tensor
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
-from models.tables import kv_bytes_per_block, kv_heads_held
+from models.tables import held_layers, kv_bytes_per_block, kv_heads_held
 from parallel.context import ParallelContext
 
 
 class KVCache:
-    """keys and values of each layer: [num_blocks, block_tokens, key/value heads held, head_dim]."""
+    """keys and values of each of the rank's layers: [num_blocks, block_tokens, key/value heads held, head_dim]."""
 
     def __init__(self, config: ModelConfig, context: ParallelContext, num_blocks: int, block_tokens: int) -> None:
         assert num_blocks >= 1 and block_tokens >= 1, f"{num_blocks} blocks of {block_tokens} tokens"
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
-        size = context.tensor.size
-        shape = (num_blocks, block_tokens, kv_heads_held(config, size), config.head_dim)
+        heads = kv_heads_held(config, context.place.degrees.tensor)
+        shape = (num_blocks, block_tokens, heads, config.head_dim)
 
         def allocate() -> tuple[Tensor, ...]:
-            layers = range(config.num_hidden_layers)
+            layers = held_layers(config, context.place)
             return tuple(torch.zeros(shape, device=context.device, dtype=context.dtype) for _ in layers)
 
         try:
             self.keys, self.values = allocate(), allocate()
         except RuntimeError as error:  # what torch raises when memory runs out, on CPU and on CUDA
-            block_bytes = kv_bytes_per_block(config, size, block_tokens, context.dtype.itemsize)
+            block_bytes = kv_bytes_per_block(config, context.place, block_tokens, context.dtype.itemsize)
             raise ConfigError(
                 f"no memory for {num_blocks} key/value blocks of {block_bytes} bytes, "
                 f"{num_blocks * block_bytes} bytes in all, on {context.device}; lower max-context or max-running"

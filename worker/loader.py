@@ -16,7 +16,7 @@ from safetensors import safe_open
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import ELEMENT_BYTES, checkpoint_index
-from models.tables import Parameter, parameter_table
+from models.tables import Parameter, held_parameters
 from parallel.context import ParallelContext
 from parallel.sharding import region_shape
 
@@ -31,20 +31,20 @@ def load_weights(
     progress(loaded_bytes, total_bytes) is called after each tensor, counting bytes as the files store them.
     """
     index = checkpoint_index(directory)
-    group = context.tensor
+    held = held_parameters(config, context.place)
     by_file: dict[Path, list[Parameter]] = defaultdict(list)
     total_bytes = 0
-    for parameter in parameter_table(config):
+    for parameter in held:
         stored = index[parameter.name]
         by_file[stored.file].append(parameter)
-        for region in parameter.held_regions(group.rank, group.size):
+        for region in parameter.held_regions(context.place):
             total_bytes += math.prod(region_shape(region)) * ELEMENT_BYTES[stored.dtype]
     loaded_bytes = 0
     for file, parameters in by_file.items():
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for parameter in parameters:
                 unfilled = model.shards[parameter.name]
-                for region in parameter.held_regions(group.rank, group.size):
+                for region in parameter.held_regions(context.place):
                     if rows := region_shape(region)[0]:
                         part = tensors.get_slice(parameter.name)[region]
                         unfilled[:rows].copy_(part)

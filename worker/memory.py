@@ -33,7 +33,7 @@ def settle_kv_blocks(
 
     Raises ConfigError when not one request of max_context tokens has room beside a step.
     """
-    block_bytes = kv_bytes_per_block(config, context.tensor.size, command.block_tokens, context.dtype.itemsize)
+    block_bytes = kv_bytes_per_block(config, context.place, command.block_tokens, context.dtype.itemsize)
     step_bytes = 0
     if context.device.type == "cuda":
         limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
@@ -42,8 +42,8 @@ def settle_kv_blocks(
         step_bytes = _peak_bytes(runner, plan, context.device)
         del runner
         torch.cuda.empty_cache()
-    own = torch.tensor([command.kv_blocks - -(-step_bytes // block_bytes)], device=context.device)
-    blocks = int(context.tensor.all_gather(own).min())
+    own = torch.tensor([command.kv_blocks - -(-step_bytes // block_bytes)], dtype=torch.int64)
+    blocks = int(context.replica.all_gather(own).min())
     needed = -(-command.max_context // command.block_tokens)
     if blocks < needed:
         fitting = max(blocks, 0) * command.block_tokens

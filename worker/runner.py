@@ -53,7 +53,7 @@ class Runner:
         self._kv_cache = kv_cache
         self._context = context
         self._matchers = matchers
-        self._piece_rows = sampler.piece_rows(model.head.vocabulary)
+        self._piece_rows = sampler.piece_rows(model.config.vocab_size)
         self._state = SlotState(limits.max_running, limits.max_context, limits.block_tokens, context.device)
 
     def run(self, tables: PlanTables) -> StepResult:

@@ -66,7 +66,7 @@ class Attempt:
         """Ranks settle the last of it, and those that were adopted all of it: read off what the leader holds."""
         leader = self.ranks[0].resident
         assert leader is not None, "only ranks that serve hold blocks"
-        self.kv_blocks = leader.kv_bytes // plan.block_bytes
+        self.kv_blocks = leader.kv_bytes // plan.block_bytes[0]
 
     def describe(self, fence: Fence, plan: ReplicaPlan) -> tuple[Rank, ...]:
         """The ranks that have attached, as GetCluster tells them."""
@@ -77,13 +77,13 @@ class Attempt:
         )
 
     def _describe(self, fence: Fence, plan: ReplicaPlan, index: int, rank: RankState, hello: Attached) -> Rank:
-        resident = rank.resident or Resident(0, 0)
+        resident, place = rank.resident or Resident(0, 0), plan.degrees.place(index)
         return Rank(
             replica=fence.replica,
-            pipeline=0,
-            data=0,
-            tensor=index,
-            expert=0,
+            pipeline=place.pipeline_rank,
+            data=place.data_rank,
+            tensor=place.tensor_rank,
+            expert=place.expert_rank,
             leader=index == 0,
             pid=hello.pid,
             node_id=hello.node_id,
@@ -93,7 +93,7 @@ class Attempt:
             parameter_bytes=resident.parameter_bytes,
             kv_bytes=resident.kv_bytes,
             planned_parameter_bytes=plan.parameter_bytes[index],
-            planned_kv_bytes=plan.block_bytes * self.kv_blocks,
+            planned_kv_bytes=plan.block_bytes[index] * self.kv_blocks,
         )
 
 

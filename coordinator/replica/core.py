@@ -143,7 +143,7 @@ class ReplicaCore:
     # From nothing to launched.
 
     def _started(self, now: float, event: Started) -> list[Effect]:
-        expected = {(rank, self.incarnation()) for rank in range(self._config.plan.tensor)}
+        expected = {(rank, self.incarnation()) for rank in self._config.plan.ranks}
         if self._epoch == 0 or event.survivors != expected:
             alive = f"{len(event.survivors & expected)} of {len(expected)} ranks of epoch {self._epoch} are alive"
             return self._fence(now, f"cold start: {alive}")
@@ -180,7 +180,7 @@ class ReplicaCore:
 
     def _expect_ranks(self, now: float, phase: str, deadline_s: float) -> None:
         seen = Observation(phase, 0, now, now)
-        ranks = {rank: RankState(self.incarnation(), seen) for rank in range(self._config.plan.tensor)}
+        ranks = {rank: RankState(self.incarnation(), seen) for rank in self._config.plan.ranks}
         self._attempt = Attempt(deadline_s, now, ranks)
 
     # From attached to ready.

@@ -19,7 +19,7 @@ from typing import cast
 
 from tokenizers import Tokenizer
 
-from coordinator.placement import plan_replica
+from coordinator.placement import degrees_of, plan_replica
 from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
@@ -93,14 +93,12 @@ def _device(config: ServeConfig) -> Device:
     gpus = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
     if config.device == "cpu" or (config.device == "auto" and (gpus == 0 or config.dtype == "float64")):
         return "cpu"
-    if gpus < (needed := config.replicas * config.tensor) and config.ray_address is None:
-        field, need = "tensor", f"tensor={config.tensor} needs as many GPUs"
-        if config.replicas > 1:
-            field = "replicas"
-            need = f"replicas={config.replicas} x tensor={config.tensor} need {needed} GPUs"
+    degrees = degrees_of(config)
+    if gpus < degrees.ranks and config.ray_address is None:
         raise ConfigError(
-            f"{need}, this machine has {gpus}; lower {field}, join a larger Ray with ray-address, or use device=cpu",
-            field=field,
+            f"{degrees} need as many GPUs, this machine has {gpus}; lower a degree, join a larger Ray with "
+            "ray-address, or use device=cpu",
+            field=max(("tensor", "data", "pipeline", "replicas"), key=lambda name: int(getattr(degrees, name))),
         )
     return "cuda"
 
@@ -174,6 +172,4 @@ def _reach_ray(address: str) -> str:
 def _own_ray(config: CoordinatorConfig, folder: Path) -> RayHead:
     host, port = split_address(config.ray_address)
     client_port = _claim(LOCAL_HOST, 0, "Ray's client port")
-    return RayHead(
-        RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, config.replicas * config.tensor), folder)
-    )
+    return RayHead(RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, degrees_of(config).ranks), folder))

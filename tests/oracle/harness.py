@@ -26,6 +26,7 @@ from models.decoder import DecoderModel
 from models.registry import build_model
 from parallel.comm import Group
 from parallel.context import ParallelContext
+from parallel.degrees import Degrees
 from parallel.mesh import close, form_context, open_store
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
@@ -156,7 +157,8 @@ def run_ranks(job: Path, tensor: int) -> list[Arrays]:
 
 def run_rank(job: Path, tensor: int, address: str, rank: int) -> None:
     """Runs every case of the job as one rank, and writes its arrays, keyed "case/what", beside the job."""
-    context = form_context(address, "oracle", 1, rank, tensor, torch.device("cpu"), torch.float64, timeout_s=120)
+    place = Degrees(tensor=tensor).place(rank)
+    context = form_context(address, "oracle", 1, place, torch.device("cpu"), torch.float64, timeout_s=120)
     results: Arrays = {}
     for name, case in json.loads(job.read_text()).items():
         results |= {f"{name}/{what}": array for what, array in run_case(case, context).items()}

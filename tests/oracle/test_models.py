@@ -15,6 +15,7 @@ import transformers
 
 from models.config import ModelConfig, read_model_config
 from models.tables import kv_bytes_per_block, parameter_bytes
+from parallel.degrees import Degrees
 from tests.oracle.cases import CASES, GREEDY_TOKENS, LAYOUTS, PROMPT_TOKENS
 from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
 from tests.tiny import make_checkpoint
@@ -112,8 +113,9 @@ def test_resident_bytes_equal_the_table(
 ) -> None:
     config = read_model_config(Path(oracle[name]["directory"]))
     for index, rank in enumerate(ranks[tensor]):
-        assert rank[f"{name}/parameter_bytes"] == parameter_bytes(config, index, tensor, FLOAT64_BYTES)
-        block_bytes = kv_bytes_per_block(config, tensor, BLOCK_TOKENS, FLOAT64_BYTES)
+        place = Degrees(tensor=tensor).place(index)
+        assert rank[f"{name}/parameter_bytes"] == parameter_bytes(config, place, FLOAT64_BYTES)
+        block_bytes = kv_bytes_per_block(config, place, BLOCK_TOKENS, FLOAT64_BYTES)
         assert rank[f"{name}/kv_bytes"] == NUM_BLOCKS * block_bytes
 
 

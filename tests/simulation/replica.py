@@ -30,6 +30,7 @@ from coordinator.replica.events import (
 )
 from coordinator.requests.events import ReplicaEnded
 from echelon.internal.link import Fence
+from parallel.degrees import Degrees
 from tests.simulation.checker import require
 from tests.simulation.network import Connection
 from tests.simulation.ranks import Site
@@ -55,9 +56,9 @@ class Replica:
         self._random = coordinator.world.random
         limits = site.limits
         plan = ReplicaPlan(
-            tensor=site.tensor,
+            degrees=Degrees(tensor=site.tensor),
             parameter_bytes=(0,) * site.tensor,
-            block_bytes=1,
+            block_bytes=(1,) * site.tensor,
             block_tokens=limits.block_tokens,
             max_context=limits.max_context,
             memory_fraction=1.0,

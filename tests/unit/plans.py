@@ -20,6 +20,7 @@ from models.config import read_model_config
 from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel.context import ParallelContext, solo_context
+from parallel.degrees import Degrees
 from parallel.mesh import close, form_context, open_store
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
@@ -144,7 +145,9 @@ def as_two_ranks(work: Callable[[ParallelContext], T]) -> list[T]:
     store, address = open_store("127.0.0.1")
 
     def as_rank(rank: int) -> T:
-        context = form_context(address, "test", FENCE.epoch, rank, 2, CPU, torch.float64, timeout_s=60)
+        context = form_context(
+            address, "test", FENCE.epoch, Degrees(tensor=2).place(rank), CPU, torch.float64, timeout_s=60
+        )
         try:
             return work(context)
         finally:

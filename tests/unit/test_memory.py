@@ -51,7 +51,7 @@ def settle(folder: Path, neighbour: int, wanted: int, limit: int = 0) -> int:
     config = read_model_config(make_checkpoint(folder / "model"))
     context = ParallelContext(
         epoch=1,
-        tensor=Group(0, 2, Neighbour(neighbour)),  # type: ignore[arg-type]
+        replica=Group(0, 2, Neighbour(neighbour)),  # type: ignore[arg-type]
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

@@ -8,17 +8,19 @@ import pytest
 
 from coordinator.placement import RankMemory, ReplicaPlan
 from echelon.errors import ConfigError
+from parallel.degrees import Degrees
 
 MIB = 2**20
 PLAN = ReplicaPlan(
-    tensor=2,
+    degrees=Degrees(tensor=2),
     parameter_bytes=(10 * MIB, 10 * MIB),
-    block_bytes=MIB,
+    block_bytes=(MIB, MIB),
     block_tokens=16,
     max_context=33,
     memory_fraction=0.5,
     shared_memory=False,
 )
+TWICE = Degrees(replicas=2, tensor=2)
 
 
 def test_the_cache_takes_all_that_a_device_of_its_own_allows() -> None:
@@ -67,5 +69,5 @@ def test_weights_that_do_not_fit_are_told_as_such() -> None:
 
 def test_replicas_of_one_node_share_its_memory_on_cpu() -> None:
     memory = [RankMemory("a", 120 * MIB), RankMemory("a", 120 * MIB)]
-    assert replace(PLAN, shared_memory=True, replicas=2).kv_blocks(memory) == 5
-    assert replace(PLAN, replicas=2).kv_blocks(memory) == 50, "devices are not shared"
+    assert replace(PLAN, shared_memory=True, degrees=TWICE).kv_blocks(memory) == 5
+    assert replace(PLAN, degrees=TWICE).kv_blocks(memory) == 50, "devices are not shared"

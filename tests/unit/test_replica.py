@@ -38,11 +38,12 @@ from coordinator.replica.events import (
     Tick,
 )
 from echelon.internal.link import Fence
+from parallel.degrees import Degrees
 
 PLAN = ReplicaPlan(
-    tensor=2,
+    degrees=Degrees(tensor=2),
     parameter_bytes=(100, 100),
-    block_bytes=10,
+    block_bytes=(10, 10),
     block_tokens=16,
     max_context=32,
     memory_fraction=0.5,

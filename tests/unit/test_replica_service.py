@@ -17,11 +17,12 @@ from coordinator.replica.core import ReplicaConfig, ReplicaCore
 from coordinator.replica.events import Accept, Attached, Refuse
 from coordinator.replica.service import Callbacks, Outbox, ReplicaService
 from coordinator.service import Service
+from parallel.degrees import Degrees
 
 PLAN = ReplicaPlan(
-    tensor=1,
+    degrees=Degrees(tensor=1),
     parameter_bytes=(100,),
-    block_bytes=10,
+    block_bytes=(10,),
     block_tokens=16,
     max_context=32,
     memory_fraction=0.5,
