@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from parallel.expert import PREFILL, ExpertStep
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
@@ -32,7 +34,7 @@ class ForwardBatch:
 
     token_ids, positions, slot_mapping: [T] int64; a slot is block * block_tokens + offset in the block.
     decode_block_tables: [D, W] int64, padded with 0.   decode_context_lens: [D] int64, the new token included.
-    sample_index: [S] int64, the tokens after which a next one is drawn.
+    sample_index: [S] int64, the tokens after which a next one is drawn.   experts: how rows travel to experts.
     """
 
     token_ids: Tensor
@@ -43,3 +45,4 @@ class ForwardBatch:
     decode_context_lens: Tensor
     prefill: tuple[PrefillRow, ...]
     sample_index: Tensor
+    experts: ExpertStep = PREFILL

@@ -12,6 +12,7 @@ from pathlib import Path
 from models.families import FAMILIES, FULL, SLIDING, Family, Windows
 from models.json_source import JsonSource
 from models.rope import Rope, RopeReader
+from models.routing import Routing, read_routing
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -30,10 +31,14 @@ class DefaultSampling:
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What may differ from layer to layer. window: a token sees itself and the window - 1 before it; None sees all."""
+    """What may differ from layer to layer. window: a token sees itself and the window - 1 before it; None sees all.
+
+    routing: None for a layer with an MLP.
+    """
 
     window: int | None
     rope: Rope
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,14 +151,15 @@ def _refuse_what_is_not_computed(source: JsonSource, family: Family) -> None:
 
 
 def _layers(source: JsonSource, family: Family, head_dim: int, max_context: int | None) -> tuple[LayerConfig, ...]:
-    """Every layer's window and rope."""
+    """Every layer's window, rope and routing."""
     kinds = _layer_kinds(source, family)
     if max_context is None:
         max_context = source.count("max_position_embeddings")
     ropes = RopeReader(source, family, head_dim, max_context).by_kind()
     window = source.count("sliding_window") if SLIDING in kinds else None
-    by_kind = {FULL: LayerConfig(None, ropes[FULL]), SLIDING: LayerConfig(window, ropes[SLIDING])}
-    return tuple(by_kind[kind] for kind in kinds)
+    windows = {FULL: None, SLIDING: window}
+    routing = read_routing(source, family.experts, len(kinds))
+    return tuple(LayerConfig(windows[kind], ropes[kind], routed) for kind, routed in zip(kinds, routing, strict=True))
 
 
 def _layer_kinds(source: JsonSource, family: Family) -> list[str]:
@@ -164,6 +170,9 @@ def _layer_kinds(source: JsonSource, family: Family) -> list[str]:
         case Windows.NONE:
             kinds = [FULL for _ in layers]
         case Windows.EVERY_LAYER:
+            kinds = [SLIDING if windowed else FULL for _ in layers]
+        case Windows.EVERY_LAYER_IF_USED:
+            windowed = windowed and source.flag("use_sliding_window")
             kinds = [SLIDING if windowed else FULL for _ in layers]
         case Windows.UPPER_LAYERS:
             windowed = windowed and source.flag("use_sliding_window")
@@ -178,7 +187,8 @@ def _layer_kinds(source: JsonSource, family: Family) -> list[str]:
     for kind in stated:
         if kind not in (FULL, SLIDING):
             source.refuse(f"layer_types: {kind!r} is not supported; supported: {FULL}, {SLIDING}")
-    if family.windows in (Windows.NONE, Windows.EVERY_LAYER) and stated != kinds:
+    uniform = (Windows.NONE, Windows.EVERY_LAYER, Windows.EVERY_LAYER_IF_USED)
+    if family.windows in uniform and stated != kinds:
         source.refuse(f"layer_types={stated!r} is not supported; every layer of this architecture is {kinds[0]!r}")
     if SLIDING in stated and not windowed:
         source.refuse(f"layer_types has {SLIDING!r}, but the config has no sliding_window in use")

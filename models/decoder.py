@@ -17,9 +17,7 @@ from models.attention import AttentionRule, PagedAttention, PagedCache
 from models.batch import ForwardBatch
 from models.config import ModelConfig
 from models.layers import (
-    ACTIVATIONS,
     Attend,
-    GatedMlp,
     RMSNorm,
     RotaryEmbedding,
     Rotation,
@@ -27,6 +25,7 @@ from models.layers import (
     Weights,
     rotary_frequencies,
 )
+from models.mlp import Mlp, build_mlp
 from models.rope import Rope
 from models.tables import (
     EMBEDDING,
@@ -36,10 +35,10 @@ from models.tables import (
     held_layers,
     held_parameters,
     kv_heads_held,
-    mlp_inputs,
     tensor_name,
 )
 from parallel.context import ParallelContext
+from parallel.expert import ExpertStep
 from parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
 
 Normalize = Callable[[Tensor], Tensor]
@@ -54,12 +53,12 @@ class DecoderLayer:
     attention: SelfAttention
     after_attention: Normalize
     before_mlp: Normalize
-    mlp: GatedMlp
+    mlp: Mlp
     after_mlp: Normalize
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend, step: ExpertStep) -> Tensor:
         hidden = hidden + self.after_attention(self.attention(self.before_attention(hidden), rotation, attend))
-        return hidden + self.after_mlp(self.mlp(self.before_mlp(hidden)))
+        return hidden + self.after_mlp(self.mlp(self.before_mlp(hidden), step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class DecoderModel:
         rotations = {rope: rotary(batch.positions, hidden.dtype) for rope, rotary in self.rotaries.items()}
         attend = PagedAttention(batch, kv_cache, {layer.attention.rule.window for layer in self.layers})
         for layer in self.layers:
-            hidden = layer(hidden, rotations[layer.rope], attend)
+            hidden = layer(hidden, rotations[layer.rope], attend, batch.experts)
         return hidden if self.norm is None else self.norm(hidden.index_select(0, batch.sample_index))
 
     def row_logits(self, hidden: Tensor) -> Tensor:
@@ -178,11 +177,7 @@ def _build_layer(
         attention=attention,
         after_attention=norm_if_any(norms.after_attention),
         before_mlp=norm(norms.before_mlp),
-        mlp=GatedMlp(
-            gate_up=ColumnLinear(take(*mlp_inputs(config))),
-            activation=ACTIVATIONS[config.activation],
-            down=RowLinear(take("mlp.down_proj"), None, context.tensor),
-        ),
+        mlp=build_mlp(config, context, weights, layer),
         after_mlp=norm_if_any(norms.after_mlp),
     )
 

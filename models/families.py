@@ -18,6 +18,7 @@ class Windows(Enum):
 
     NONE = auto()
     EVERY_LAYER = auto()  # if sliding_window is not null
+    EVERY_LAYER_IF_USED = auto()  # if sliding_window is not null and use_sliding_window is true
     UPPER_LAYERS = auto()  # by layer_types, or from max_window_layers on; and only if use_sliding_window is true
     ALL_BUT_EVERY_NTH = auto()  # by layer_types, or all layers but each sliding_window_pattern-th
 
@@ -33,6 +34,24 @@ class LayerNorms:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertKeys:
+    """A family with experts: keys of config.json, and names of a layer's tensors in the checkpoint.
+
+    The router is `{block}.gate`, expert 3 has `{block}.experts.3.{gate}` and so on: down(activation(gate(x)) * up(x)).
+    rounds_shares: the chosen experts' shares are rounded to the dtype of the model, and float32 otherwise.
+    """
+
+    experts: str
+    neurons: str
+    block: str
+    gate: str
+    up: str
+    down: str
+    always_normalizes: bool = False
+    rounds_shares: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """One architecture. defaults: what transformers takes for keys that are missing from config.json.
 
@@ -44,6 +63,7 @@ class Family:
     text_config: str | None = None
     prefix: str = ""
     norms: LayerNorms = LayerNorms()
+    experts: ExpertKeys | None = None
     qkv_bias: bool | None = None
     windows: Windows = Windows.NONE
     fuses_projections: bool = False  # the checkpoint has qkv_proj and gate_up_proj in place of five tensors
@@ -107,6 +127,39 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": replace(
         QWEN2, defaults={**QWEN2.defaults, "head_dim": 128}, qkv_bias=None, normalizes_heads=True
+    ),
+    "MixtralForCausalLM": Family(
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
+        experts=ExpertKeys(
+            experts="num_local_experts",
+            neurons="intermediate_size",
+            block="block_sparse_moe",
+            gate="w1",
+            up="w3",
+            down="w2",
+            always_normalizes=True,
+        ),
+        qkv_bias=False,
+        windows=Windows.EVERY_LAYER,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        defaults={
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        experts=ExpertKeys(
+            experts="num_experts",
+            neurons="moe_intermediate_size",
+            block="mlp",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            rounds_shares=True,
+        ),
+        windows=Windows.EVERY_LAYER_IF_USED,
+        normalizes_heads=True,
     ),
     "Phi3ForCausalLM": Family(
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},

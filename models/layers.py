@@ -20,6 +20,7 @@ from models.attention import AttentionRule
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel.context import ParallelContext
+from parallel.expert import ExpertStep
 from parallel.tensor import ColumnLinear, RowLinear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -173,12 +174,12 @@ class SelfAttention:
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(activation(gate(x)) * up(x)); gate_up stacks this rank's gate rows and up rows."""
+    """down(activation(gate(x)) * up(x)); gate_up stacks this rank's gate rows and up rows. The step is for experts."""
 
     gate_up: ColumnLinear
     activation: Callable[[Tensor], Tensor]
     down: RowLinear
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)

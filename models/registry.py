@@ -16,6 +16,8 @@ BUILDERS: Mapping[str, Callable[[ModelConfig, ParallelContext], DecoderModel]] =
     "MistralForCausalLM": build_decoder,
     "Qwen2ForCausalLM": build_decoder,
     "Qwen3ForCausalLM": build_decoder,
+    "MixtralForCausalLM": build_decoder,
+    "Qwen3MoeForCausalLM": build_decoder,
     "Phi3ForCausalLM": build_decoder,
     "Gemma2ForCausalLM": build_decoder,
     "Gemma3ForCausalLM": build_decoder,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
-from parallel.degrees import Degrees, Place
+from models.routing import Routing
+from parallel.degrees import Degrees, Place, divisors
 from parallel.partition import cut
 from parallel.sharding import (
     Placement,
@@ -32,20 +33,24 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor by its name in the checkpoint; layer is None outside the decoder layers."""
+    """A tensor by its name in the checkpoint; layer is None outside the decoder layers, expert None outside experts."""
 
     name: str
     shape: Shape
     placement: Placement
     layer: int | None = None
+    expert: int | None = None
 
     def held_shape(self, degrees: Degrees) -> Shape:
         """The shape that each rank which holds a part of it keeps resident."""
-        return held_shape(self.shape, self.placement, degrees.tensor)
+        return held_shape(self.shape, self.placement, degrees.tensor if self.expert is None else degrees.expert_tensor)
 
     def held_regions(self, place: Place) -> tuple[Region, ...]:
         """The parts of the full tensor that a rank reads, and stacks along dim 0."""
-        return held_regions(self.shape, self.placement, place.tensor_rank, place.degrees.tensor)
+        rank, size = place.tensor_rank, place.degrees.tensor
+        if self.expert is not None:
+            rank, size = place.expert_tensor_rank, place.degrees.expert_tensor
+        return held_regions(self.shape, self.placement, rank, size)
 
 
 def tensor_name(config: ModelConfig, part: str, layer: int | None = None, kind: str = "weight") -> str:
@@ -74,6 +79,23 @@ def mlp_inputs(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     return {"mlp.gate_proj": (neurons,), "mlp.up_proj": (neurons,)}
 
 
+def router_name(config: ModelConfig, layer: int) -> str:
+    """The router of a layer with experts."""
+    keys = config.family.experts
+    assert keys is not None, f"{config.architecture} has no experts"
+    return tensor_name(config, f"{keys.block}.gate", layer)
+
+
+def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
+    """An expert's matrices: what gates, what is gated, and what makes the output of both."""
+    keys = config.family.experts
+    assert keys is not None, f"{config.architecture} has no experts"
+    gate, up, down = (
+        tensor_name(config, f"{keys.block}.experts.{expert}.{part}", layer) for part in (keys.gate, keys.up, keys.down)
+    )
+    return gate, up, down
+
+
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every tensor of the model. A tied head is the embedding, and is not listed."""
     vocabulary = (config.vocab_size, config.hidden_size)
@@ -87,7 +109,7 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
-    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, head_dim = config.hidden_size, config.head_dim
     heads, norms = config.num_attention_heads, config.family.norms
 
     def parameter(part: str, shape: Shape, placement: Placement, kind: str = "weight") -> Parameter:
@@ -107,9 +129,25 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield parameter("self_attn.o_proj", (hidden, heads * head_dim), Split(1, (heads,)))
     if config.output_bias:
         yield parameter("self_attn.o_proj", (hidden,), Replicated(), "bias")
+    routing = config.layers[layer].routing
+    yield from _mlp(config, layer) if routing is None else _experts(config, layer, routing)
+
+
+def _mlp(config: ModelConfig, layer: int) -> Iterator[Parameter]:
+    hidden, neurons = config.hidden_size, config.intermediate_size
     for part, sections in mlp_inputs(config).items():
-        yield parameter(part, (sum(sections), hidden), Split(0, sections))
-    yield parameter("mlp.down_proj", (hidden, intermediate), Split(1, (intermediate,)))
+        yield Parameter(tensor_name(config, part, layer), (sum(sections), hidden), Split(0, sections), layer)
+    yield Parameter(tensor_name(config, "mlp.down_proj", layer), (hidden, neurons), Split(1, (neurons,)), layer)
+
+
+def _experts(config: ModelConfig, layer: int, routing: Routing) -> Iterator[Parameter]:
+    hidden, neurons = config.hidden_size, routing.neurons
+    yield Parameter(router_name(config, layer), (routing.experts, hidden), Replicated(), layer)
+    for expert in range(routing.experts):
+        gate, up, down = expert_names(config, layer, expert)
+        yield Parameter(gate, (neurons, hidden), Split(0, (neurons,)), layer, expert)
+        yield Parameter(up, (neurons, hidden), Split(0, (neurons,)), layer, expert)
+        yield Parameter(down, (hidden, neurons), Split(1, (neurons,)), layer, expert)
 
 
 def stage_layers(config: ModelConfig, pipeline: int) -> tuple[range, ...]:
@@ -138,7 +176,20 @@ def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
         outside.add(tensor_name(config, EMBEDDING))
     if place.last_stage:
         outside |= {tensor_name(config, FINAL_NORM), tensor_name(config, HEAD)}
-    return tuple(p for p in parameter_table(config) if (p.name in outside if p.layer is None else p.layer in layers))
+    experts = {layer: held_experts(config, layer, place) for layer in layers}
+    return tuple(
+        parameter
+        for parameter in parameter_table(config)
+        if (parameter.name in outside if parameter.layer is None else parameter.layer in layers)
+        and (parameter.expert is None or parameter.expert in experts[parameter.layer or 0])
+    )
+
+
+def held_experts(config: ModelConfig, layer: int, place: Place) -> range:
+    """The experts of a layer that a rank holds, or its part of, before any is moved."""
+    routing = config.layers[layer].routing
+    held = 0 if routing is None else routing.experts // place.degrees.expert
+    return range(place.expert_rank * held, (place.expert_rank + 1) * held)
 
 
 def parameter_bytes(config: ModelConfig, place: Place, dtype_bytes: int) -> int:
@@ -166,20 +217,45 @@ def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
             f"layer; pipeline may be 1 to {config.num_hidden_layers} ({degrees})",
             field="pipeline",
         )
-    if degrees.expert > 1:
-        raise ConfigError(f"expert={degrees.expert}: {config.architecture} has no experts; leave it 1", field="expert")
     problem = _tensor_problem(config, degrees.tensor)
     if problem is not None:
         allowed = (t for t in range(1, config.num_attention_heads + 1) if _tensor_problem(config, t) is None)
         raise ConfigError(f"{problem}; tensor may be {', '.join(map(str, allowed))} ({degrees})", field="tensor")
+    problem = _expert_problem(config, degrees.expert, degrees.expert_tensor)
+    if problem is not None:
+        splits = ((expert, degrees.stage_ranks // expert) for expert in divisors(degrees.stage_ranks))
+        fitting = [expert for expert, split in splits if _expert_problem(config, expert, split) is None]
+        remedy = f"expert may be {', '.join(map(str, fitting))}" if fitting else "change data or tensor"
+        raise ConfigError(f"{problem}; {remedy} ({degrees})", field="expert")
 
 
 def _tensor_problem(config: ModelConfig, tensor: int) -> str | None:
-    for name in ("num_attention_heads", "intermediate_size"):
-        units = getattr(config, name)
+    for name, units in _split_units(config):
         if units % tensor != 0:
             return f"tensor={tensor} does not divide {name}={units}"
     if not can_split(config.num_key_value_heads, tensor):
         heads = config.num_key_value_heads
         return f"tensor={tensor} neither divides num_key_value_heads={heads} nor is a multiple of it"
+    return None
+
+
+def _split_units(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """What tensor ranks share equally, by its key in config.json."""
+    yield "num_attention_heads", config.num_attention_heads
+    if any(layer.routing is None for layer in config.layers):
+        yield "intermediate_size", config.intermediate_size
+
+
+def _expert_problem(config: ModelConfig, expert: int, expert_tensor: int) -> str | None:
+    keys = config.family.experts
+    if keys is None:
+        return f"expert={expert}: {config.architecture} has no experts" if expert > 1 else None
+    for routing in {layer.routing for layer in config.layers if layer.routing is not None}:
+        if routing.experts % expert != 0:
+            return f"expert={expert} does not divide {keys.experts}={routing.experts}"
+        if routing.neurons % expert_tensor != 0:
+            return (
+                f"expert={expert} lets {expert_tensor} ranks split each expert, which does not divide "
+                f"{keys.neurons}={routing.neurons}"
+            )
     return None

@@ -28,6 +28,7 @@ class Backend(Protocol):
 
     def allreduce(self, tensors: list[Tensor]) -> Work: ...
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor) -> Work: ...
     def alltoall_base(self, output: Tensor, input: Tensor, output_rows: list[int], input_rows: list[int]) -> Work: ...
     def barrier(self) -> Work: ...
     def send(self, tensors: list[Tensor], to_rank: int, tag: int) -> Work: ...
@@ -69,6 +70,24 @@ class Group:
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         self.backend.alltoall_base(received, tensor.contiguous(), [], []).wait()
         return received
+
+    def all_to_all_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """The first sent[0] rows go to rank 0, the next sent[1] to rank 1, and so on; received[r] rows come from
+        rank r, and lie in the same order. What one rank sends another must be what that one receives."""
+        if self.backend is None:
+            return rows
+        arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+        self.backend.alltoall_base(arrived, rows.contiguous(), received, sent).wait()
+        return arrived
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """tensor [size * n, ...] -> [n, ...]: the sum over ranks of the rank-th n rows."""
+        assert tensor.shape[0] % self.size == 0, f"{tuple(tensor.shape)} in a group of {self.size}"
+        if self.backend is None:
+            return tensor
+        mine = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
+        self.backend._reduce_scatter_base(mine, tensor.contiguous()).wait()
+        return mine
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""

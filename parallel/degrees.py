@@ -33,10 +33,9 @@ class Degrees:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a number of ranks; it is 1 or more", field=name)
         if self.stage_ranks % self.expert:
-            fitting = [n for n in range(1, self.stage_ranks + 1) if self.stage_ranks % n == 0]
             raise ConfigError(
                 f"expert={self.expert} does not divide data {self.data} * tensor {self.tensor} = {self.stage_ranks} "
-                f"ranks of a stage; expert may be {', '.join(map(str, fitting))}",
+                f"ranks of a stage; expert may be {', '.join(map(str, divisors(self.stage_ranks)))}",
                 field="expert",
             )
 
@@ -110,3 +109,8 @@ class Place:
     def on_stage(self, pipeline_rank: int) -> Place:
         """The rank of another stage that it exchanges activations with."""
         return Place(self.degrees, pipeline_rank, self.data_rank, self.tensor_rank)
+
+
+def divisors(number: int) -> list[int]:
+    """Of a number of ranks, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -21,6 +21,7 @@ from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
 from tests.tiny import make_checkpoint
 
 FLOAT64_BYTES = 8
+EVERYWHERE = ("norm.weight", ".gate.weight", "o_proj.bias")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def _ask_transformers(name: str, directory: Path) -> dict[str, Any]:
     make_checkpoint(directory, case.family, shards=case.shards, **dict(case.config))
     # Its own choice of attention: sdpa, and eager for what sdpa cannot compute.
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, output_loading_info=True
+        directory, dtype=torch.float64, experts_implementation="eager", output_loading_info=True
     )
     images = ("model.vision_tower.", "model.multi_modal_projector.")
     missing = [key for key in loading["missing_keys"] if not key.startswith(images)]
@@ -128,8 +129,8 @@ def test_ranks_read_their_slices_and_no_more(
     stored = {key: entry for header in headers for key, entry in header.items() if "data_offsets" in entry}
     stored_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored.values())
     read_bytes = [int(rank[f"{name}/read_bytes"]) for rank in ranks[tensor]]
-    # What every rank reads: norms, the output bias, and keys and values if they have fewer heads than ranks.
-    shapes = [entry["shape"] for key, entry in stored.items() if key.endswith(("norm.weight", "o_proj.bias"))]
+    # What every rank reads: norms, routers, the output bias, and keys and values if they have fewer heads than ranks.
+    shapes = [entry["shape"] for key, entry in stored.items() if key.endswith(EVERYWHERE)]
     everywhere = sum(math.prod(shape) for shape in shapes) + _shared_head_numbers(read_model_config(directory))
     assert sum(read_bytes) == stored_bytes + (tensor - 1) * 4 * everywhere
 

@@ -14,11 +14,13 @@ from models import layers, registry
 from models.config import ACTIVATIONS, DefaultSampling, LayerConfig, read_model_config
 from models.families import FAMILIES, FULL, SLIDING
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from models.routing import Routing
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 PHI3 = {"architectures": ["Phi3ForCausalLM"]}
+MOE = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": None}
 LLAMA3_SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
 
@@ -75,6 +77,8 @@ def test_qwen3_heads_are_128_wide_unless_said_otherwise(tmp_path: Path) -> None:
         ("qwen2", False, True, False),
         ("qwen2", True, True, False),
         ("qwen3", True, True, True),
+        ("mixtral", True, False, False),
+        ("qwen3-moe", True, True, True),
         ("phi3", True, False, False),
         ("gemma2", True, True, True),
         ("gemma3", False, False, False),
@@ -94,6 +98,10 @@ def test_biases_are_those_of_the_family(
         ("mistral", {}, (None, None, None)),  # null is none
         ("mistral", {"sliding_window": 7}, (7, 7, 7)),
         ("mistral", {"sliding_window": None}, (4096, 4096, 4096)),  # left out
+        ("mixtral", {"sliding_window": 7}, (7, 7, 7)),
+        ("mixtral", {"sliding_window": None}, (None, None, None)),  # left out
+        ("qwen3-moe", {"sliding_window": 7}, (None, None, None)),
+        ("qwen3-moe", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 2}, (7, 7, 7)),
         ("phi3", {"sliding_window": 7}, (7, 7, 7)),
         ("phi3", {}, (None, None, None)),
         ("qwen2", {"sliding_window": 7, "max_window_layers": 1}, (None, None, None)),
@@ -218,6 +226,13 @@ def test_refuses_default_sampling_that_no_request_could_ask_for(tmp_path: Path, 
         (QWEN2 | {"layer_types": [FULL, "chunked_attention"]}, ["layer_types", "'chunked_attention'"]),
         (QWEN2 | {"layer_types": [FULL, SLIDING]}, ["layer_types", "no sliding_window in use"]),
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": -1}, ["max_window_layers", ">= 0", "-1"]),
+        (MOE | {"num_experts_per_tok": 5}, ["num_experts_per_tok=5 is more than num_experts=4"]),
+        (MOE | {"num_experts": 0}, ["num_experts", ">= 1", "0"]),
+        (MOE | {"mlp_only_layers": [2]}, ["mlp_only_layers", "0 to 1", "[2]"]),
+        (MOE | {"mlp_only_layers": "all"}, ["mlp_only_layers", "'all'"]),
+        (MOE | {"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
+        (MOE | {"shared_expert_intermediate_size": 64}, ["shared experts"]),
+        (MOE | {"layer_types": [FULL, SLIDING]}, ["layer_types", "every layer of this architecture"]),
         (GEMMA3 | {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0 is not supported"]),
         (GEMMA3 | {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         (GEMMA3 | {"rope_parameters": {"rope_theta": 1e6}}, ["rope_parameters", "for each kind of layer"]),
@@ -257,6 +272,32 @@ def test_refuses_with_file_and_key(tmp_path: Path, overrides: dict[str, object],
 def test_what_is_accepted_is_built() -> None:
     assert registry.BUILDERS.keys() == FAMILIES.keys()
     assert layers.ACTIVATIONS.keys() == set(ACTIVATIONS)
+
+
+def test_routing_as_mixtral_ships_it(tmp_path: Path) -> None:
+    config = {"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14_336}
+    sizes = {"num_attention_heads": 32, "num_hidden_layers": 2, "vocab_size": 32_000, "max_position_embeddings": 32_768}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes | {"sliding_window": None}))
+    read = read_model_config(tmp_path)
+    assert [layer.routing for layer in read.layers] == [Routing(8, 2, 14_336, normalizes=True)] * 2
+    assert (read.layers[0].rope, read.rms_norm_eps) == (Rope(1_000_000.0), 1e-5)
+
+
+def test_routing_by_the_keys_of_transformers_4_and_5(tmp_path: Path) -> None:
+    new = make_checkpoint(tmp_path / "new", "qwen3-moe", num_experts=None, num_local_experts=6)
+    assert read_model_config(new).layers[0].routing == Routing(6, 3, 24, normalizes=False)
+    old = make_checkpoint(tmp_path / "old", "qwen3-moe", norm_topk_prob=True)
+    assert read_model_config(old).layers[0].routing == Routing(8, 3, 24, normalizes=True)
+    assert {layer.routing for layer in read_model_config(make_checkpoint(tmp_path / "dense")).layers} == {None}
+
+
+@pytest.mark.parametrize(
+    ("keys", "sparse"),
+    [({}, {0, 1, 2, 3}), ({"decoder_sparse_step": 2}, {1, 3}), ({"mlp_only_layers": [0, 3]}, {1, 2})],
+)
+def test_which_layers_have_experts(tmp_path: Path, keys: dict[str, Any], sparse: set[int]) -> None:
+    config = read_model_config(make_checkpoint(tmp_path, "qwen3-moe", num_hidden_layers=4, **keys))
+    assert {layer for layer, found in enumerate(config.layers) if found.routing is not None} == sparse
 
 
 @pytest.mark.parametrize("content", ["{", "[]", b"\xff\xfe"])

@@ -14,13 +14,13 @@ import pytest
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
-from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes, parameter_table
+from models.tables import check_degrees, held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table
 from parallel.degrees import Degrees
 from parallel.sharding import Split, SplitVocabulary, held_regions, held_shape, region_shape
 from tests.tiny import make_checkpoint
 
 
-@pytest.fixture(params=["llama", "phi3"])
+@pytest.fixture(params=["llama", "phi3", "mixtral"])
 def config(tmp_path: Path, request: pytest.FixtureRequest) -> ModelConfig:
     return read_model_config(make_checkpoint(tmp_path, request.param, vocab_size=331))
 
@@ -86,7 +86,8 @@ def test_a_vocabulary_is_padded_at_its_end() -> None:
 def test_bytes_by_hand(config: ModelConfig) -> None:
     hidden, intermediate, head_dim = 64, 96, 16
     attention = hidden * head_dim * (2 + 1 + 1) + 2 * head_dim * hidden  # 2 query heads, 1 key, 1 value; output
-    layer = attention + 3 * hidden * intermediate // 2 + 2 * hidden
+    mlps, router = (4, 4 * hidden) if config.layers[0].routing else (1, 0)
+    layer = attention + mlps * 3 * hidden * intermediate // 2 + router + 2 * hidden
     vocabulary = 2 * 166 * hidden  # 331 rows over 2 ranks are 166 each, in the embedding and in the head
     two, four = Degrees(tensor=2).place(1), Degrees(tensor=4).place(1)
     assert parameter_bytes(config, two, 4) == 4 * (2 * layer + hidden + vocabulary)
@@ -108,13 +109,16 @@ def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
         ("mistral", 9),
         ("qwen2", 9 + 3),
         ("qwen3", 9 + 4 + 2),
+        ("mixtral", 9 - 3 + 1 + 4 * 3),
+        ("qwen3-moe", 9 - 3 + 1 + 8 * 3 + 4 + 2),
         ("phi3", 9 - 3),
         ("gemma2", 9 + 4 + 2),
         ("gemma3", 9 + 4 + 2 + 2),
     ],
 )
 def test_the_table_lists_the_checkpoint(tmp_path: Path, family: str, per_layer: int) -> None:
-    """Nine tensors a layer, then biases, norms of heads, norms behind attention and MLP; less what is fused."""
+    """Nine tensors a layer, then biases, norms of heads, norms behind attention and MLP; less what is fused; for the
+    three of the MLP, a router and three for each expert."""
     config = read_model_config(make_checkpoint(tmp_path, family, attention_bias=True, tie_word_embeddings=False))
     names = [parameter.name for parameter in parameter_table(config)]
     assert len(names) == len(set(names))
@@ -145,6 +149,46 @@ def test_degrees_that_heads_or_neurons_forbid(tmp_path: Path) -> None:
     narrow = read_model_config(make_checkpoint(tmp_path / "narrow", intermediate_size=98))
     with pytest.raises(ConfigError, match="tensor=4 does not divide intermediate_size=98; tensor may be 1, 2"):
         check_degrees(narrow, Degrees(tensor=4))
+
+
+def test_degrees_that_experts_forbid(tmp_path: Path) -> None:
+    sparse = read_model_config(make_checkpoint(tmp_path / "sparse", "qwen3-moe", moe_intermediate_size=30))
+    check_degrees(sparse, Degrees(data=2, tensor=4, expert=8))
+    with pytest.raises(ConfigError) as split:
+        check_degrees(sparse, Degrees(tensor=4))
+    assert str(split.value) == (
+        "expert=1 lets 4 ranks split each expert, which does not divide moe_intermediate_size=30; expert may be 2, 4 "
+        "(replicas 1 * pipeline 1 * data 1 * tensor 4 = 4 ranks)"
+    )
+    with pytest.raises(ConfigError, match="expert=16 does not divide num_experts=8; expert may be 8 "):
+        check_degrees(sparse, Degrees(data=4, tensor=4, expert=16))
+    with pytest.raises(ConfigError, match="expert=7 does not divide num_experts=8; change data or tensor"):
+        check_degrees(sparse, Degrees(data=7, expert=7))
+    dense = read_model_config(make_checkpoint(tmp_path / "dense"))
+    with pytest.raises(ConfigError, match="expert=2: LlamaForCausalLM has no experts; expert may be 1 "):
+        check_degrees(dense, Degrees(tensor=2, expert=2))
+
+
+def test_an_mlp_constrains_where_a_layer_has_one(tmp_path: Path) -> None:
+    check_degrees(
+        read_model_config(make_checkpoint(tmp_path / "no", "qwen3-moe", intermediate_size=97)), Degrees(tensor=2)
+    )
+    mixed = make_checkpoint(tmp_path / "mixed", "qwen3-moe", mlp_only_layers=[0], intermediate_size=97)
+    with pytest.raises(ConfigError, match="tensor=2 does not divide intermediate_size=97; tensor may be 1"):
+        check_degrees(read_model_config(mixed), Degrees(tensor=2))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(data=2, tensor=2, expert=e) for e in (1, 2, 4)])
+def test_every_number_of_an_expert_is_held_once(tmp_path: Path, degrees: Degrees) -> None:
+    config = read_model_config(make_checkpoint(tmp_path, "qwen3-moe"))
+    reads = {p.name: np.zeros(p.shape, dtype=int) for p in parameter_table(config) if p.expert is not None}
+    for place in map(degrees.place, range(4)):
+        for parameter in held_parameters(config, place):
+            if parameter.expert is not None:
+                for region in parameter.held_regions(place):
+                    reads[parameter.name][region] += 1
+                    assert region_shape(region) == parameter.held_shape(degrees)
+    assert len(reads) == 2 * 8 * 3 and all((read == 1).all() for read in reads.values())
 
 
 def test_allowed_degrees_are_accepted(config: ModelConfig) -> None:

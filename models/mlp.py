@@ -1,0 +1,77 @@
+"""What follows attention in a layer: a gated MLP, or a mixture of experts, built as the config's layer says.
+
+In rank processes. Both take a batch's rows and how rows travel to experts. It knows the table's names, no batch.
+Where an expert's tensors lie in a slot is settled here, for the loader to fill.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.layers import ACTIVATIONS, GatedMlp, Weights
+from models.moe import Experts, MixtureOfExperts, Router
+from models.routing import Routing
+from models.tables import expert_names, held_experts, mlp_inputs, router_name, tensor_name
+from parallel.balance import ExpertPlacement
+from parallel.context import ParallelContext
+from parallel.expert import Dispatcher, ExchangedExperts, ExpertStep, SplitExperts
+from parallel.expert_map import ExpertMap
+from parallel.tensor import ColumnLinear, RowLinear
+
+
+class Mlp(Protocol):
+    """hidden [T, hidden], equal on all tensor ranks -> what is added to it, equal again."""
+
+    def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor: ...
+
+
+def build_mlp(config: ModelConfig, context: ParallelContext, weights: Weights, layer: int) -> Mlp:
+    """The layer's MLP or experts, taken from the weights."""
+    routing = config.layers[layer].routing
+    if routing is not None:
+        return _experts(config, context, weights, layer, routing)
+    inputs = (tensor_name(config, part, layer) for part in mlp_inputs(config))
+    return GatedMlp(
+        gate_up=ColumnLinear(weights.take(*inputs)),
+        activation=ACTIVATIONS[config.activation],
+        down=RowLinear(weights.take(tensor_name(config, "mlp.down_proj", layer)), None, context.tensor),
+    )
+
+
+def _experts(
+    config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, routing: Routing
+) -> MixtureOfExperts:
+    keys = config.family.experts
+    assert keys is not None, f"{config.architecture} has no experts"
+    names = [expert_names(config, layer, expert) for expert in held_experts(config, layer, context.place)]
+    gate_up = weights.take(*(name for gate, up, _ in names for name in (gate, up)))
+    down = weights.take(*(down for _, _, down in names))
+    slots = len(names)
+    return MixtureOfExperts(
+        router=Router(
+            weight=weights.take(router_name(config, layer)),
+            experts_per_token=routing.experts_per_token,
+            normalizes=routing.normalizes,
+            rounds=keys.rounds_shares,
+        ),
+        experts=Experts(
+            gate_up.view(slots, -1, config.hidden_size),
+            down.view(slots, config.hidden_size, -1),
+            ACTIVATIONS[config.activation],
+        ),
+        dispatcher=_dispatcher(context, routing.experts),
+    )
+
+
+def _dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
+    """Rows travel unless every rank has them already, and a part of every expert."""
+    degrees = context.place.degrees
+    if degrees.expert == 1 and degrees.data == 1:
+        return SplitExperts(context.tensor, experts)
+    held = experts // degrees.expert
+    placement = ExpertPlacement(tuple(tuple(range(rank * held, (rank + 1) * held)) for rank in range(degrees.expert)))
+    expert_map = ExpertMap.of(placement, experts, context.device)
+    return ExchangedExperts(context.stage, context.tensor, degrees.expert_tensor, expert_map)

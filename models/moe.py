@@ -1,0 +1,91 @@
+"""The mixture of experts that stands in place of a layer's MLP: the router, the experts, and what joins them.
+
+In rank processes. The router chooses as transformers does; experts compute the rows that a dispatcher brings to the
+slots this rank holds. It knows no batch, no checkpoint's names and no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.expert import Dispatcher, ExpertStep
+
+_GROUPED_MM_BYTES = 16  # strides must be multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Chooses experts. weight: [experts, hidden], the same on every rank.
+
+    Shares are a softmax over all experts in float32; normalizes: those of the chosen ones are divided by their sum;
+    rounds: they are rounded to the dtype of the model.
+    """
+
+    weight: Tensor
+    experts_per_token: int
+    normalizes: bool
+    rounds: bool
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [m, hidden] -> expert ids [m, k] int64 and their shares [m, k] float32, the greatest first."""
+        shares = F.linear(hidden, self.weight).softmax(-1, dtype=torch.float32)
+        chosen, ids = shares.topk(self.experts_per_token, dim=-1)
+        if self.normalizes:
+            chosen = chosen / chosen.sum(-1, keepdim=True)
+        return ids, chosen.to(hidden.dtype).float() if self.rounds else chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """down(activation(gate(x)) * up(x)) by slot. gate_up: [slots, 2 * neurons held, hidden], gate rows first;
+    down: [slots, hidden, neurons held]."""
+
+    gate_up: Tensor
+    down: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
+        zeros behind the last end."""
+        if not rows.shape[0]:
+            return torch.zeros_like(rows)
+        if self._groups(rows):
+            gate, up = F.grouped_mm(rows, self.gate_up.mT, offs=ends).chunk(2, dim=-1)
+            outputs = F.grouped_mm(self.activation(gate) * up, self.down.mT, offs=ends)
+            return outputs.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= ends[-1], 0)
+        outputs = torch.zeros_like(rows)
+        start = 0
+        for slot, end in enumerate(ends.tolist()):
+            if end > start:
+                gate, up = F.linear(rows[start:end], self.gate_up[slot]).chunk(2, dim=-1)
+                outputs[start:end] = F.linear(self.activation(gate) * up, self.down[slot])
+            start = end
+        return outputs
+
+    def _groups(self, rows: Tensor) -> bool:
+        """Whether torch's grouped product takes these; it never waits for the device, as the loop does."""
+        widths = (self.down.shape[1], self.down.shape[2])
+        aligned = all(width * rows.element_size() % _GROUPED_MM_BYTES == 0 for width in widths)
+        return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """Each row's sum over its chosen experts, weighted by its shares of them."""
+
+    router: Router
+    experts: Experts
+    dispatcher: Dispatcher
+
+    def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
+        """hidden [T, hidden], equal on all tensor ranks -> the same shape, equal again."""
+        rows = self.dispatcher.share(hidden)
+        expert_ids, shares = self.router(rows)
+        dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
+        outputs = self.experts(dispatched.rows, dispatched.ends)
+        return self.dispatcher.restore(dispatched.combine(outputs), hidden.shape[0])

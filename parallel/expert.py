@@ -1,0 +1,234 @@
+"""Expert parallelism: rows go to the ranks that hold the experts they are routed to, and weighted sums come back.
+
+In rank processes. A stage's data * tensor ranks hold its experts in physical slots; `expert_tensor` neighbours split
+each expert. No row is ever dropped. A dispatcher knows groups and slots, no weights of experts and no layer.
+Shapes: m rows here of h numbers, k choices each; r rows of the stage that this rank gets; P expert ranks of `slots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.comm import Group
+from parallel.expert_map import ExpertMap
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStep:
+    """How the rows of a step travel, the same on every rank of a stage.
+
+    decode: in a fixed shape, which the host knows before and a CUDA graph can hold. rows_per_rank: by data rank, the
+    rows it has in this step, padding included; needed for decode alone.
+    """
+
+    decode: bool = False
+    rows_per_rank: tuple[int, ...] = ()
+
+
+PREFILL = ExpertStep()
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """What the experts of this rank must compute.
+
+    rows: [copies, h] a copy of a row for each slot it is wanted in, sorted by slot; after the last end, nothing of use.
+    ends: [slots] int32, behind the last copy of each slot.
+    combine: outputs [copies, h] -> [m, h], the weighted sums of the rows that were dispatched; outputs may be written.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    combine: Callable[[Tensor], Tensor]
+
+
+class Dispatcher(Protocol):
+    """Brings rows to experts. Between share and restore, a rank minds m rows of the T that its data rank has."""
+
+    def share(self, hidden: Tensor) -> Tensor:
+        """[T, h], equal on all tensor ranks -> the [m, h] of them that this rank dispatches."""
+
+    def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
+        """rows [m, h], to be summed over their choices: expert_ids [m, k] int64 times weights [m, k] float32."""
+
+    def restore(self, rows: Tensor, total: int) -> Tensor:
+        """The opposite of share: [m, h] -> [T, h], T = total."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a rank has sent to other ranks and got from them, counted on the host as steps are launched."""
+
+    dispatches: int = 0
+    rows_sent: int = 0
+    rows_received: int = 0
+
+    def add(self, sent: int, received: int) -> None:
+        self.dispatches += 1
+        self.rows_sent += sent
+        self.rows_received += received
+
+
+@dataclass(frozen=True, slots=True)
+class SplitExperts:
+    """Every rank of the group holds its slice of every expert: no row travels, and partial sums are added.
+
+    1. Each rank computes its slice of every chosen expert for all rows, which all ranks have.
+    2. One all-reduce adds the slices.
+    """
+
+    group: Group
+    experts: int
+
+    def share(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
+        copies = Copies.of(expert_ids, weights, self.experts)
+        return Dispatched(copies.taken(rows), copies.ends, lambda outputs: self.group.all_reduce(copies.sums(outputs)))
+
+    def restore(self, rows: Tensor, total: int) -> Tensor:
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangedExperts:
+    """Rows travel over the stage. Each tensor rank dispatches its own share of the rows of its data rank.
+
+    expert_tensor: neighbours in the stage that split each expert; each of them gets the row, and their partial sums
+    are added like those of different experts.
+    """
+
+    stage: Group
+    tensor: Group
+    expert_tensor: int
+    map: ExpertMap
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def _first_slot(self) -> int:
+        return self.stage.rank // self.expert_tensor * self.map.slots_per_rank
+
+    def share(self, hidden: Tensor) -> Tensor:
+        rows = -(-hidden.shape[0] // self.tensor.size)
+        return hidden[self.tensor.rank * rows : (self.tensor.rank + 1) * rows]
+
+    def restore(self, rows: Tensor, total: int) -> Tensor:
+        padded = _pad_rows(rows, -(-total // self.tensor.size))
+        return self.tensor.all_gather(padded)[:total]
+
+    def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
+        slots = self.map.slots_of(expert_ids)
+        if step.decode:
+            return self._gather(rows, slots, weights, -(-max(step.rows_per_rank) // self.tensor.size))
+        return self._send(rows, slots, weights)
+
+    def _send(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Dispatched:
+        """Variable sizes, for prefill: every row goes once to each rank that holds a slot it wants.
+
+        1. asked [ranks, m]: whether a row wants a slot of a rank.
+        2. Counts of rows and of copies, [ranks, 2], go to every rank, then to the host, which waits for them.
+        3. Rows [r, h] and their routing (slots and weights, [r, 2k] int32) go where they are asked.
+        4. Each rank copies rows for its own slots, sorted by slot.
+        5. combine: the weighted sum of a row's copies, [r, h], goes back the way the row came, and is added there to
+           what other ranks return for the row, in the order of ranks.
+        """
+        owners = slots // self.map.slots_per_rank
+        ranks = torch.arange(self.stage.size, device=slots.device)[:, None, None] // self.expert_tensor
+        wanted = owners == ranks  # [ranks, m, k]
+        asked = wanted.any(-1)
+        counts = torch.stack((asked.sum(-1), wanted.sum((-1, -2))), dim=-1)
+        sent, received, copied = torch.cat((counts[:, :1], self.stage.all_to_all(counts)), dim=-1).t().tolist()
+        tokens = asked.nonzero()[:, 1]
+        got = self.stage.all_to_all_rows(rows[tokens], sent, received)
+        routing = self.stage.all_to_all_rows(_packed(slots, weights)[tokens], sent, received)
+        others = [rank for rank in range(self.stage.size) if rank != self.stage.rank]
+        self.traffic.add(sum(sent[rank] for rank in others), sum(received[rank] for rank in others))
+        copies = self._copies(routing, sum(copied))
+
+        def combine(outputs: Tensor) -> Tensor:
+            back = self.stage.all_to_all_rows(copies.sums(outputs), received, sent)
+            total = torch.zeros(rows.shape, dtype=_accumulator(rows.dtype), device=rows.device)
+            for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
+                total.index_add_(0, where, part.to(total.dtype))  # no row twice in a part, so the order is fixed
+            return total.to(rows.dtype)
+
+        return Dispatched(copies.taken(got), copies.ends, combine)
+
+    def _gather(self, rows: Tensor, slots: Tensor, weights: Tensor, padded: int) -> Dispatched:
+        """Fixed shape, for decode: every row goes to every rank, which computes what its slots are asked.
+
+        1. Rows are padded to `padded` on every rank, the padding wanting no slot.
+        2. All-gather of rows [ranks * padded, h] and of their routing (slots and weights, [.., 2k] int32).
+        3. Each rank copies rows for its own slots, sorted by slot; the shape allows for every choice of every row.
+        4. combine: reduce-scatter adds the ranks' weighted sums, and each rank gets those of its own rows.
+        """
+        got = self.stage.all_gather(_pad_rows(rows, padded))
+        packed = _packed(_pad_rows(slots, padded, -1), _pad_rows(weights, padded))
+        elsewhere = padded * (self.stage.size - 1)
+        self.traffic.add(elsewhere, elsewhere)
+        copies = self._copies(self.stage.all_gather(packed), None)
+
+        def combine(outputs: Tensor) -> Tensor:
+            return self.stage.reduce_scatter(copies.sums(outputs))[: rows.shape[0]]
+
+        return Dispatched(copies.taken(got), copies.ends, combine)
+
+    def _copies(self, routing: Tensor, total: int | None) -> Copies:
+        slots, weights = _unpacked(routing)
+        local = slots - self._first_slot
+        held = self.map.slots_per_rank
+        return Copies.of(local.masked_fill((local < 0) | (local >= held), held), weights, held, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Which rows are copied for which slot. order [copies]: the choices, row * k + choice, that copies serve."""
+
+    weights: Tensor  # [r, k]
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, slots: Tensor, weights: Tensor, held: int, total: int | None = None) -> Copies:
+        """slots [r, k]: 0 to held - 1, or held for what is computed elsewhere. total: choices of the former, if the
+        host knows it; else the copies go on behind the last end with rows that nothing is computed for."""
+        found, order = slots.flatten().sort(stable=True)
+        ends = torch.searchsorted(found, torch.arange(held, device=slots.device), right=True, out_int32=True)
+        return cls(weights, order if total is None else order[:total], ends)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """rows [r, h] -> [copies, h]."""
+        return rows[self.order // self.weights.shape[1]]
+
+    def sums(self, outputs: Tensor) -> Tensor:
+        """outputs [copies, h], overwritten -> the weighted sum of each row's, [r, h]; each product is rounded to the
+        dtype, as in transformers, and the sum once."""
+        outputs.mul_(self.weights.flatten()[self.order].unsqueeze(-1))
+        spread = outputs.new_zeros(*self.weights.shape, outputs.shape[-1])
+        spread.flatten(0, 1).index_copy_(0, self.order, outputs)
+        return spread.sum(1)
+
+
+def _packed(slots: Tensor, weights: Tensor) -> Tensor:
+    """[m, k] slots and [m, k] float32 weights -> [m, 2k] int32."""
+    return torch.cat((slots.int(), weights.view(torch.int32)), dim=-1)
+
+
+def _unpacked(routing: Tensor) -> tuple[Tensor, Tensor]:
+    slots, weights = routing.chunk(2, dim=-1)
+    return slots.long(), weights.contiguous().view(torch.float32)
+
+
+def _pad_rows(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
+    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=value)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,49 @@
+"""ExpertMap: which physical slots hold each expert of a layer, and how often the experts were chosen.
+
+In rank processes, on the device, and changed in place: kernels that were captured with it read what it says now.
+A slot is numbered expert rank * slots_per_rank + place on the rank. It knows no weights and no process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.balance import ExpertPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """replicas: [experts] int64, in how many slots an expert lies.  slots: [experts, expert ranks] int64, which ones;
+    the first of them count.  loads: [experts] int64, rows that chose the expert here since `loads` was last zeroed."""
+
+    slots_per_rank: int
+    replicas: Tensor
+    slots: Tensor
+    loads: Tensor
+
+    @classmethod
+    def of(cls, placement: ExpertPlacement, experts: int, device: torch.device) -> ExpertMap:
+        empty = torch.zeros(experts, dtype=torch.int64, device=device)
+        slots = torch.zeros(experts, len(placement.slots), dtype=torch.int64, device=device)
+        made = cls(len(placement.slots[0]), empty, slots, torch.zeros_like(empty))
+        made.change(placement)
+        return made
+
+    def change(self, placement: ExpertPlacement) -> None:
+        """From now on experts lie so; what is queued on the stream before still finds them where they were."""
+        experts, width = self.slots.shape
+        physical = placement.physical(experts)
+        assert all(physical), f"{placement} leaves out experts"
+        padded = [[*slots, *[slots[0]] * (width - len(slots))] for slots in physical]
+        self.replicas.copy_(torch.tensor([len(slots) for slots in physical]))
+        self.slots.copy_(torch.tensor(padded))
+
+    def slots_of(self, expert_ids: Tensor) -> Tensor:
+        """[m, k] experts, counted -> [m, k] slots; rows take the replicas of an expert in turn."""
+        chosen = expert_ids.flatten()
+        self.loads.scatter_add_(0, chosen, torch.ones_like(chosen))
+        turn = torch.arange(expert_ids.shape[0], device=expert_ids.device).unsqueeze(-1)
+        return self.slots[expert_ids, turn % self.replicas[expert_ids]]

@@ -1,0 +1,83 @@
+"""Mixtures of experts on one rank: what a router chooses, what experts compute, and how rows are copied for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.moe import Experts, MixtureOfExperts, Router
+from parallel.comm import Group
+from parallel.expert import PREFILL, Copies, SplitExperts
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def one_by_one(hidden: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+    """Each row through each of its experts, as the formula says."""
+    sums = torch.zeros_like(hidden)
+    for row in range(len(hidden)):
+        for expert, weight in zip(expert_ids[row].tolist(), weights[row].tolist(), strict=True):
+            gate, up = (experts.gate_up[expert] @ hidden[row]).chunk(2)
+            sums[row] += weight * (experts.down[expert] @ (F.silu(gate) * up))
+    return sums
+
+
+@pytest.mark.parametrize(("normalizes", "total"), [(True, 1.0), (False, 0.7)])
+def test_a_router_shares_by_a_softmax_over_all(normalizes: bool, total: float) -> None:
+    logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log().double()
+    router = Router(torch.eye(4, dtype=torch.float64), 2, normalizes, rounds=False)
+    expert_ids, shares = router(logits)
+    assert expert_ids.tolist() == [[3, 1]]
+    assert shares.dtype == torch.float32
+    torch.testing.assert_close(shares, torch.tensor([[0.4, 0.3]]) * total / 0.7)
+
+
+def test_shares_are_rounded_if_asked() -> None:
+    logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log().bfloat16()
+    weight = torch.eye(4, dtype=torch.bfloat16)
+    exact, rounded = (Router(weight, 2, True, rounds)(logits)[1] for rounds in (False, True))
+    assert not torch.equal(exact, rounded) and torch.equal(exact.bfloat16().float(), rounded)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 9), st.integers(1, 4), st.integers(0, 1000))
+def test_experts_compute_the_formula(rows: int, chosen: int, seed: int) -> None:
+    experts = Experts(random(5, 12, 8, seed=seed), random(5, 8, 6, seed=seed + 1), F.silu)
+    router = Router(random(5, 8, seed=seed + 2), chosen, normalizes=True, rounds=False)
+    hidden = random(rows, 8, seed=seed + 3)
+    found = MixtureOfExperts(router, experts, SplitExperts(Group(), 5))(hidden, PREFILL)
+    torch.testing.assert_close(found, one_by_one(hidden, *router(hidden), experts))
+
+
+def test_rows_that_all_choose_one_expert_are_all_computed() -> None:
+    experts = Experts(random(3, 12, 8), random(3, 8, 6, seed=1), F.silu)
+    hidden = random(40, 8, seed=2)
+    expert_ids, weights = torch.full((40, 1), 1), torch.ones(40, 1)
+    dispatched = SplitExperts(Group(), 3).dispatch(hidden, expert_ids, weights, PREFILL)
+    assert dispatched.ends.tolist() == [0, 40, 40]
+    found = dispatched.combine(experts(dispatched.rows, dispatched.ends))
+    torch.testing.assert_close(found, one_by_one(hidden, expert_ids, weights, experts))
+
+
+@pytest.mark.parametrize("total", [None, 3])
+def test_choices_of_other_ranks_add_nothing(total: int | None) -> None:
+    slots = torch.tensor([[1, 2], [2, 0], [1, 2]])  # 2 is elsewhere
+    rows = torch.tensor([[1.0], [10.0], [100.0]])
+    copies = Copies.of(slots, torch.tensor([[0.5, 9.0], [9.0, 0.25], [2.0, 9.0]]), held=2, total=total)
+    assert copies.ends.tolist() == [1, 3]
+    assert copies.taken(rows)[:3].flatten().tolist() == [10, 1, 100]
+    assert len(copies.order) == (3 if total else 6)
+    outputs = torch.cat((copies.taken(rows)[:3], torch.zeros(len(copies.order) - 3, 1)))
+    assert copies.sums(outputs).flatten().tolist() == [0.5, 2.5, 200.0]
+
+
+def test_outputs_behind_the_last_end_are_zeros() -> None:
+    experts = Experts(random(2, 4, 4), random(2, 4, 2), F.silu)
+    outputs = experts(random(5, 4), torch.tensor([1, 3], dtype=torch.int32))
+    assert (outputs[:3] != 0).any(-1).all() and (outputs[3:] == 0).all()
