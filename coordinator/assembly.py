@@ -64,7 +64,7 @@ def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences)
         return AnswerText(Detokenizer(tokenizer.decode), stops)
 
     facts = ModelFacts.of(config.served_model_name, config.max_context, model)
-    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens)
+    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens, config.replicas)
     parts = Parts(
         core=CoordinatorCore(core_config, new_text, journal.state),
         journal=journal,

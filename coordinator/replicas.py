@@ -81,7 +81,7 @@ class Replicas:
             kv_blocks_total=engine.kv_blocks or core.kv_blocks,
             kv_blocks_referenced=engine.stats.blocks_referenced,
             step=engine.stats.step,
-            counters=engine.stats.counters,
+            counters={**engine.stats.counters, "affinity_hits": self._service.core.affinity_hits(index)},
         )
 
     def _callbacks(self, index: int) -> Callbacks:

@@ -1,36 +1,18 @@
 """The prefix cache: blocks of sequences, found again by the ids that they and all blocks before them hold.
 
-Lives in the leader. A block's hash covers its parent's hash and its own ids, the first one's the salt, so equal hashes
-mean equal prefixes (as in vLLM's automatic prefix caching). Only full blocks of known ids are kept: given ones as soon
-as a plan fills them, for ranks run plans in order, and drawn ones once they are committed. Who runs it does not know.
+Lives in the leader. Equal hashes (`echelon/internal/block_hash.py`) mean equal prefixes. Only full blocks of known ids
+are kept: given ones as soon as a plan fills them, for ranks run plans in order, and drawn ones once they are committed.
+Who runs it does not know.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Collection, Iterable
-from hashlib import blake2b
+from collections.abc import Iterable
 from itertools import islice
 
+from echelon.internal.block_hash import chain, root_hash
 from worker.block_pool import BlockPool
 from worker.sequence import Sequence
-
-_ID_BYTES = 4  # int32
-
-
-def root_hash(salt: str) -> bytes:
-    """What the first block's hash builds on: prefixes under different salts have nothing in common."""
-    return blake2b(salt.encode(), digest_size=32).digest()
-
-
-def chain(parent: bytes, ids: Collection[int], block_tokens: int) -> list[bytes]:
-    """The hash of each full block of these ids, which follow the block with the hash `parent`."""
-    content, block_bytes = struct.pack(f"<{len(ids)}i", *ids), block_tokens * _ID_BYTES
-    hashes: list[bytes] = []
-    for start in range(0, len(content) - block_bytes + 1, block_bytes):
-        parent = blake2b(parent + content[start : start + block_bytes], digest_size=32).digest()
-        hashes.append(parent)
-    return hashes
 
 
 class PrefixCache:

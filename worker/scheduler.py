@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Iterator
 from operator import attrgetter
 
+from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Finish, Logprob, Released, TokenRun
 from worker.draft import Draft, Flight
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
-from worker.prefix_cache import PrefixCache, chain, root_hash
+from worker.prefix_cache import PrefixCache
 from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
 
 COUNTERS = (

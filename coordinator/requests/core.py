@@ -8,6 +8,7 @@ how replicas come and go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.journal.state import Assigned, JournalState
@@ -29,9 +30,13 @@ from coordinator.requests.events import (
 from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
-from coordinator.requests.router import NOTHING, Link, Router, choose, too_large
+from coordinator.requests.nouns import Request
+from coordinator.requests.router import NOTHING, Link, Reason, Router, choose, too_large
 from echelon.errors import InvalidRequestError
+from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
+
+PREFIX_BLOCKS = 2048  # of a prompt that are looked at: hashing is done on the loop that delivers tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class CoordinatorCore:
 
     def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState) -> None:
         self._term = config.term
+        self._replicas = config.replicas
         self._router = Router()
         self._lives = Lives(config, new_text, state, self._router)
         self._restored = False
@@ -91,6 +97,10 @@ class CoordinatorCore:
         """Requests known by their id, ended ones included."""
         return len(self._lives)
 
+    def affinity_hits(self, replica: int) -> int:
+        """Requests that came to a replica for their prefix, since its epoch began or this coordinator did."""
+        return self._router.affinity_hits(replica)
+
     def is_open(self, request_id: str) -> bool:
         """Whether a request is known and has not ended: what a cancel would cancel."""
         life = self._lives.get(request_id)
@@ -131,6 +141,7 @@ class CoordinatorCore:
             self._lives.emit("report.refused", str(report.fence.replica), report_seq=report.report_seq)
             return
         for prompted in report.prompted:
+            link.computed(prompted.request, prompted.attempt)
             self._take_prompted(prompted)
         for run in report.runs:
             self._take_run(now, run)
@@ -187,12 +198,21 @@ class CoordinatorCore:
             if error := too_large(self._router.links.values(), size):
                 self._lives.fail(now, life, error)
                 continue
-            link, _ = choose(self._router.links.values(), size)
-            if link is None:
+            able = self._router.able(size)
+            if not able:
                 return
-            self._assign_to(now, life, link)
+            prefix = self._prefix(life.entry.request, able[0].hello.block_tokens)
+            link, reason = choose(able, size, prefix)
+            link.prefixes.hits += reason is Reason.PREFIX
+            self._assign_to(now, life, link, prefix)
 
-    def _assign_to(self, now: float, life: Life, link: Link) -> None:
+    def _prefix(self, request: Request, block_tokens: int) -> Sequence[bytes]:
+        """What its prompt is known again by, once there is a choice between replicas."""
+        if self._replicas < 2:
+            return ()
+        return chain(root_hash(request.cache_salt), request.prompt[: PREFIX_BLOCKS * block_tokens], block_tokens)
+
+    def _assign_to(self, now: float, life: Life, link: Link, prefix: Sequence[bytes]) -> None:
         entry, request = life.entry, life.entry.request
         recomputed = entry.recomputed_tokens + (life.size.known_tokens if entry.attempt else 0)
         attempt = self._lives.next_attempt()
@@ -209,4 +229,4 @@ class CoordinatorCore:
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
-        link.assign(assign, life.size)
+        link.assign(assign, life.size, prefix)

@@ -33,11 +33,15 @@ REATTACH_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """This coordinator's term; how long a lost or answered request is remembered; prompt tokens that may wait."""
+    """This coordinator's term; how long a lost or answered request is remembered; prompt tokens that may wait.
+
+    replicas: how many there are to choose from.
+    """
 
     term: int
     resume_window_s: float
     max_queue_tokens: int
+    replicas: int = 1
 
 
 class Lives:

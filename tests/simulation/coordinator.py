@@ -81,7 +81,7 @@ class Coordinator:
         compacted = self.world.random.random() < 0.5
         self._journal = frame(state.records(), self.term) if compacted else self._journal[:size]
         settings = self._settings
-        config = CoreConfig(self.term, settings.resume_window_s, settings.max_queue_tokens)
+        config = CoreConfig(self.term, settings.resume_window_s, settings.max_queue_tokens, len(self._sites))
         self._streams: dict[int, Callable[[Shown], None]] = {}
         self._next_stream = 1
         self._links: dict[int, Connection] = {}

@@ -23,6 +23,7 @@ from coordinator.requests.life import Life, Phase
 from coordinator.requests.lives import Lives
 from coordinator.requests.router import Link
 from echelon.errors import OverloadedError
+from echelon.internal import block_hash
 from echelon.internal.link import Abandon, Progress, TokenRun
 from tests.simulation.run import MUST_HAPPEN, Simulation
 from worker import draft, prefix_cache, scheduler
@@ -268,7 +269,7 @@ def block_hash_without_salt(patch: pytest.MonkeyPatch) -> None:
 
 
 def block_hash_without_its_parent(patch: pytest.MonkeyPatch) -> None:
-    original = prefix_cache.chain
+    original = block_hash.chain
 
     def chain(parent: bytes, ids: tuple[int, ...], block_tokens: int) -> list[bytes]:
         starts = range(0, len(ids) - block_tokens + 1, block_tokens)

@@ -71,9 +71,10 @@ class Shell:
     told: list[Emit] = field(default_factory=list)
     report_seq: int = 0
     hello: ReplicaHello = HELLO
+    replicas: int = 1
 
     def __post_init__(self) -> None:
-        config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens)
+        config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens, self.replicas)
         self.core = CoordinatorCore(config, new_text, self.state)
 
     def post(self, event: Event) -> list[Effect]:
@@ -114,9 +115,10 @@ class Shell:
         released: tuple[Released, ...] = (),
         prompted: tuple[Prompted, ...] = (),
         stats: ReplicaStats | None = None,
+        fence: Fence | None = None,
     ) -> list[Effect]:
         self.report_seq += 1
-        fence = replace(FENCE, term=self.term)
+        fence = fence or replace(FENCE, term=self.term)
         return self.post(Reported(Report(fence, self.report_seq, runs, released, stats=stats, prompted=prompted)))
 
     def open(self, *running: Running, fence: Fence | None = None) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence as Ids
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Progress
 from tests.unit.paged_device import request
-from worker.prefix_cache import PrefixCache, chain, root_hash
+from worker.prefix_cache import PrefixCache
 from worker.sequence import Request, Sequence
 
 BLOCK_TOKENS = 4

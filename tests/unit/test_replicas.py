@@ -36,6 +36,7 @@ class Site:
         self.posted: list[Event] = []
         service = SimpleNamespace(events=EventLog(1), metrics=Metrics.create(), post=self.posted.append)
         service.engine = lambda replica: Engine(0, ReplicaStats(step=replica))
+        service.core = SimpleNamespace(affinity_hits=lambda replica: 7)
         self.service = cast(Service, service)
         edges = Edges(
             persist_epoch=self.epochs.__setitem__,

@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.requests.events import Submit
 from coordinator.requests.nouns import Request
-from coordinator.requests.router import Link, Size, choose, too_large
+from coordinator.requests.router import Link, Reason, Router, Size, choose, too_large
 from echelon.errors import InvalidRequestError
 from echelon.internal.link import (
     Assign,
@@ -92,13 +92,19 @@ def test_a_request_alone_always_fits_its_slots() -> None:
     assert not one.fits(Size(1, (0,) * 5, 2))
 
 
-def test_the_replica_with_the_most_free_blocks_takes_it() -> None:
+def test_the_replica_with_the_least_to_do_takes_it_and_of_equals_the_one_with_most_free_blocks() -> None:
     first, second, third = link(0), link(1), link(2, replace(GRANT, slots=1, kv_blocks=99))
     first.assign(assign("a"), Size(9, (0,), 20))
-    assert choose([first, second], Size(1, (0,), 9))[0] is second
-    assert choose([first, second, third], Size(1, (0,), 9))[0] is third
-    assert choose([first, second, third], Size(1, (0, 0), 9))[0] is second
-    assert choose([third], Size(1, (0, 0), 9)) == (None, "no replica has free slots and enough free KV blocks")
+    router = Router()
+    assert all(router.open(each) for each in (first, second, third))
+    one, two = Size(1, (0,), 9), Size(1, (0, 0), 9)
+    assert choose([first, second], one) == (second, Reason.LEAST_LOADED)
+    assert choose([first, second, third], one) == (third, Reason.LEAST_LOADED), "as little to do, and more free blocks"
+    assert router.able(two) == [first, second]
+    router.end(0, 1)
+    router.end(1, 1)
+    assert router.able(one) == [third]
+    assert router.able(two) == []
 
 
 @pytest.mark.parametrize(
