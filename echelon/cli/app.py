@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from echelon.cli import batch, chat, cluster, doctor, generate
 from echelon.cli.output import error_line, exit_code, forget_output, retry_notices
+from echelon.cli.plan.command import plan
 from echelon.cli.sampling import with_sampling
 from echelon.cli.trace.command import trace
 from echelon.errors import ConfigError, EchelonError
@@ -59,6 +60,7 @@ app.add_typer(batch.app, name="batch")
 app.command("status")(cluster.status)
 app.command("events")(cluster.events)
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan)
 app.command("trace")(trace)
 
 

@@ -1,0 +1,141 @@
+"""The census of a model: its parameter table counted once, tensors of the same kind together.
+
+Pure, for the planner, which asks for the bytes of hundreds of layouts; a model of experts has tens of thousands of
+tensors of a dozen kinds. What it adds up to on a rank is what `models.tables.parameter_bytes` says of that rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from enum import StrEnum
+
+from models.config import ModelConfig
+from models.routing import Routing
+from models.tables import EMBEDDING, HEAD, kv_heads_held, parameter_table, stage_layers, tensor_name
+from parallel.degrees import Degrees
+from parallel.sharding import Placement, Shape, held_shape
+
+
+class Part(StrEnum):
+    """What a tensor is to a step: read in rows, for every token, for tokens that choose it, for sampled tokens."""
+
+    EMBEDDING = "embedding"
+    EVERY_TOKEN = "every_token"
+    EXPERT = "expert"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Tensors that are alike."""
+
+    part: Part
+    shape: Shape
+    placement: Placement
+
+
+Kinds = tuple[tuple[Kind, int], ...]  # each kind, and how many tensors are of it
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """How many numbers of each part a rank holds."""
+
+    embedding: int = 0
+    every_token: int = 0
+    expert: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.every_token + self.expert + self.head
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """A model's kinds of tensors: outside its layers, and by patterns that layers share; patterns[of_layer[i]] is i's.
+
+    weight_bytes: of a weight; number_bytes: of a key, a value or an activation.
+    """
+
+    config: ModelConfig
+    outside: Kinds
+    patterns: tuple[Kinds, ...]
+    of_layer: tuple[int, ...]
+    weight_bytes: int
+    number_bytes: int
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of the layers with experts, None if there are none."""
+        return next((layer.routing for layer in self.config.layers if layer.routing is not None), None)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model, each once."""
+        inside = sum(_numbers(self.patterns[pattern]) for pattern in self.of_layer)
+        return inside + _numbers(self.outside)
+
+    @property
+    def parameters_per_token(self) -> int:
+        """Those that one token passes through; of the embedding it reads one row."""
+        routing = self.routing
+        share = 1.0 if routing is None else routing.experts_per_token / routing.experts
+        kinds = [*self.outside, *(entry for pattern in self.of_layer for entry in self.patterns[pattern])]
+        tied = self.config.tie_word_embeddings
+        weights = {Part.EMBEDDING: 1.0 if tied else 0.0, Part.EXPERT: share}
+        return round(sum(weights.get(kind.part, 1.0) * count * math.prod(kind.shape) for kind, count in kinds))
+
+    def held(self, degrees: Degrees, layers: range, stage: int) -> Numbers:
+        """What each rank of a stage holds. Ranks of a stage hold alike many: padding makes them equal."""
+        counts: Counter[Part] = Counter()
+        for pattern, times in Counter(self.of_layer[layer] for layer in layers).items():
+            for kind, count in self.patterns[pattern]:
+                counts[kind.part] += times * _held(kind, count, degrees)
+        first, last = stage == 0, stage == degrees.pipeline - 1
+        for kind, count in self.outside:
+            held = _held(kind, count, degrees)
+            if kind.part is not Part.EMBEDDING:
+                counts[kind.part] += held if last else 0
+            elif last and self.config.tie_word_embeddings:  # the head, whether the first stage has it too or not
+                counts[Part.HEAD] += held
+            else:
+                counts[kind.part] += held if first else 0
+        return Numbers(**{part.value: count for part, count in counts.items()})
+
+    def kv_bytes_per_token(self, degrees: Degrees, layers: range) -> int:
+        """Of keys and values on a rank that computes these layers."""
+        per_layer = 2 * kv_heads_held(self.config, degrees.tensor) * self.config.head_dim
+        return len(layers) * per_layer * self.number_bytes
+
+
+def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Census:
+    """Count a model's tensors."""
+    parts = {tensor_name(config, EMBEDDING): Part.EMBEDDING, tensor_name(config, HEAD): Part.HEAD}
+    counts: defaultdict[int | None, Counter[Kind]] = defaultdict(Counter)
+    for parameter in parameter_table(config):
+        part = Part.EXPERT if parameter.expert is not None else parts.get(parameter.name, Part.EVERY_TOKEN)
+        counts[parameter.layer][Kind(part, parameter.shape, parameter.placement)] += 1
+    by_layer = [tuple(counts[layer].items()) for layer in range(config.num_hidden_layers)]
+    patterns = tuple(dict.fromkeys(by_layer))
+    of_layer = tuple(map(patterns.index, by_layer))
+    return Census(config, tuple(counts[None].items()), patterns, of_layer, weight_bytes, number_bytes)
+
+
+def stage_cuts(config: ModelConfig, most: int) -> dict[int, tuple[range, ...]]:
+    """The layers of each stage, for every number of stages up to `most` that leaves each a layer."""
+    return {stages: stage_layers(config, stages) for stages in range(1, min(most, config.num_hidden_layers) + 1)}
+
+
+def _numbers(kinds: Kinds) -> int:
+    return sum(count * math.prod(kind.shape) for kind, count in kinds)
+
+
+def _held(kind: Kind, count: int, degrees: Degrees) -> int:
+    """Numbers on one rank: an expert lives on the ranks of its group, which split it; all else is split by tensor."""
+    if kind.part is Part.EXPERT:
+        return count // degrees.expert * math.prod(held_shape(kind.shape, kind.placement, degrees.expert_tensor))
+    return count * math.prod(held_shape(kind.shape, kind.placement, degrees.tensor))

@@ -1,0 +1,1 @@
+"""`echelon plan`: its flags, their units, and the report on a terminal."""

@@ -1,0 +1,337 @@
+"""The planner: planned bytes are the table's, forecasts are floors computed by hand, the best layout is the best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.placement import BLOCK_TOKENS as SERVED_BLOCK_TOKENS
+from coordinator.plan.census import Census, take_census
+from coordinator.plan.explain import decode_shares, rivals, why
+from coordinator.plan.forecast import Case, Forecast, closed_round, forecast, simulated_round
+from coordinator.plan.hardware import GPUS, Machines, nearest_gpu, wire
+from coordinator.plan.memory import BLOCK_TOKENS, Limits, Load, load
+from coordinator.plan.roofline import roofline
+from coordinator.plan.search import Planner
+from echelon.errors import ConfigError
+from models.config import ModelConfig, read_model_config
+from models.tables import (
+    Parameter,
+    held_parameters,
+    kv_bytes_per_block,
+    parameter_bytes,
+    parameter_table,
+    stage_layers,
+)
+from parallel.degrees import Degrees, Place
+from parallel.sharding import Replicated, Split, SplitVocabulary
+from tests.published import PUBLISHED, write_config, write_published
+
+H200 = GPUS["h200"]
+DEGREE = st.sampled_from([1, 2, 4])
+
+
+@cache
+def published(name: str) -> ModelConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        return read_model_config(write_published(Path(folder), name))
+
+
+@cache
+def census(name: str) -> Census:
+    return take_census(published(name), 2, 2)
+
+
+@st.composite
+def small_models(draw: st.DrawFn) -> ModelConfig:
+    """Models of few layers that 1, 2 and 4 ranks can split in every way, dense and with experts."""
+    values: dict[str, object] = {
+        "architectures": [draw(st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"]))],
+        "hidden_size": 8,
+        "intermediate_size": 4 * draw(st.integers(1, 3)),
+        "num_attention_heads": 4,
+        "num_key_value_heads": draw(DEGREE),
+        "head_dim": 2,
+        "num_hidden_layers": draw(st.integers(4, 6)),
+        "vocab_size": draw(st.integers(5, 13)),
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": draw(st.booleans()),
+        "torch_dtype": "float32",
+        "attention_bias": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        values |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": draw(st.sampled_from([4, 8])),
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": draw(st.sampled_from([1, 2])),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        return read_model_config(write_config(Path(folder), values))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[ModelConfig, Degrees]:
+    config = draw(small_models())
+    pipeline, data, tensor = draw(DEGREE), draw(st.sampled_from([1, 2])), draw(DEGREE)
+    expert = 1
+    if any(layer.routing for layer in config.layers):
+        expert = draw(st.sampled_from([e for e in (1, 2, 4) if data * tensor % e == 0]))
+    return config, Degrees(pipeline=pipeline, data=data, tensor=tensor, expert=expert)
+
+
+def places(degrees: Degrees) -> list[Place]:
+    return [degrees.place(rank) for rank in range(degrees.replica_ranks)]
+
+
+def shard(values: np.ndarray, parameter: Parameter, place: Place) -> np.ndarray:
+    """What a rank keeps of a tensor, without padding."""
+    return np.concatenate([values[region] for region in parameter.held_regions(place)], axis=0)
+
+
+def copies(parameter: Parameter, degrees: Degrees) -> int:
+    """How often the ranks of a stage hold each number of a tensor, by the rules of sharding."""
+    if parameter.expert is not None:
+        return 1
+    match parameter.placement:
+        case Replicated():
+            return degrees.stage_ranks
+        case SplitVocabulary():
+            return degrees.data
+        case Split(_, sections):
+            return degrees.data * max(1, degrees.tensor // min(sections))
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts())
+def test_ranks_hold_every_parameter_as_often_as_the_rules_say(layout: tuple[ModelConfig, Degrees]) -> None:
+    config, degrees = layout
+    holders: dict[str, list[Place]] = {}
+    for place in places(degrees):
+        for parameter in held_parameters(config, place):
+            holders.setdefault(parameter.name, []).append(place)
+    tied = config.tie_word_embeddings and degrees.pipeline > 1
+    for parameter in parameter_table(config):
+        found = np.zeros(parameter.shape, dtype=int)
+        for place in holders[parameter.name]:
+            for region in parameter.held_regions(place):
+                found[region] += 1
+        stages = {place.pipeline_rank for place in holders[parameter.name]}
+        assert len(stages) == (2 if tied and "embed_tokens" in parameter.name else 1), parameter.name
+        if isinstance(parameter.placement, Split) and len(parameter.placement.sections) > 1:
+            assert found.min() >= degrees.data * len(stages), parameter.name  # each section by a rule of its own
+        else:
+            assert (found == copies(parameter, degrees) * len(stages)).all(), parameter.name
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts())
+def test_shards_put_together_are_the_tensor(layout: tuple[ModelConfig, Degrees]) -> None:
+    config, degrees = layout
+    by_place = {place: set(held_parameters(config, place)) for place in places(degrees)}
+    for parameter in parameter_table(config):
+        values = np.arange(math.prod(parameter.shape)).reshape(parameter.shape)
+        again = np.full(parameter.shape, -1)
+        for place in (place for place, parameters in by_place.items() if parameter in parameters):
+            held = shard(values, parameter, place)
+            first = 0
+            for region in parameter.held_regions(place):
+                rows = region[0].stop - region[0].start
+                again[region] = held[first : first + rows]
+                first += rows
+            assert first == len(held) <= parameter.held_shape(degrees)[0]
+        assert (again == values).all(), parameter.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.sampled_from([1, 2, 4]))
+def test_planned_bytes_are_what_ranks_load(layout: tuple[ModelConfig, Degrees], size: int) -> None:
+    config, degrees = layout
+    cut = stage_layers(config, degrees.pipeline)
+    held = load(take_census(config, size, size), degrees, cut, Machines(gpu=H200, gpus=16), Limits(max_context=16))
+    for place in places(degrees):
+        stage = held.stages[place.pipeline_rank]
+        assert stage.weight_bytes == parameter_bytes(config, place, size)
+        assert stage.kv_bytes_per_token * 16 == kv_bytes_per_block(config, place, 16, size)
+
+
+def test_a_block_is_the_one_that_is_served() -> None:
+    assert BLOCK_TOKENS == SERVED_BLOCK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "for_each_token"),
+    [
+        ("qwen3-8b", 8_190_735_360, 7.57e9),
+        ("mixtral-8x7b", 46_702_792_704, 12.75e9),
+        ("qwen3-30b-a3b", 30.532e9, 3.04e9),
+    ],
+)
+def test_a_published_model_has_as_many_parameters_as_published(
+    name: str, parameters: float, for_each_token: float
+) -> None:
+    assert census(name).parameters == pytest.approx(parameters, rel=1e-4)
+    assert census(name).parameters_per_token == pytest.approx(for_each_token, rel=0.01)
+
+
+def found_for(name: str, degrees: Degrees, case: Case, **machine: int) -> tuple[Load, Forecast]:
+    machines = Machines(gpu=H200, gpus=degrees.ranks, **machine)
+    limits = Limits(max_context=case.tokens, requests=case.requests)
+    held = load(census(name), degrees, stage_layers(published(name), degrees.pipeline), machines, limits)
+    return held, forecast(roofline(census(name), degrees, machines), held, limits, case)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "case", "floor_s"),
+    [
+        (Degrees(), Case(1, 128, 256), 0.87),
+        (Degrees(), Case(64, 512, 128), 1.15),
+        (Degrees(tensor=2), Case(1, 128, 256), 0.60),
+        (Degrees(pipeline=2), Case(1, 128, 256), 0.87),
+    ],
+    ids=str,
+)
+def test_a_forecast_is_the_floor_computed_by_hand(degrees: Degrees, case: Case, floor_s: float) -> None:
+    """15.1 GB a step over 4.49 TB/s, 9 us for each of 72 all-reduces, 2 * 7 G products a token over 802 TFLOP/s."""
+    assert found_for("qwen3-8b", degrees, case)[1].total_s == pytest.approx(floor_s, rel=0.03)
+
+
+def test_experts_are_read_when_tokens_choose_them() -> None:
+    one, many = (found_for("mixtral-8x7b", Degrees(tensor=2), Case(n, 64, 64))[1].slots[0] for n in (1, 64))
+    whole_s = 32 * 8 * 3 * 4096 * 14336 * 2 / 2 / 4.488e12
+    assert one.experts == pytest.approx(whole_s * 2 / 8, rel=1e-3)
+    assert many.experts == pytest.approx(whole_s, rel=1e-3)
+
+
+def test_a_stage_that_spans_nodes_exchanges_over_the_network() -> None:
+    case = Case(64, 128, 128)
+    near = found_for("qwen3-30b-a3b", Degrees(tensor=4), case)[1]
+    far = found_for("qwen3-30b-a3b", Degrees(tensor=4), case, gpus_per_node=2)[1]
+    assert far.slots[0].exchange > 2 * near.slots[0].exchange
+    assert far.slots[0].experts == near.slots[0].experts
+
+
+def test_groups_span_nodes_where_a_neighbour_is_on_another() -> None:
+    machines = Machines(gpu=H200, gpus=16, gpus_per_node=8)
+    assert [size for size in (1, 2, 4, 8, 16) if machines.spans_nodes(size, 16)] == [16]
+    assert Machines(gpu=H200, gpus=12, gpus_per_node=6).spans_nodes(4, 12)
+
+
+def test_a_ring_has_every_card_of_a_node_and_a_pair_has_one() -> None:
+    machines = Machines(gpu=H200, gpus=16)
+    far, near = wire(machines, 16, True), wire(machines, 8, False)
+    assert far.bytes_s == 43e9
+    assert far.ring_bytes_s == near.ring_bytes_s == pytest.approx(328.5e9)
+    assert near.all_reduce_s(0) == 9.3e-6
+    assert wire(machines, 1, False).all_reduce_s(1e9) == 0
+
+
+SLOTS = st.lists(st.floats(1e-5, 1e-2), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(SLOTS, st.integers(1, 6), st.floats(0, 1e-3))
+def test_the_closed_form_of_a_round_is_what_the_simulator_does(
+    slots_s: list[float], cohorts: int, way_s: float
+) -> None:
+    cohorts = min(cohorts, len(slots_s))
+    simulated, closed = simulated_round(slots_s, cohorts, way_s), closed_round(slots_s, cohorts, way_s)
+    assert simulated[0] == pytest.approx(closed[0], rel=1e-6)
+    assert simulated[1] == pytest.approx(closed[1], abs=1e-6)
+
+
+def planner(name: str, gpus: int, case: Case, max_context: int = 4096, gpu: str = "h200") -> Planner:
+    limits = Limits(max_context=max_context, requests=case.requests)
+    return Planner(census(name), Machines(gpu=GPUS[gpu], gpus=gpus), limits, case)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("latency", [False, True])
+def test_the_first_of_a_ranking_is_the_best_of_all_that_fit(name: str, latency: bool) -> None:
+    asked = planner(name, 8, Case(1 if latency else 512, 512, 128))
+    plans = asked.rank({}, latency).plans
+    degrees = [plan.degrees for plan in plans]
+    assert len(set(degrees)) == len(degrees) and all(d.ranks == 8 for d in degrees)
+    alone = [asked.plan(d).forecast for d in degrees]
+    if latency:
+        assert alone[0].total_s <= min(found.total_s for found in alone) * 1.001
+    else:
+        assert alone[0].output_tokens_s * 1.001 >= max(found.output_tokens_s for found in alone)
+
+
+def test_a_ranking_keeps_the_degrees_that_were_given() -> None:
+    plans = planner("qwen3-30b-a3b", 8, Case(64, 512, 128)).rank({"pipeline": 2, "expert": 2}, False).plans
+    assert plans
+    assert {(plan.degrees.pipeline, plan.degrees.expert) for plan in plans} == {(2, 2)}
+
+
+def test_gpus_that_no_layout_fills_stay_unused() -> None:
+    assert planner("qwen3-8b", 7, Case(64, 512, 128)).rank({"tensor": 2}, False).plans[0].degrees.ranks == 6
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        (Degrees(tensor=3), "tensor=3 does not divide num_attention_heads=32"),
+        (Degrees(pipeline=49), "49 ranks, and there are 16 GPUs"),
+        (Degrees(tensor=2, expert=2), "expert=2"),
+        (Degrees(replicas=8, tensor=4), "= 32 ranks, and there are 16 GPUs"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_cannot_be_is_refused_with_what_can(degrees: Degrees, message: str) -> None:
+    asked = planner("qwen3-8b", 16, Case(16, 128, 128))
+    with pytest.raises(ConfigError) as caught:
+        asked.plan(degrees)
+    assert message in str(caught.value)
+    assert "nearest that fit: --" in str(caught.value)
+    for other in asked.nearest(degrees):
+        assert asked.plan(other).degrees == other
+
+
+def test_a_layout_that_memory_cannot_hold_is_refused_with_the_arithmetic() -> None:
+    asked = planner("mixtral-8x7b", 8, Case(16, 128, 128), gpu="h100")
+    with pytest.raises(ConfigError) as caught:
+        asked.plan(Degrees(replicas=8))
+    for part in ("80.0 GB * 0.9 - 93.4 GB of weights", "max-context 4096", "nearest that fit: --replicas 4"):
+        assert part in str(caught.value)
+
+
+def test_a_model_that_nothing_holds_is_refused_with_the_number_of_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"1 \* 80.0 GB \* 0.9 = 72.0 GB for 93.4 GB of weights.*; 2 such GPUs"):
+        planner("mixtral-8x7b", 1, Case(16, 128, 128), gpu="h100").rank({}, False)
+
+
+def test_requests_that_the_cache_cannot_hold_wait() -> None:
+    asked = planner("qwen3-8b", 1, Case(2048, 1024, 256))
+    found = asked.plan(Degrees()).forecast
+    assert found.running == asked.plan(Degrees()).load.requests(1280) < 2048
+    assert found.total_s > 3 * 256 * found.round_s
+
+
+def test_shares_of_a_round_add_up_and_rivals_are_of_other_kinds() -> None:
+    ranking = planner("qwen3-30b-a3b", 8, Case(512, 1024, 256)).rank({}, False)
+    for plan in ranking.plans:
+        shares = decode_shares(plan.forecast)
+        parts = (shares.weights, shares.experts, shares.attention, shares.head, shares.exchange, shares.idle)
+        assert sum(parts) == pytest.approx(1)
+    kinds = [
+        tuple(degree > 1 for degree in (d.replicas, d.pipeline, d.data, d.tensor, d.expert))
+        for d in (plan.degrees for plan in [ranking.plans[0], *rivals(ranking.plans)])
+    ]
+    assert all(one != other for one, other in itertools.combinations(kinds, 2))
+    assert len(why(ranking, False)) == 1 + len(rivals(ranking.plans))
+
+
+def test_a_gpu_is_known_by_its_memory() -> None:
+    assert [nearest_gpu(memory).name for memory in (141e9, 80e9, 192e9)] == ["h200", "h100", "b200"]
