@@ -165,7 +165,7 @@ class SelfAttention:
     output: RowLinear
 
     def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        heads = self.qkv(hidden).view(hidden.shape[0], sum(self.head_counts), self.head_dim)
         query, key, value = torch.split(heads, self.head_counts, dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

@@ -82,9 +82,9 @@ class Driver:
         width = max((len(self._table(p)) for p in decodes), default=0)
         offsets = itertools.accumulate((p.tokens for p in pieces), initial=0)
         return ForwardBatch(
-            token_ids=torch.tensor([self.sequences[s][position] for s, position in tokens]),
-            positions=torch.tensor([position for _, position in tokens]),
-            slot_mapping=torch.tensor([self._slot(s, position) for s, position in tokens]),
+            token_ids=torch.tensor([self.sequences[s][position] for s, position in tokens], dtype=torch.int64),
+            positions=torch.tensor([position for _, position in tokens], dtype=torch.int64),
+            slot_mapping=torch.tensor([self._slot(s, position) for s, position in tokens], dtype=torch.int64),
             num_decode_rows=len(decodes),
             decode_block_tables=torch.tensor(
                 [self._table(p) + [0] * (width - len(self._table(p))) for p in decodes], dtype=torch.int64

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +20,7 @@ from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Degrees
-from parallel.mesh import close, form_context, open_store
+from tests.ranks import as_ranks
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
 from worker.matchers import Matchers
@@ -142,19 +141,4 @@ def answer(directory: Path, asks: list[Ask], seed: int = 0) -> list[Answer]:
 
 def as_two_ranks(work: Callable[[ParallelContext], T]) -> list[T]:
     """What a function returns as either rank of tensor 2."""
-    store, address = open_store("127.0.0.1")
-
-    def as_rank(rank: int) -> T:
-        context = form_context(
-            address, "test", FENCE.epoch, Degrees(tensor=2).place(rank), CPU, torch.float64, timeout_s=60
-        )
-        try:
-            return work(context)
-        finally:
-            context.tensor.barrier()
-            close(context)
-
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(as_rank, range(2)))
-    del store
-    return found
+    return as_ranks(Degrees(tensor=2), work, epoch=FENCE.epoch)

@@ -1,0 +1,231 @@
+"""Experts shared by the ranks of a stage, against transformers in float64: every row, in every way it may travel.
+
+Data ranks have sequences of their own, or none. What each rank holds and sends is counted by hand from the routers'
+choices as transformers made them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.config import read_model_config
+from models.moe import MixtureOfExperts
+from models.registry import build_model
+from models.tables import parameter_bytes
+from parallel.context import ParallelContext
+from parallel.degrees import Degrees
+from parallel.expert import ExchangedExperts, ExpertStep
+from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Driver, Piece
+from tests.ranks import as_ranks
+from tests.tiny import make_checkpoint
+from worker.kv_cache import KVCache
+from worker.loader import load_weights
+
+PROMPTS, LENGTHS = (23, 15), (29, 26)
+CHUNK_TOKENS = 9
+FLOAT64_BYTES = 8
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3-moe": {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "one-expert": {"num_experts_per_tok": 1},  # its router chooses the same for every row
+}
+DEGREES = {
+    "alone": Degrees(),
+    "tensor-2-expert-2": Degrees(tensor=2, expert=2),
+    "data-2": Degrees(data=2),
+    "data-2-expert-2": Degrees(data=2, expert=2),
+    "data-2-tensor-2-expert-2": Degrees(data=2, tensor=2, expert=2),
+    "data-2-tensor-2-expert-4": Degrees(data=2, tensor=2, expert=4),
+}
+OWNERS = {"apart": (0, 1), "one-idle": (0, 0)}  # the data rank of each sequence, if there are two of them
+
+Step = tuple[list[Piece], ExpertStep]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """choices: [layer with experts][sequence][token]: the experts that transformers' router chose."""
+
+    directory: Path
+    sequences: list[list[int]]
+    logprobs: list[npt.NDArray[np.float64]]
+    choices: list[list[list[list[int]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one rank has; logprobs of its data rank's sequences."""
+
+    logprobs: dict[int, npt.NDArray[np.float64]]
+    parameter_bytes: int
+    expert_bytes: int
+    dispatches: int
+    rows_sent: int
+    rows_received: int
+    loads: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    directory = tmp_path_factory.mktemp(request.param)
+    family = "qwen3-moe" if request.param == "one-expert" else request.param
+    make_checkpoint(directory, family, **FAMILIES[request.param])
+    if request.param == "one-expert":
+        weights = load_file(directory / "model.safetensors")
+        flat = {name: torch.zeros_like(w) if name.endswith(".gate.weight") else w for name, w in weights.items()}
+        save_file(flat, directory / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager"
+    )
+    random = np.random.default_rng(5)
+    sequences = [random.integers(2, 320, size=length).tolist() for length in LENGTHS]
+    logprobs, choices = [], []
+    with torch.inference_mode():
+        for ids in sequences:
+            output = model(torch.tensor([ids]), output_router_logits=True)
+            logprobs.append(output.logits[0].log_softmax(-1).numpy())
+            chosen = model.config.num_experts_per_tok
+            choices.append([logits.float().softmax(-1).topk(chosen)[1].tolist() for logits in output.router_logits])
+    return Expected(directory, sequences, logprobs, [list(layer) for layer in zip(*choices, strict=True)])
+
+
+def steps_of(owners: Sequence[int], data: int) -> list[list[Step]]:
+    """By data rank: prompts in chunks, then one token a step; decode is a step in which no rank has a chunk."""
+    queues = []
+    for sequence, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        chunks = [Piece(sequence, first, min(CHUNK_TOKENS, prompt - first)) for first in range(0, prompt, CHUNK_TOKENS)]
+        queues.append(chunks + [Piece(sequence, position, 1) for position in range(prompt, length)])
+    ranks: list[list[Step]] = [[] for _ in range(data)]
+    for pieces in itertools.zip_longest(*queues):
+        present = [piece for piece in pieces if piece is not None]
+        of_ranks = [[piece for piece in present if owners[piece.sequence] == rank] for rank in range(data)]
+        rows = tuple(sum(piece.tokens for piece in own) for own in of_ranks)
+        step = ExpertStep(all(piece.decodes for piece in present), rows)
+        for rank, own in enumerate(of_ranks):
+            ranks[rank].append((own, step))
+    return ranks
+
+
+class StageDriver(Driver):
+    """A driver of one data rank, which may have nothing in a step."""
+
+    def stage_logprobs(self, steps: Sequence[Step]) -> dict[int, npt.NDArray[np.float64]]:
+        rows: dict[int, list[npt.NDArray[np.float64]]] = {}
+        for pieces, step in steps:
+            pieces = sorted(pieces, key=lambda piece: not piece.decodes)
+            hidden = self.model(replace(self._batch(pieces), experts=step), self.cache)
+            if not pieces:
+                continue
+            logits = self.group.all_gather(self.model.row_logits(hidden))[: len(hidden)]
+            parts = torch.split(logits.log_softmax(-1), [piece.tokens for piece in pieces])
+            for piece, part in zip(pieces, parts, strict=False):
+                rows.setdefault(piece.sequence, []).append(part.numpy())
+        return {sequence: np.concatenate(parts) for sequence, parts in rows.items()}
+
+
+def run(expected: Expected, degrees: Degrees, steps: list[list[Step]]) -> list[Found]:
+    def as_rank(context: ParallelContext) -> Found:
+        config = read_model_config(expected.directory)
+        with torch.inference_mode():
+            model = build_model(config, context)
+            load_weights(model, config, expected.directory, context, lambda loaded_bytes, total_bytes: None)
+            cache = KVCache(config, context, NUM_BLOCKS, BLOCK_TOKENS)
+            driver = StageDriver(model, cache, context.tensor, expected.sequences)
+            logprobs = driver.stage_logprobs(steps[context.place.data_rank])
+        sparse = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        exchanges = [mlp.dispatcher for mlp in sparse if isinstance(mlp.dispatcher, ExchangedExperts)]
+        return Found(
+            logprobs=logprobs,
+            parameter_bytes=model.resident_bytes,
+            expert_bytes=sum(mlp.experts.gate_up.nbytes + mlp.experts.down.nbytes for mlp in sparse),
+            dispatches=sum(exchange.traffic.dispatches for exchange in exchanges),
+            rows_sent=sum(exchange.traffic.rows_sent for exchange in exchanges),
+            rows_received=sum(exchange.traffic.rows_received for exchange in exchanges),
+            loads=[exchange.map.loads.tolist() for exchange in exchanges],
+        )
+
+    return as_ranks(degrees, as_rank)
+
+
+def rows_sent(expected: Expected, degrees: Degrees, rank: int, steps: Sequence[Step]) -> int:
+    """To other ranks: once to each that holds a chosen expert, and in decode to every one, padding included."""
+    place, sent = degrees.place(rank), 0
+    config = read_model_config(expected.directory)
+    for layer in expected.choices:
+        experts = next(found.routing.experts for found in config.layers if found.routing is not None)
+        for pieces, step in steps:
+            pieces = sorted(pieces, key=lambda piece: not piece.decodes)
+            tokens = [(piece.sequence, piece.first + i) for piece in pieces for i in range(piece.tokens)]
+            share = -(-len(tokens) // degrees.tensor)
+            if step.decode:
+                sent += -(-max(step.rows_per_rank) // degrees.tensor) * (degrees.stage_ranks - 1)
+                continue
+            for sequence, token in tokens[place.tensor_rank * share : (place.tensor_rank + 1) * share]:
+                owners = {expert * degrees.expert // experts for expert in layer[sequence][token]}
+                others = (other for other in range(degrees.stage_ranks) if other != rank)
+                sent += sum(degrees.place(other).expert_rank in owners for other in others)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("name", "owners"), [(name, o) for name, d in DEGREES.items() for o in OWNERS if d.data > 1 or o == "one-idle"]
+)
+def test_logprobs_equal_transformers(expected: Expected, name: str, owners: str) -> None:
+    degrees = DEGREES[name]
+    steps = steps_of(OWNERS[owners], degrees.data)
+    modes = {step.decode for _, step in steps[0]}
+    assert modes == {True, False}
+    found = run(expected, degrees, steps)
+    seen = set()
+    for rank in found:
+        for sequence, logprobs in rank.logprobs.items():
+            np.testing.assert_allclose(logprobs, expected.logprobs[sequence], rtol=0, atol=1e-6)
+            assert (logprobs.argmax(-1) == expected.logprobs[sequence].argmax(-1)).all()
+            seen.add(sequence)
+    assert seen == {0, 1}
+    _check_holdings(expected, degrees, found)
+    if degrees.stage_ranks > 1:
+        _check_traffic(expected, degrees, found, steps)
+
+
+def _check_holdings(expected: Expected, degrees: Degrees, found: Sequence[Found]) -> None:
+    """Each rank has its share of the experts: numbers by the config, divided by the ranks of the stage."""
+    keys = json.loads((expected.directory / "config.json").read_text())
+    neurons = keys.get("moe_intermediate_size", keys["intermediate_size"])
+    experts = keys.get("num_experts", keys.get("num_local_experts"))
+    numbers = len(expected.choices) * experts * 3 * neurons * keys["hidden_size"]
+    for rank, held in enumerate(found):
+        assert held.expert_bytes == numbers * FLOAT64_BYTES // degrees.stage_ranks
+        place = degrees.place(rank)
+        assert held.parameter_bytes == parameter_bytes(read_model_config(expected.directory), place, FLOAT64_BYTES)
+
+
+def _check_traffic(expected: Expected, degrees: Degrees, found: Sequence[Found], steps: list[list[Step]]) -> None:
+    """Rows sent as computed, received as sent; loads as transformers' routers chose, over all ranks."""
+    for rank, counted in enumerate(found):
+        own = steps[degrees.place(rank).data_rank]
+        assert counted.dispatches == len(own) * len(expected.choices)
+        assert counted.rows_sent == rows_sent(expected, degrees, rank, own)
+    assert sum(rank.rows_received for rank in found) == sum(rank.rows_sent for rank in found) > 0
+    for layer, choices in enumerate(expected.choices):
+        chosen = [expert for sequence in choices for token in sequence for expert in token]
+        total = np.sum([rank.loads[layer] for rank in found], axis=0)
+        assert total.tolist() == np.bincount(chosen, minlength=len(total)).tolist()
+
+
+def test_the_forced_router_has_one_favourite(expected: Expected) -> None:
+    chosen = {expert for layer in expected.choices for sequence in layer for token in sequence for expert in token}
+    config = json.loads((expected.directory / "config.json").read_text())
+    assert (len(chosen) == 1) == (config["num_experts_per_tok"] == 1)
