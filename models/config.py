@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.families import FAMILIES, FULL, SLIDING, Family, Windows
+from models.families import FAMILIES, FULL, PLANNED, SLIDING, Family, Windows
 from models.json_source import JsonSource
+from models.latent import LatentAttention, read_latent
 from models.rope import Rope, RopeReader
 from models.routing import Routing, read_routing
 
@@ -46,7 +47,8 @@ class ModelConfig:
     """A decoder-only model. Names are those of config.json; dtype is the one the checkpoint declares.
 
     attention_scale: what the products of queries and keys are multiplied by. A cap c bends numbers x to
-    c * tanh(x / c), those products in attention_cap, the logits in logit_cap.
+    c * tanh(x / c), those products in attention_cap, the logits in logit_cap. With latent attention all heads read the
+    same keys and values: num_key_value_heads is 1.
     """
 
     architecture: str
@@ -69,33 +71,35 @@ class ModelConfig:
     dtype: str
     end_ids: tuple[int, ...]
     default_sampling: DefaultSampling
+    latent: LatentAttention | None = None
 
     @property
     def family(self) -> Family:
         """What the architecture's name says."""
-        return FAMILIES[self.architecture]
+        return FAMILIES.get(self.architecture) or PLANNED[self.architecture]
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
 
-def read_model_config(directory: Path, max_context: int | None = None) -> ModelConfig:
+def read_model_config(directory: Path, max_context: int | None = None, *, planning: bool = False) -> ModelConfig:
     """The config of a model directory. Raises ConfigError naming the file and the key.
 
     max_context: tokens of the longest request that will be served, the model's own limit if None. It chooses between
-    the two lists of LongRoPE, and changes nothing else.
+    the two lists of LongRoPE, and changes nothing else. planning: nothing will be computed, so models that can only be
+    planned are read too, and how a checkpoint is quantised does not matter.
     """
     outer = JsonSource.read(directory / "config.json")
-    architecture = _architecture(outer)
-    family = FAMILIES[architecture]
+    architecture, family = _architecture(outer, planning)
     source = _text_config(outer, family)
-    _refuse_what_is_not_computed(source, family)
+    _refuse_what_is_not_computed(source, family, planning)
     heads = source.count("num_attention_heads")
-    key_value_heads = source.count("num_key_value_heads", heads)
+    latent = read_latent(source) if family.latent else None
+    key_value_heads = 1 if latent else source.count("num_key_value_heads", heads)
     if heads % key_value_heads != 0:
         source.refuse(f"num_key_value_heads={key_value_heads} does not divide num_attention_heads={heads}")
-    head_dim = _head_dim(source, heads)
+    head_dim = latent.head_dim if latent else _head_dim(source, heads)
     attention_bias = source.flag("attention_bias")
     generation = JsonSource.read(directory / "generation_config.json", required=False)
     return ModelConfig(
@@ -107,7 +111,7 @@ def read_model_config(directory: Path, max_context: int | None = None) -> ModelC
         head_dim=head_dim,
         vocab_size=source.count("vocab_size"),
         max_position_embeddings=source.count("max_position_embeddings"),
-        layers=_layers(source, family, head_dim, max_context),
+        layers=_layers(source, family, latent.rotary_dim if latent else head_dim, max_context),
         rms_norm_eps=source.number("rms_norm_eps", 1e-6),
         activation=_activation(source),
         tie_word_embeddings=source.flag("tie_word_embeddings"),
@@ -119,16 +123,20 @@ def read_model_config(directory: Path, max_context: int | None = None) -> ModelC
         dtype=_dtype(source),
         end_ids=generation.ids("eos_token_id") or source.ids("eos_token_id"),
         default_sampling=_default_sampling(generation),
+        latent=latent,
     )
 
 
-def _architecture(source: JsonSource) -> str:
+def _architecture(source: JsonSource, planning: bool) -> tuple[str, Family]:
     names = source.get("architectures", [])
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        found = "'architectures' names none" if name is None else f"architecture {name!r} is not supported"
-        source.refuse(f"{found}; supported: {', '.join(FAMILIES)}")
-    return name
+    known = {**FAMILIES, **PLANNED} if planning else FAMILIES
+    if isinstance(name, str) and name in known:
+        return name, known[name]
+    found = "'architectures' names none" if name is None else f"architecture {name!r} is not supported"
+    if name in PLANNED:
+        found = f"architecture {name!r} can be planned, by `echelon plan`, and is not served yet"
+    source.refuse(f"{found}; supported: {', '.join(known)}")
 
 
 def _text_config(outer: JsonSource, family: Family) -> JsonSource:
@@ -139,8 +147,9 @@ def _text_config(outer: JsonSource, family: Family) -> JsonSource:
     return outer.table(family.text_config).over(outer.values).over(family.defaults)
 
 
-def _refuse_what_is_not_computed(source: JsonSource, family: Family) -> None:
-    if (method := source.table("quantization_config").get("quant_method")) is not None:
+def _refuse_what_is_not_computed(source: JsonSource, family: Family, planning: bool) -> None:
+    method = source.table("quantization_config").get("quant_method")
+    if method is not None and not planning:
         source.refuse(f"quantization_config.quant_method={method!r} is not supported; give an unquantised checkpoint")
     for key in ("mlp_bias", "use_bidirectional_attention"):
         if source.flag(key):

@@ -49,6 +49,8 @@ class ExpertKeys:
     down: str
     always_normalizes: bool = False
     rounds_shares: bool = False
+    shared: str | None = None  # {block}.{shared}: an MLP of n_shared_experts * neurons, which every token passes
+    corrected: bool = False  # {block}.gate has a bias that corrects scores before experts are chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,7 @@ class Family:
     norms_from_one: bool = False  # RMSNorm multiplies by 1 + weight
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     caps_attention: bool = False  # attn_logit_softcapping is read
+    latent: bool = False  # keys and values are compressed: models/latent.py
 
 
 GEMMA2 = Family(
@@ -172,3 +175,18 @@ FAMILIES: Mapping[str, Family] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_config="text_config", prefix="language_model."),
 }
+
+DEEPSEEK_EXPERTS = ExpertKeys(
+    experts="n_routed_experts",
+    neurons="moe_intermediate_size",
+    block="mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    shared="shared_experts",
+)
+DEEPSEEK_V2 = Family(experts=DEEPSEEK_EXPERTS, qkv_bias=False, latent=True)
+DEEPSEEK_V3 = replace(DEEPSEEK_V2, experts=replace(DEEPSEEK_EXPERTS, corrected=True))
+
+# Their configs and tables can be read, to plan them; nothing computes them yet.
+PLANNED: Mapping[str, Family] = {"DeepseekV2ForCausalLM": DEEPSEEK_V2, "DeepseekV3ForCausalLM": DEEPSEEK_V3}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
+from models.latent import latent_tensors
 from models.routing import Routing
 from parallel.degrees import Degrees, Place, divisors
 from parallel.partition import cut
@@ -109,15 +110,25 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
-    hidden, head_dim = config.hidden_size, config.head_dim
-    heads, norms = config.num_attention_heads, config.family.norms
+    hidden, norms = config.hidden_size, config.family.norms
+    for part in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
+        if part is not None:
+            yield Parameter(tensor_name(config, part, layer), (hidden,), Replicated(), layer)
+    if config.latent is not None:
+        for part, shape, placement in latent_tensors(config.latent, hidden, config.num_attention_heads):
+            yield Parameter(tensor_name(config, f"self_attn.{part}", layer), shape, placement, layer)
+    else:
+        yield from _attention(config, layer)
+    routing = config.layers[layer].routing
+    yield from _mlp(config, layer) if routing is None else _experts(config, layer, routing)
+
+
+def _attention(config: ModelConfig, layer: int) -> Iterator[Parameter]:
+    hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
 
     def parameter(part: str, shape: Shape, placement: Placement, kind: str = "weight") -> Parameter:
         return Parameter(tensor_name(config, part, layer, kind), shape, placement, layer)
 
-    for part in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
-        if part is not None:
-            yield parameter(part, (hidden,), Replicated())
     for part, sections in attention_inputs(config).items():
         rows = sum(sections) * head_dim
         yield parameter(part, (rows, hidden), Split(0, sections))
@@ -129,8 +140,6 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield parameter("self_attn.o_proj", (hidden, heads * head_dim), Split(1, (heads,)))
     if config.output_bias:
         yield parameter("self_attn.o_proj", (hidden,), Replicated(), "bias")
-    routing = config.layers[layer].routing
-    yield from _mlp(config, layer) if routing is None else _experts(config, layer, routing)
 
 
 def _mlp(config: ModelConfig, layer: int) -> Iterator[Parameter]:
@@ -140,9 +149,24 @@ def _mlp(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield Parameter(tensor_name(config, "mlp.down_proj", layer), (hidden, neurons), Split(1, (neurons,)), layer)
 
 
+def _gated(config: ModelConfig, block: str, layer: int, neurons: int) -> Iterator[Parameter]:
+    """An MLP of three matrices, split by tensor."""
+    for part in ("gate_proj", "up_proj"):
+        name = tensor_name(config, f"{block}.{part}", layer)
+        yield Parameter(name, (neurons, config.hidden_size), Split(0, (neurons,)), layer)
+    name = tensor_name(config, f"{block}.down_proj", layer)
+    yield Parameter(name, (config.hidden_size, neurons), Split(1, (neurons,)), layer)
+
+
 def _experts(config: ModelConfig, layer: int, routing: Routing) -> Iterator[Parameter]:
     hidden, neurons = config.hidden_size, routing.neurons
+    keys = config.family.experts
     yield Parameter(router_name(config, layer), (routing.experts, hidden), Replicated(), layer)
+    if keys is not None and keys.corrected:
+        name = tensor_name(config, f"{keys.block}.gate", layer, "e_score_correction_bias")
+        yield Parameter(name, (routing.experts,), Replicated(), layer)
+    if keys is not None and routing.shared_neurons:
+        yield from _gated(config, f"{keys.block}.{keys.shared}", layer, routing.shared_neurons)
     for expert in range(routing.experts):
         gate, up, down = expert_names(config, layer, expert)
         yield Parameter(gate, (neurons, hidden), Split(0, (neurons,)), layer, expert)
@@ -203,10 +227,16 @@ def kv_heads_held(config: ModelConfig, tensor_size: int) -> int:
     return units_held(config.num_key_value_heads, tensor_size)
 
 
+def cached_numbers(config: ModelConfig, tensor_size: int) -> int:
+    """Numbers that a tensor rank caches for a token in each of its layers."""
+    if config.latent is not None:
+        return config.latent.cached_numbers
+    return 2 * kv_heads_held(config, tensor_size) * config.head_dim
+
+
 def kv_bytes_per_block(config: ModelConfig, place: Place, block_tokens: int, dtype_bytes: int) -> int:
     """Bytes that one block of keys and values takes on a rank, over all its layers."""
-    heads = kv_heads_held(config, place.degrees.tensor)
-    return block_tokens * 2 * len(held_layers(config, place)) * heads * config.head_dim * dtype_bytes
+    return block_tokens * len(held_layers(config, place)) * cached_numbers(config, place.degrees.tensor) * dtype_bytes
 
 
 def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
@@ -244,6 +274,8 @@ def _split_units(config: ModelConfig) -> Iterator[tuple[str, int]]:
     yield "num_attention_heads", config.num_attention_heads
     if any(layer.routing is None for layer in config.layers):
         yield "intermediate_size", config.intermediate_size
+    for shared in {layer.routing.shared_neurons for layer in config.layers if layer.routing is not None} - {0}:
+        yield "n_shared_experts * moe_intermediate_size", shared
 
 
 def _expert_problem(config: ModelConfig, expert: int, expert_tensor: int) -> str | None:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from models.config import ModelConfig
 from models.routing import Routing
-from models.tables import EMBEDDING, HEAD, kv_heads_held, parameter_table, stage_layers, tensor_name
+from models.tables import EMBEDDING, HEAD, cached_numbers, parameter_table, stage_layers, tensor_name
 from parallel.degrees import Degrees
 from parallel.sharding import Placement, Shape, held_shape
 
@@ -108,8 +108,19 @@ class Census:
 
     def kv_bytes_per_token(self, degrees: Degrees, layers: range) -> int:
         """Of keys and values on a rank that computes these layers."""
-        per_layer = 2 * kv_heads_held(self.config, degrees.tensor) * self.config.head_dim
-        return len(layers) * per_layer * self.number_bytes
+        return len(layers) * cached_numbers(self.config, degrees.tensor) * self.number_bytes
+
+    def pair_flop(self, decode: bool) -> int:
+        """Of a head, for a query and a key: their product, and the value's share in the sum.
+
+        Latent attention decodes on what is cached, all heads alike, and expands keys and values for prompts.
+        """
+        latent = self.config.latent
+        if latent is None:
+            return 4 * self.config.head_dim
+        if decode:
+            return 2 * (latent.cached_numbers + latent.rank)
+        return 2 * (latent.head_dim + latent.value_dim)
 
 
 def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Census:

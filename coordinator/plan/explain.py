@@ -12,8 +12,8 @@ from coordinator.plan.forecast import Forecast
 from coordinator.plan.memory import Limits
 from coordinator.plan.roofline import Slot
 from coordinator.plan.search import Plan, Ranking, as_flags, gigabytes
-from parallel.degrees import NAMES
 
+AXES = ("replicas", "pipeline", "data", "tensor")
 LARGE = 0.3  # of a round: worth a sentence
 RIVALS = 4  # layouts that the best is compared with, of different kinds
 
@@ -77,8 +77,8 @@ def what_limits(plan: Plan, limits: Limits) -> list[str]:
     else:
         most = plan.load.requests(found.case.tokens)
         lines.append(
-            f"memory: the KV cache holds {most:,} requests of {found.case.tokens:,} tokens, {found.case.requests:,} "
-            f"are asked for; or {plan.load.requests(limits.max_context):,} of max-context {limits.max_context:,}"
+            f"memory: the KV cache holds {most:,} requests of {found.case.tokens:,} tokens at once, or "
+            f"{plan.load.requests(limits.max_context):,} of max-context {limits.max_context:,}"
         )
     if (share := tightest.weight_bytes / tightest.usable_bytes) > 1 - LARGE:
         lines.append(
@@ -96,11 +96,19 @@ def why(ranking: Ranking, latency: bool) -> list[str]:
     return lines + [_beaten(best, rival) for rival in rivals(ranking.plans)]
 
 
+def meshes(plans: Iterable[Plan]) -> list[Plan]:
+    """The best plan of each mesh: how its ranks share experts is often all the same."""
+    found: dict[tuple[int, ...], Plan] = {}
+    for plan in plans:
+        found.setdefault(tuple(getattr(plan.degrees, axis) for axis in AXES), plan)
+    return list(found.values())
+
+
 def rivals(plans: Iterable[Plan]) -> list[Plan]:
-    """The best layout of each other kind: a kind is the set of degrees that are above 1."""
+    """The best layout of each other kind: a kind is the set of axes that are longer than 1."""
     kinds: dict[tuple[bool, ...], Plan] = {}
     for plan in plans:
-        kinds.setdefault(tuple(getattr(plan.degrees, name) > 1 for name in NAMES), plan)
+        kinds.setdefault(tuple(getattr(plan.degrees, axis) > 1 for axis in AXES), plan)
     return list(kinds.values())[1 : RIVALS + 1]
 
 

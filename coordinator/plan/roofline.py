@@ -97,7 +97,7 @@ class Roofline:
         for layer in load.layers:
             seen = batch.windowed(config.layers[layer].window)
             read_s = seen.rows * seen.read_tokens * per_token / self.machines.read_bytes_s
-            seconds += max(read_s, 4 * load.heads * config.head_dim * seen.rows * seen.pairs / flops)
+            seconds += max(read_s, self.census.pair_flop(batch.decode) * load.heads * seen.rows * seen.pairs / flops)
         return seconds
 
     def _exchange_s(self, load: StageLoad, batch: Batch) -> float:

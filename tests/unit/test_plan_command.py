@@ -137,6 +137,14 @@ def test_a_directory_that_is_none_is_told() -> None:
     assert "'FalconForCausalLM' is not supported" in refused("--model", "odd", "--gpus", "8")
 
 
+def test_a_large_model_is_planned_from_its_config_alone() -> None:
+    found = planned("--model", "deepseek-r1", "--gpus", "16", "--gpu", "h200", "--auto")
+    assert found["parameters"] == 671_026_419_200
+    assert sum(found["degrees"].values()) > 5 and found["ranks"] == 16
+    assert any("not served yet" in note for note in found["notes"])
+    assert "11 such GPUs hold the weights alone" in refused("--model", "deepseek-r1", "--gpus", "8", "--gpu", "h200")
+
+
 def test_missing_flags_are_named() -> None:
     assert "--model" in refused("--gpus", "8")
     assert "--gpus" in refused("--model", "qwen3-8b")

@@ -23,6 +23,7 @@ from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
+from models.files import check_model_directory
 from models.tables import (
     Parameter,
     held_parameters,
@@ -42,7 +43,7 @@ DEGREE = st.sampled_from([1, 2, 4])
 @cache
 def published(name: str) -> ModelConfig:
     with tempfile.TemporaryDirectory() as folder:
-        return read_model_config(write_published(Path(folder), name))
+        return read_model_config(write_published(Path(folder), name), planning=True)
 
 
 @cache
@@ -76,8 +77,23 @@ def small_models(draw: st.DrawFn) -> ModelConfig:
             "norm_topk_prob": True,
             "decoder_sparse_step": draw(st.sampled_from([1, 2])),
         }
+    if draw(st.integers(0, 2)) == 0:
+        values |= {
+            "architectures": [draw(st.sampled_from(["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"]))],
+            "attention_bias": False,
+            "q_lora_rank": draw(st.sampled_from([None, 6])),
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 3,
+            "n_routed_experts": 8,
+            "n_shared_experts": draw(st.integers(0, 2)),
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": draw(st.integers(0, 2)),
+        }
     with tempfile.TemporaryDirectory() as folder:
-        return read_model_config(write_config(Path(folder), values))
+        return read_model_config(write_config(Path(folder), values), planning=True)
 
 
 @st.composite
@@ -174,7 +190,9 @@ def test_a_block_is_the_one_that_is_served() -> None:
     [
         ("qwen3-8b", 8_190_735_360, 7.57e9),
         ("mixtral-8x7b", 46_702_792_704, 12.75e9),
-        ("qwen3-30b-a3b", 30.532e9, 3.04e9),
+        ("qwen3-30b-a3b", 30_532_122_624, 3.04e9),
+        ("deepseek-v2-lite", 15_706_484_224, 2.45e9),
+        ("deepseek-r1", 671_026_419_200, 36.6e9),
     ],
 )
 def test_a_published_model_has_as_many_parameters_as_published(
@@ -182,6 +200,36 @@ def test_a_published_model_has_as_many_parameters_as_published(
 ) -> None:
     assert census(name).parameters == pytest.approx(parameters, rel=1e-4)
     assert census(name).parameters_per_token == pytest.approx(for_each_token, rel=0.01)
+
+
+def test_latent_attention_caches_the_same_on_every_tensor_rank() -> None:
+    """DeepSeek-V2 (2024), section 2.1: 512 compressed numbers and 64 rotated ones a token and layer."""
+    for tensor in (1, 8):
+        assert census("deepseek-r1").kv_bytes_per_token(Degrees(tensor=tensor), range(61)) == 61 * 576 * 2
+    assert census("deepseek-r1").pair_flop(decode=True) == 2 * (576 + 512)
+    assert census("deepseek-r1").pair_flop(decode=False) == 2 * (192 + 128)
+
+
+def test_every_tensor_of_a_deepseek_checkpoint_is_named_as_there() -> None:
+    names = {parameter.name for parameter in parameter_table(published("deepseek-r1"))}
+    assert len(names) == len(parameter_table(published("deepseek-r1")))
+    last = "model.layers.60"
+    parts = {"input_layernorm", "post_attention_layernorm", "mlp.gate", "mlp.experts.255.up_proj"}
+    parts |= {"mlp.shared_experts.down_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj"}
+    assert {f"{last}.{part}.weight" for part in parts} <= names
+    assert f"{last}.mlp.gate.e_score_correction_bias" in names
+    assert not any("mlp.gate.weight" in name for name in names if name.startswith("model.layers.2."))
+    lite = {parameter.name for parameter in parameter_table(published("deepseek-v2-lite"))}
+    assert "model.layers.1.self_attn.q_proj.weight" in lite
+    assert not any("q_a_proj" in name or "correction" in name for name in lite)
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "deepseek-v2-lite"])
+def test_what_can_only_be_planned_is_not_served(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="can be planned, by `echelon plan`, and is not served yet"):
+        read_model_config(write_published(tmp_path, name))
+    with pytest.raises(ConfigError, match="not served yet"):
+        check_model_directory(tmp_path / name)
 
 
 def found_for(name: str, degrees: Degrees, case: Case, **machine: int) -> tuple[Load, Forecast]:
@@ -258,10 +306,10 @@ def planner(name: str, gpus: int, case: Case, max_context: int = 4096, gpu: str 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("latency", [False, True])
 def test_the_first_of_a_ranking_is_the_best_of_all_that_fit(name: str, latency: bool) -> None:
-    asked = planner(name, 8, Case(1 if latency else 512, 512, 128))
+    asked = planner(name, 16, Case(1 if latency else 512, 512, 128))
     plans = asked.rank({}, latency).plans
     degrees = [plan.degrees for plan in plans]
-    assert len(set(degrees)) == len(degrees) and all(d.ranks == 8 for d in degrees)
+    assert len(set(degrees)) == len(degrees) and all(d.ranks == 16 for d in degrees)
     alone = [asked.plan(d).forecast for d in degrees]
     if latency:
         assert alone[0].total_s <= min(found.total_s for found in alone) * 1.001
@@ -326,7 +374,7 @@ def test_shares_of_a_round_add_up_and_rivals_are_of_other_kinds() -> None:
         parts = (shares.weights, shares.experts, shares.attention, shares.head, shares.exchange, shares.idle)
         assert sum(parts) == pytest.approx(1)
     kinds = [
-        tuple(degree > 1 for degree in (d.replicas, d.pipeline, d.data, d.tensor, d.expert))
+        tuple(degree > 1 for degree in (d.replicas, d.pipeline, d.data, d.tensor))
         for d in (plan.degrees for plan in [ranking.plans[0], *rivals(ranking.plans)])
     ]
     assert all(one != other for one, other in itertools.combinations(kinds, 2))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import typer
 
-from coordinator.plan.explain import WORDS, decode_shares, rivals, what_limits, why
+from coordinator.plan.explain import WORDS, decode_shares, meshes, rivals, what_limits, why
 from coordinator.plan.search import Plan, Planner, Ranking, as_flags, gigabytes
 from echelon.cli import output
 from parallel.degrees import NAMES, Degrees
@@ -108,7 +108,7 @@ def _body(planner: Planner, plan: Plan) -> Iterator[str]:
 
 def _ranking_rows(ranking: Ranking) -> Iterator[tuple[object, ...]]:
     """The best few, and the best of each other kind behind them."""
-    shown = list(ranking.plans[:SHOWN])
+    shown = meshes(ranking.plans)[:SHOWN]
     for plan in [*shown, *(rival for rival in rivals(ranking.plans) if rival not in shown)]:
         found = plan.forecast
         yield (
