@@ -38,6 +38,7 @@ class Metrics:
     kv_cache_usage: Gauge
     replicas: Gauge
     replicas_serving: Gauge
+    affinity_hits: Gauge
     epoch: Gauge
     term: Gauge
     journal_durable: Gauge
@@ -78,6 +79,9 @@ class Metrics:
             kv_cache_usage=gauge("kv_cache_usage_ratio", "Referenced share of a replica's KV blocks.", "replica"),
             replicas=gauge("replicas", "Copies of the model that are to serve."),
             replicas_serving=gauge("replicas_serving", "Replicas that serve now."),
+            affinity_hits=gauge(
+                "affinity_hits", "Requests sent to a replica for their prefix, since its epoch began.", "replica"
+            ),
             epoch=gauge("replica_epoch", "The replica's epoch.", "replica"),
             term=gauge("coordinator_term", "The coordinator's term."),
             journal_durable=gauge("journal_durable", "1 while tokens are journaled before delivery."),

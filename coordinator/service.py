@@ -193,6 +193,8 @@ class Service:
         metrics.kept_events.set(len(self.events))
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.journal_bytes.set(self._journal.size_bytes)
+        for replica in self._engines:
+            metrics.affinity_hits.labels(str(replica)).set(self.core.affinity_hits(replica))
 
     def post(self, event: Event) -> None:
         """One event through the core: its records in one write(), then its other effects in order."""

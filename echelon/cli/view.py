@@ -14,9 +14,11 @@ from echelon.types import Cluster
 
 
 def head_line(address: str, cluster: Cluster) -> str:
-    """The coordinator, and how many requests it has."""
+    """The coordinator, how many replicas serve, and how many requests it has."""
+    ready = sum(replica.state == "ready" for replica in cluster.replicas)
     return (
         f"{address}: echelon {cluster.version}, term {cluster.term}, pid {cluster.coordinator_pid}, "
+        f"{ready}/{len(cluster.replicas)} replicas ready, "
         f"{cluster.queued} queued, {cluster.running} running, {cluster.parked} parked"
     )
 

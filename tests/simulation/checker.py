@@ -39,6 +39,7 @@ SEEN = (  # of answers and streams
     "resumed with several choices",
     "several choices",
     "stop string kept",
+    "taken over by another replica",
     "text held back",
 )
 
@@ -174,6 +175,8 @@ class Checker:
         going_on = [answer for answer in written.answers if not answer.ending]
         require(going_on, "{}, but every choice has ended", record)
         written.coordinator = self._coordinators
+        if entry.assigned and entry.assigned.replica != record.replica:
+            self.seen["taken over by another replica"] += 1
         if entry.attempt:
             written.recomputed_tokens += len(entry.request.prompt) + sum(len(answer.ids) for answer in going_on)
 

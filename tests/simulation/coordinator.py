@@ -26,6 +26,7 @@ from coordinator.requests.events import (
     Event,
     LinkClosed,
     LinkOpened,
+    ReplicaEnded,
     Reported,
     Send,
     StreamClosed,
@@ -146,8 +147,24 @@ class Coordinator:
         assigned = [record.request_id for record in records if isinstance(record, Assigned)]
         lives = self.core._lives._lives.values() if assigned else ()
         waiting = [life.request_id for life in lives if life.phase is Phase.QUEUED]
+        self._check_routes(event, effects)
         self._execute(effects)
         self.world.checker.assigned(assigned, waiting)
+
+    def _check_routes(self, event: Event, effects: list[Effect]) -> None:
+        """What ends with one replica, and what waits, before the effects reach the disk."""
+        for effect in effects:
+            match effect:
+                case Append(Assigned() as record):
+                    require(record.epoch == self._sites[record.replica].epoch, "{} to an epoch that is over", record)
+                case Emit("request.replayed", request_id) if isinstance(event, ReplicaEnded):
+                    assigned = self.world.checker.disk.entries[request_id].assigned
+                    lost = assigned and assigned.replica == event.fence.replica
+                    require(lost, "{} is interrupted by {}", assigned, event)
+        links, first = self.core._router.links.values(), self.core._lives.first_queued()
+        require(all(link.free_slots >= 0 for link in links), "more choices than slots: {}", links)
+        able = [link for link in links if first and link.fits(first.size)]
+        require(not able, "{} waits while {} could take it", first, able)
 
     def _execute(self, effects: list[Effect]) -> None:
         """Records that stand together go in one write."""

@@ -29,6 +29,7 @@ FAULTS = {  # how often
     "death": (0, 1, 2),
     "hang": (0, 0, 1),
     "rank": (0, 1, 4),
+    "replica": (0, 0, 1),
     "link": (0, 1, 3),
     "stream": (0, 3, 9),
 }
@@ -41,6 +42,7 @@ MUST_HAPPEN = (
     "replica.adopted",
     "request.replayed",
     "request.parked",
+    "affinity hits",
     "jobs.interrupted items",
     "jobs.results",
     "answers",
@@ -64,7 +66,7 @@ class Simulation:
             max_unacked_reports=random.choice((2, 64)),
         )
         self.prefixes = [self._ids(MAX_PREFIX) for _ in range(2)]
-        self.sites = [self._site(index) for index in range(random.choice((1, 1, 2)))]
+        self.sites = [self._site(index) for index in range(random.choice((1, 1, 2, 3)))]
         jobs = JobConfig(random.choice((1, 3, 64)), first_backoff_s=0.1, max_backoff_s=2.0)
         self.settings = Settings(random.choice((2.0, 20.0)), random.choice((20, 1000)), jobs)
         self.coordinator = Coordinator(self.world, self.settings, self.sites)
@@ -101,6 +103,7 @@ class Simulation:
         happened["tokens"] += checker.tokens
         happened["epochs"] += sum(site.epoch for site in self.sites)
         happened["coordinator.crashed within a step"] += coordinator.term - 1 - self.happened["coordinator"]
+        happened["affinity hits"] += sum(coordinator.core.affinity_hits(site.index) for site in self.sites)
         rows = coordinator.job_table.rows.values()
         happened["jobs.interrupted items"] += sum(len(row.interrupted) for row in rows)
         happened["jobs.results"] += sum(len(row.results) for row in rows)
@@ -226,6 +229,9 @@ class Simulation:
                 random.choice(processes).hang()
             case "rank" if processes:
                 random.choice(processes).cut()
+            case "replica" if processes:
+                for process in list(random.choice(self.sites).processes):
+                    process.die()
             case "link" if leaders:
                 random.choice(leaders).cut()
             case "stream" if reading := [user for user in self.users if not user.ended]:

@@ -21,7 +21,7 @@ from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import Append, Effect
 from coordinator.requests.life import Life, Phase
 from coordinator.requests.lives import Lives
-from coordinator.requests.router import Link
+from coordinator.requests.router import Link, Router
 from echelon.errors import OverloadedError
 from echelon.internal import block_hash
 from echelon.internal.link import Abandon, Progress, TokenRun
@@ -304,6 +304,26 @@ def choices_draw_the_same(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(draft, "Admit", lambda slot, choice, *rest: Admit(slot, 0, *rest))
 
 
+def ended_epochs_take_requests(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Router, "end", lambda self, replica, epoch: None)
+
+
+def credits_not_asked_for(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Link, "fits", lambda self, size: True)
+
+
+def one_s_end_loses_what_others_run(patch: pytest.MonkeyPatch) -> None:
+    def running_on(self: Lives, replica: int) -> list[Life]:
+        return [life for life in self._lives.values() if life.phase is Phase.RUNNING]
+
+    patch.setattr(Lives, "running_on", running_on)
+
+
+def only_the_first_replica_is_asked(patch: pytest.MonkeyPatch) -> None:
+    original = Router.able
+    patch.setattr(Router, "able", lambda self, size: [link for link in original(self, size) if link.fence.replica == 0])
+
+
 MUTANT_SEEDS = SEEDS  # most are caught within ten
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     deliver_before_journal,
@@ -341,6 +361,10 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     last_token_of_the_prompt_from_the_cache,
     cached_ids_not_told,
     choices_draw_the_same,
+    ended_epochs_take_requests,
+    credits_not_asked_for,
+    one_s_end_loses_what_others_run,
+    only_the_first_replica_is_asked,
 ]
 
 

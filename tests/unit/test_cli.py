@@ -189,7 +189,16 @@ def test_status_shows_models_replicas_and_ranks(server: ScriptedServer) -> None:
     for _ in range(2):
         server.on("GetCluster", lambda request, context: convert_cluster.cluster_to_proto(cluster()))
     shown = echelon("status", address=server.address).stdout
-    for part in ("term 3", "1 queued", "LlamaForCausalLM", "2/9", "0/p0-d0-t1", "4242", "1.5 GiB"):
+    for part in (
+        "term 3",
+        "1 queued",
+        "LlamaForCausalLM",
+        "2/9",
+        "0/p0-d0-t1",
+        "4242",
+        "1.5 GiB",
+        "1/1 replicas ready",
+    ):
         assert part in shown
     answer = json.loads(echelon("status", "--json", address=server.address).stdout)
     assert answer["ranks"][0]["pid"] == 4242
