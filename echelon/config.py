@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from echelon.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ECHELON_"
-NOT_SUPPORTED_YET = ("pipeline", "data", "expert")
+NOT_SUPPORTED_YET = ("data", "expert")
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 

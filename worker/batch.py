@@ -84,13 +84,16 @@ class _Layout:
     scored: tuple[tuple[int, int], ...]
 
 
-def apply_and_build(tables: PlanTables, state: SlotState, rank: int, ranks: int, piece_rows: int) -> StepBatch:
+def apply_and_build(
+    tables: PlanTables, state: SlotState, rank: int, ranks: int, piece_rows: int, samples: bool = True
+) -> StepBatch:
     """Apply a plan's admits, block changes and ids to the state, then lay out its rows.
 
-    piece_rows: how many rows with rules are sampled together at most.
+    piece_rows: how many rows with rules are sampled together at most. samples: whether it is done here, or on the
+    pipeline's last stage, and this rank's share is empty.
     """
     layout = _layout(tables)
-    share = Share.of(len(layout.wanted), rank, ranks)
+    share = Share.of(len(layout.wanted) if samples else 0, rank, ranks)
     sampling = state.admit(tables)
     paths, ruled = _ruled(state, layout, share, piece_rows)
     admit_slots, admits, blocks, token_slots, positions, given, *sampled, plain, truncated, logprob_rows = upload(
@@ -114,12 +117,7 @@ def apply_and_build(tables: PlanTables, state: SlotState, rank: int, ranks: int,
     sample_index, slots, sample_positions, targets = sampled
     state.sampling[admit_slots] = admits
     state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
-    if len(tables.told):
-        told = (*_spans(*tables.told.astype(np.int64).T), tables.told_ids.astype(np.int64))
-        state.write(*upload(told, state.history.device))
-    if len(given):
-        count = layout.decode_rows
-        state.write(token_slots[count:], positions[count:], given)
+    _write_known_ids(tables, state, layout.decode_rows, token_slots, positions, given)
     return StepBatch(
         forward=_forward(tables.rows, layout, state, (token_slots, positions, given, sample_index)),
         slots=slots,
@@ -134,6 +132,17 @@ def apply_and_build(tables: PlanTables, state: SlotState, rank: int, ranks: int,
         targets=targets,
         scored=layout.scored,
     )
+
+
+def _write_known_ids(
+    tables: PlanTables, state: SlotState, decode_rows: int, token_slots: Tensor, positions: Tensor, given: Tensor
+) -> None:
+    """Ids that a plan tells, and those of its prefill rows, into the history."""
+    if len(tables.told):
+        told = (*_spans(*tables.told.astype(np.int64).T), tables.told_ids.astype(np.int64))
+        state.write(*upload(told, state.history.device))
+    if len(given):
+        state.write(token_slots[decode_rows:], positions[decode_rows:], given)
 
 
 def _layout(tables: PlanTables) -> _Layout:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from echelon.internal.link import Fence
+from parallel.slot_cost import SlotWork, chunk_work
+from worker.cohorts import Slot
 from worker.plan import Admit, Row, StepPlan, Told
 from worker.sequence import Request, Sequence
 
@@ -17,11 +19,12 @@ SCORED_STEP_TOKENS = 256  # of scored prompts in one step: each of these tokens 
 
 
 class Flight(NamedTuple):
-    """A plan without its result yet: whose ids it samples, and whose prompts it scores."""
+    """A plan without its result yet: whose ids it samples, whose prompts it scores, and what it computes."""
 
     step: int
     sampled: list[Sequence]
     scored: list[Request]
+    work: SlotWork
 
 
 @dataclass(slots=True)
@@ -39,14 +42,18 @@ class Draft:
     scored: list[Request] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)  # a chunk of each
     drawn: list[Sequence] = field(default_factory=list)  # the last id of each
+    after: int = 0  # the last step whose ids it reads
+    slot: Slot | None = None  # None: chunks fill the budget
+    work: SlotWork = field(default_factory=SlotWork)
 
     def plan(self, fence: Fence) -> StepPlan:
         """The finished plan."""
-        return StepPlan(fence, self.step, tuple(self.admits), tuple(self.blocks), tuple(self.rows), tuple(self.told))
+        admits, blocks, rows, told = tuple(self.admits), tuple(self.blocks), tuple(self.rows), tuple(self.told)
+        return StepPlan(fence, self.step, admits, blocks, rows, told, self.after)
 
     def flight(self) -> Flight:
         """What its result will be about."""
-        return Flight(self.step, self.sampled, self.scored)
+        return Flight(self.step, self.sampled, self.scored, self.work)
 
     def admit(self, sequence: Sequence) -> None:
         """A sequence has a slot now, and the blocks that it begins with; of what is cached, ranks are told the ids."""
@@ -60,15 +67,23 @@ class Draft:
         position = sequence.planned
         self.rows.append(Row(sequence.slot, position, 1, None, True, sequence.logprobs))
         self.budget -= 1
+        if sequence.drawn_step > self.after:
+            self.after = sequence.drawn_step
+        sequence.drawn_step = self.step
         sequence.planned = position + 1
         self.sampled.append(sequence)
         if position + 2 >= sequence.end:
             self.drawn.append(sequence)
 
+    def room(self, sequence: Sequence) -> int:
+        """How many positions of what is given can be computed now."""
+        first, waiting = sequence.planned, sequence.given - sequence.planned
+        return min(self.budget, waiting if self.slot is None else self.slot.tokens(self.work, first, waiting))
+
     def add_chunk(self, sequence: Sequence) -> Row:
         """The next positions of what is given, as many as the budgets allow; the last of them draws an id."""
         request, ids, first = sequence.request, sequence.ids, sequence.planned
-        tokens = min(self.budget, sequence.given - first)
+        tokens = self.room(sequence)
         scored, next_id = None, None
         if request.unscored and first < request.scored:  # computed again, scored before
             tokens = min(tokens, request.scored - first)
@@ -85,8 +100,10 @@ class Draft:
         row = Row(sequence.slot, first, tokens, tuple(ids[first:end]), sampled, logprobs, scored, next_id)
         self.rows.append(row)
         self.budget -= tokens
+        self.work += chunk_work(first, tokens)
         self.prefilled.append(sequence)
         if sampled:
+            sequence.drawn_step = self.step
             self.sampled.append(sequence)
             if end + 1 >= sequence.end:
                 self.drawn.append(sequence)

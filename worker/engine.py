@@ -29,6 +29,7 @@ from worker.sequence import Outcome
 __all__ = [
     "Commanded",
     "Completed",
+    "Drain",
     "Effect",
     "EngineCore",
     "EngineLimits",
@@ -39,7 +40,7 @@ __all__ = [
     "SendReport",
 ]
 
-PLANS_IN_FLIGHT = 2  # one runs, one waits behind it: the device is never idle while a result travels
+PLANS_AHEAD = 1  # beside those that run: the device is never idle while a result travels
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,12 @@ class SendReport:
     report: Report
 
 
-Effect = RunPlan | SendReport
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Tell every rank that no plan comes until results have."""
+
+
+Effect = RunPlan | Drain | SendReport
 
 
 class EngineCore:
@@ -100,6 +106,7 @@ class EngineCore:
         self._unacked: deque[Report] = deque()
         self._counters = {"released": 0, "refused_commands": 0}
         self._outcome = Outcome()  # what this step reports
+        self._draining = True
 
     @property
     def fence(self) -> Fence:
@@ -197,13 +204,21 @@ class EngineCore:
         self._counters["released"] += len(outcome.released)
 
     def _plan_ahead(self) -> list[Effect]:
-        """Plans until one runs and one waits; none that could bring more reports than may stay unacknowledged."""
+        """Plans until the pipeline is full and one waits, unless more reports could come than may be unacknowledged.
+
+        If there is none to give and some are on their way, several stages are told, once: else the first of them would
+        wait for another plan before it takes in what the last has sampled.
+        """
         plans: list[Effect] = []
-        while (in_flight := self._scheduler.plans_in_flight) < PLANS_IN_FLIGHT:
+        while (in_flight := self._scheduler.plans_in_flight) < self._limits.depth + PLANS_AHEAD:
             room = self._limits.max_unacked_reports - len(self._unacked) - in_flight
             plan = self._scheduler.schedule(self._fence) if room > 0 else None
             if plan is None:
+                if in_flight and self._limits.stages > 1 and not self._draining:
+                    self._draining = True
+                    plans.append(Drain())
                 break
+            self._draining = False
             plans.append(RunPlan(plan))
         return plans
 

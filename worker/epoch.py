@@ -26,9 +26,11 @@ from worker.kv_cache import KVCache
 from worker.loader import load_weights
 from worker.matchers import Matchers
 from worker.memory import settle_kv_blocks
+from worker.op_log import OpLog
 from worker.plan_socket import PlanReceiver, PlanServer
 from worker.runner import Runner, RunnerLimits
 from worker.spec import RankSpec
+from worker.stage import Stage
 
 MEET_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two plans always fit its socket
@@ -47,11 +49,12 @@ class Epoch:
     """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone."""
 
     fence: Fence
-    runner: Runner
+    stage: Stage
     plans: Iterable[bytes]
     lead: Lead | None
     parameter_bytes: int
     kv_bytes: int
+    op_log: OpLog | None
 
 
 def form_epoch(
@@ -81,7 +84,11 @@ def form_epoch(
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command), None)
-    return Epoch(fence, runner, plans, lead, model.resident_bytes, kv_cache.resident_bytes)
+    stage = Stage(runner, context.place, command.pipeline_depth)
+    log = None
+    if command.trace_dir:
+        log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
+    return Epoch(fence, stage, plans, lead, model.resident_bytes, kv_cache.resident_bytes, log)
 
 
 def degrees_of(command: control_pb2.FormEpoch) -> Degrees:
@@ -120,6 +127,8 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         block_tokens=command.block_tokens,
         max_step_tokens=command.max_step_tokens,
         max_context=command.max_context,
+        stages=command.pipeline,
+        depth=command.pipeline_depth,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send)
 

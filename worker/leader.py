@@ -18,8 +18,8 @@ from echelon.internal.channel import CLIENT_OPTIONS
 from echelon.internal.link import Report
 from echelon.internal.v1 import link_pb2, link_pb2_grpc
 from worker.control import REDIAL_S
-from worker.engine import Commanded, Completed, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
-from worker.plan import StepResult, encode
+from worker.engine import Commanded, Completed, Drain, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
+from worker.plan import DRAIN, StepResult, encode
 
 Call = grpc.aio.StreamStreamCall[link_pb2.ReplicaReport, link_pb2.ReplicaCommand]
 
@@ -82,5 +82,7 @@ class Leader:
             match effect:
                 case RunPlan(plan):
                     self._send_plan(encode(plan))
+                case Drain():
+                    self._send_plan(DRAIN)
                 case SendReport(report):
                     self._reports.put_nowait(report)

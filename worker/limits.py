@@ -12,7 +12,10 @@ from echelon.internal.link import Assign
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most."""
+    """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most.
+
+    stages: of its pipeline; depth: how many steps pass through it at once.
+    """
 
     max_running: int
     kv_blocks: int
@@ -20,6 +23,8 @@ class EngineLimits:
     max_step_tokens: int
     max_context: int
     max_unacked_reports: int = 1024
+    stages: int = 1
+    depth: int = 1
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -20,6 +20,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from models.constraints import error_of
 from worker.plan import NO_ID, Int32Array, PlanTables
 
+BROKEN = "the constraint cannot be followed further: its grammar exceeds the limits of a matcher"
 KEPT_GRAMMARS = 64  # the same few are asked for again and again, and by all choices of a request
 
 
@@ -44,7 +45,7 @@ class Constraint:
     @property
     def reason(self) -> str:
         """Why it broke, here or on the rank that filled its mask."""
-        return self.error or "the constraint cannot be followed further: its grammar exceeds the limits of a matcher"
+        return self.error or BROKEN
 
     def take(self, first: int, ids: Sequence[int], matcher: LLMatcher) -> None:
         """Ids of positions first and after; those of the prompt, and those taken before, change nothing."""

@@ -9,14 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from echelon.internal.link import Logprob
-from worker.matchers import Constraint
+from worker.matchers import BROKEN, Constraint
+from worker.op_clock import Span
 from worker.plan import NO_ID, StepResult
+from worker.sampler import logprobs_width
+
+
+def outcome_width(logprobs: Sequence[int | None], vocabulary: int) -> int:
+    """Numbers a sampled row has: its id alone, unless a row of the step asks for log-probabilities."""
+    return 1 if all(wanted is None for wanted in logprobs) else 1 + scores_width(vocabulary)
+
+
+def scores_width(vocabulary: int) -> int:
+    """Numbers of a packed row of log-probabilities."""
+    return 1 + 2 * logprobs_width(vocabulary)
 
 
 def pack(own: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
@@ -42,7 +55,8 @@ class PendingStep:
     """A step that was launched. outcome [sampled rows, 1 or more] and scores [scored tokens, ...], as packed above.
 
     logprobs: of every sampled row, None or how many alternatives it wants. scored: of every scored row, how many of
-    the scores are its, and how many alternatives it wants. constraints: of the sampled rows that have one.
+    the scores are its, and how many alternatives it wants. constraints: of the sampled rows that have one. span: when
+    this rank computed it.
     """
 
     def __init__(
@@ -53,11 +67,13 @@ class PendingStep:
         scores: Tensor | None = None,
         scored: tuple[tuple[int, int], ...] = (),
         constraints: Mapping[int, Constraint] | None = None,
+        span: Span | None = None,
     ) -> None:
         self._step = step
         self._logprobs = logprobs
         self._scored = scored
         self._constraints = constraints or {}
+        self._span = span
         self._outcome = _to_host(outcome)
         self._scores = None if scores is None else _to_host(scores)
         self._copied: torch.cuda.Event | None = None
@@ -80,8 +96,13 @@ class PendingStep:
             ids=ids,
             logprobs=tuple(unpack(self._outcome[:, 1:], self._logprobs)) if packed else (None,) * len(ids),
             scores=self._unpacked_scores(),
-            faults=tuple((row, found.reason) for row, found in self._constraints.items() if ids[row] == NO_ID),
+            faults=tuple((row, self._reason(row)) for row, token in enumerate(ids) if token == NO_ID),
+            slot_s=0.0 if self._span is None else self._span.seconds,
         )
+
+    def _reason(self, row: int) -> str:
+        """Why no id could be drawn; the first of several stages knows only that it could not."""
+        return self._constraints[row].reason if row in self._constraints else BROKEN
 
     def _unpacked_scores(self) -> tuple[tuple[Logprob, ...], ...]:
         if self._scores is None:
@@ -94,6 +115,14 @@ class PendingStep:
     def _wait(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
+
+
+class Queued(NamedTuple):
+    """An operation whose work is queued on the device: of which step, when, and the step itself if it ends with it."""
+
+    step: int
+    span: Span
+    pending: PendingStep | None = None
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ message for each admit with rules of no fixed size. Encoding lives here beside t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,8 @@ BLOCK_WIDTH = 3  # slot, index in the slot's block table, block id
 TOLD_WIDTH = 3  # slot, first position, tokens
 ROW_WIDTH = 5  # slot, first position, tokens, offset of given ids or -1, logprobs wanted (see below)
 SCORED_WIDTH = 3  # index of its row, alternatives, id after the row's last or -1
+
+DRAIN = b""  # in the stream of plans: no other comes until results have come back
 
 NO_SAMPLE = -2  # in a row's last column: the row ends before its prompt does, nothing is sampled
 NO_LOGPROBS = -1  # sampled, no log-probabilities; k >= 0: the sampled token's and the k likeliest
@@ -88,7 +90,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of every rank. Applied in order: admits, block changes, told ids, rows; decode rows come first."""
+    """One step of every rank. Applied in order: admits, block changes, told ids, rows; decode rows come first.
+
+    after: so many steps of this epoch must have returned their ids before this one, for a decode row reads the last.
+    """
 
     fence: Fence
     step: int
@@ -96,6 +101,12 @@ class StepPlan:
     blocks: tuple[tuple[int, int, int], ...] = ()
     rows: tuple[Row, ...] = ()
     told: tuple[Told, ...] = ()
+    after: int = 0
+
+    @property
+    def microbatch(self) -> int:
+        """Its number in the pipeline's schedule, from 0 on."""
+        return self.step - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,7 @@ class StepResult:
     scores: of the plan's scored rows in row order, the log-probabilities of the prompt tokens that they predict.
     faults: (index among the sampled rows, why) of rows that no id could be drawn for, because the matcher of their
     constraint broke: it exceeded its limits, or the ids to go on from do not follow the grammar. Their id is NO_ID.
+    slot_s: what the leader's stage took for it, 0 where that was not measured.
     """
 
     step: int
@@ -112,6 +124,7 @@ class StepResult:
     logprobs: tuple[Logprob | None, ...]
     scores: tuple[tuple[Logprob, ...], ...] = ()
     faults: tuple[tuple[int, str], ...] = ()
+    slot_s: float = field(default=0.0, compare=False)
 
 
 class Rules(NamedTuple):
@@ -142,6 +155,7 @@ class PlanTables:
     rows: Int32Array
     scored: Int32Array
     token_ids: Int32Array
+    after: int = 0
 
 
 def encode(plan: StepPlan) -> bytes:
@@ -167,6 +181,7 @@ def encode(plan: StepPlan) -> bytes:
         told=np.asarray([(told.slot, told.first, len(told.ids)) for told in plan.told], dtype="<i4").tobytes(),
         told_ids=np.asarray([token for told in plan.told for token in told.ids], dtype="<i4").tobytes(),
         scored=np.asarray(scored, dtype="<i4").tobytes(),
+        after=plan.after,
     )
     return record.SerializeToString()
 
@@ -189,6 +204,7 @@ def decode(payload: bytes) -> PlanTables:
         rows=ids(record.rows).reshape(-1, ROW_WIDTH),
         scored=ids(record.scored).reshape(-1, SCORED_WIDTH),
         token_ids=ids(record.token_ids),
+        after=record.after,
     )
 
 

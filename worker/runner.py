@@ -1,12 +1,13 @@
-"""Runs plans: state of the slots, one forward pass, sampling, and the ids back to the host.
+"""Runs plans on one stage: state of the slots, its part of the forward pass, sampling, and the ids back to the host.
 
-One per rank, in the rank's runner thread. `launch` queues a step's work without waiting for the device, so a
-caller may launch the next step before it takes the result of this one. Every rank samples its share of the rows
-and gathers all ids, so ranks agree on what comes next. It must not know requests, sockets or the scheduler.
+One per rank, in the rank's runner thread. `forward` and `back` queue work without waiting for the device, so a caller
+may launch the next step before it takes the result of this one. On the last stage every rank samples its share of the
+rows and gathers all ids, so that ranks agree on what comes next. It must not know requests, sockets or the scheduler.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import DecoderModel
+from parallel.comm import Channel
 from parallel.context import ParallelContext
 from worker import sampler
 from worker.batch import Share, StepBatch, apply_and_build
 from worker.kv_cache import KVCache
 from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
-from worker.pending import PendingStep, pack
+from worker.op_clock import OpClock, Span
+from worker.pending import PendingStep, Queued, outcome_width, pack, scores_width
 from worker.plan import NO_ID, PlanTables, StepResult
 from worker.sampler import RuledRows
 from worker.slots import SlotState
@@ -38,8 +41,19 @@ class RunnerLimits:
     block_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Out:
+    """A step that has gone forward and whose sampled ids have not travelled: outcome on the last stage, else None."""
+
+    step: int
+    batch: StepBatch
+    span: Span
+    outcome: Tensor | None
+    scores: Tensor | None
+
+
 class Runner:
-    """Applies plans in order to one model and its cache."""
+    """Applies plans in order to one stage's model and its cache."""
 
     def __init__(
         self,
@@ -55,40 +69,110 @@ class Runner:
         self._matchers = matchers
         self._piece_rows = sampler.piece_rows(model.config.vocab_size)
         self._state = SlotState(limits.max_running, limits.max_context, limits.block_tokens, context.device)
+        self._out: deque[_Out] = deque()
+        self.clock = OpClock(context.device)
 
     def run(self, tables: PlanTables) -> StepResult:
-        """Launch a plan and wait for it. Every rank returns the same."""
-        return self.launch(tables).result()
+        """One plan by itself, waited for. Every rank of the stages must do the same."""
+        pending = self.forward(tables).pending
+        if self._out:
+            pending = self.back().pending or pending
+        assert pending is not None, "either forward or back ends a step"
+        return pending.result()
 
     @torch.inference_mode()
-    def launch(self, tables: PlanTables) -> PendingStep:
-        """Queue a plan's work on the device. Of a constrained row, the id before must have been on its way."""
+    def forward(self, tables: PlanTables) -> Queued:
+        """Queue a plan's forward pass through this stage. On the first of several the step ends with its way back.
+
+        Of a constrained row, the id before must have been on its way.
+        """
         assert tables.fence.epoch == self._context.epoch, "a plan of another epoch"
-        tensor = self._context.tensor
-        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, self._piece_rows)
-        following = self._matchers.begin(tables, [row.slot for part in batch.ruled for row in part.constrained])
-        sampled, scored = len(batch.logprobs), len(batch.targets)
-        hidden = self._model(batch.forward, self._kv_cache) if len(tables.rows) else torch.empty(0, 0)
+        tensor, last = self._context.tensor, self._context.place.last_stage
+        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last)
+        constrained = [row.slot for part in batch.ruled for row in part.constrained]
+        following = self._matchers.begin(tables, constrained) if last else None
+        hidden = self._receive(batch)
+        started = self.clock.mark()
+        hidden = self._model(batch.forward, self._kv_cache, hidden) if len(tables.rows) else torch.empty(0, 0)
+        if not last:
+            return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
         masks = None if following is None else following.result()
         outcome, scores = torch.empty(0, 1), None
+        sampled, scored = len(batch.logprobs), len(batch.targets)
         if sampled:
             outcome = self._sample(hidden[:sampled], batch, masks)
             self._state.write(batch.slots, batch.positions, outcome[:, 0])
         if scored:
             scores = self._score(hidden[sampled:], batch.targets)
+        span = Span(started, self.clock.mark())
         constraints = self._matchers.of(batch.sampled_slots.tolist())
-        pending = PendingStep(tables.step, outcome, batch.logprobs, scores, batch.scored, constraints)
+        pending = PendingStep(tables.step, outcome, batch.logprobs, scores, batch.scored, constraints, span)
         for row, constraint in constraints.items():
             constraint.drawn = (pending, row)
-        return pending
+        if self._context.returned is not None:
+            self._out.append(_Out(tables.step, batch, span, outcome, scores))
+        return Queued(tables.step, span, pending)
+
+    @torch.inference_mode()
+    def back(self) -> Queued:
+        """The sampled ids of the oldest step that is out travel from the last stage to the first, and end it there."""
+        channel, out, started = self._context.returned, self._out.popleft(), self.clock.mark()
+        assert channel is not None, "a stage alone has its ids at once"
+        if self._context.place.last_stage:
+            self._send_back(channel, out)
+            return Queued(out.step, Span(started, self.clock.mark()))
+        pending = self._take_back(channel, out)
+        return Queued(out.step, Span(started, self.clock.mark()), pending)
+
+    # Between stages.
+
+    def _receive(self, batch: StepBatch) -> Tensor | None:
+        """What the stage before has made of the batch; None on the first."""
+        channel = self._context.received
+        if channel is None:
+            return None
+        tokens = len(batch.forward.positions)
+        return channel.receive((tokens, self._model.config.hidden_size), self._context.dtype)
+
+    def _pass_on(self, step: int, batch: StepBatch, hidden: Tensor, span: Span) -> Queued:
+        assert self._context.sent is not None, "a stage that is not the last has one behind it"
+        self._context.sent.send(hidden)
+        if not self._context.place.first_stage:
+            return Queued(step, span, PendingStep(step, torch.empty(0, 1, device=hidden.device), span=span))
+        self._out.append(_Out(step, batch, span, None, None))
+        return Queued(step, span)
+
+    def _send_back(self, channel: Channel, out: _Out) -> None:
+        """At least one row, so that the first stage knows when the step has passed them all."""
+        assert out.outcome is not None, "the last stage has sampled"
+        nothing = torch.zeros(1, 1, dtype=torch.float64, device=self._context.device)
+        channel.send(out.outcome if len(out.outcome) else nothing)
+        if out.scores is not None:
+            channel.send(out.scores)
+
+    def _take_back(self, channel: Channel, out: _Out) -> PendingStep:
+        batch, vocabulary = out.batch, self._model.config.vocab_size
+        sampled, scored = len(batch.logprobs), len(batch.targets)
+        width = outcome_width(batch.logprobs, vocabulary)
+        outcome = channel.receive((max(sampled, 1), width), torch.float64)[:sampled]
+        scores = channel.receive((scored, scores_width(vocabulary)), torch.float64) if scored else None
+        # A slot may have a new owner by now, who has written positions of his own.
+        kept = self._state.admitted_at[batch.sampled_slots] <= out.step
+        if kept.all():
+            self._state.write(batch.slots, batch.positions, outcome[:, 0])
+        else:
+            rows = upload_one(np.flatnonzero(kept), outcome.device)
+            self._state.write(batch.slots[rows], batch.positions[rows], outcome[rows, 0])
+        return PendingStep(out.step, outcome, batch.logprobs, scores, batch.scored, span=out.span)
+
+    # Sampling, on the last stage.
 
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
         share = batch.share
         logits = self._model.row_logits(hidden)[: share.size]
         ids = sampler.sample(logits, batch.sampling, batch.paths, _masked(batch.ruled, masks, logits.device))
-        top = sampler.logprobs_width(logits.shape[-1])
-        width = 1 if all(wanted is None for wanted in batch.logprobs) else 2 + 2 * top
+        width = outcome_width(batch.logprobs, logits.shape[-1])
         outcome = torch.zeros(share.padded // self._context.tensor.size, width, dtype=torch.float64, device=ids.device)
         outcome[: share.size, 0] = ids
         if len(batch.logprob_rows):

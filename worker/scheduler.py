@@ -17,24 +17,14 @@ from operator import attrgetter
 
 from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Finish, Logprob, Released, TokenRun
+from parallel.slot_cost import decode_work
+from worker import counters
+from worker.cohorts import Cohorts
 from worker.draft import Draft, Flight
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
 from worker.prefix_cache import PrefixCache
 from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
-
-COUNTERS = (
-    "steps",
-    "prefill_chunks",
-    "chunked_prompts",
-    "decode_rows",
-    "replayed_requests",
-    "preemptions",
-    "recomputed_tokens",  # computed again after a preemption
-    "cache_hits",  # beginnings that found something in the cache
-    "cached_tokens",  # found there, instead of computed
-    "shared_prefix_tokens",  # of these, computed for another choice of the same request
-)
 
 _ORDER = attrgetter("order")
 
@@ -49,6 +39,7 @@ class Scheduler:
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
         self._cache = PrefixCache(limits.kv_blocks, limits.block_tokens)
+        self._cohorts = Cohorts(limits)
         self._free_slots = list(reversed(range(limits.max_running)))
         self._held: dict[str, Request] = {}
         self._waiting: list[Sequence] = []  # in order
@@ -56,7 +47,7 @@ class Scheduler:
         self._in_flight: deque[Flight] = deque()
         self._step = 0
         self._arrivals = 0
-        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.counters = dict.fromkeys(counters.NAMES, 0)
 
     def __iter__(self) -> Iterator[Assign]:
         return (request.assign for request in self._held.values())
@@ -102,7 +93,13 @@ class Scheduler:
     def schedule(self, fence: Fence) -> StepPlan | None:
         """The next step, or None if there is nothing to compute before another result."""
         draft = Draft(self._step + 1, self._limits.max_step_tokens)
-        prefilling = self._decode(draft)
+        for cohort in self._cohorts.turns():
+            prefilling = self._decode(draft, cohort)
+            if draft.rows:
+                self._cohorts.took(cohort)
+                break
+        if self._cohorts.several:
+            self._pace(draft, prefilling)
         self._prefill(draft, prefilling)
         if not draft.rows:
             return None
@@ -119,6 +116,7 @@ class Scheduler:
         flight = self._in_flight.popleft()
         assert result.step == flight.step, f"results come in order: expected step {flight.step}, got {result.step}"
         self.counters["steps"] += 1
+        self._cohorts.observe(flight.work, result.slot_s)
         for request, scores in zip(flight.scored, result.scores, strict=True):
             request.scores += scores
         outcome = Outcome()
@@ -146,10 +144,11 @@ class Scheduler:
         slots = self._free_slots + [sequence.slot for sequence in self._running]
         assert sorted(slots) == list(range(self._limits.max_running)), f"slots {sorted(slots)}"
         assert all(sequence.slot == NO_SLOT for sequence in sequences if sequence.state is not State.RUNNING)
+        self._cohorts.check_integrity(self._running)
         self._cache.check_integrity(sequences)
 
-    def _decode(self, draft: Draft) -> list[Sequence]:
-        """One row for each sequence that generates and can; returns those that prefill."""
+    def _decode(self, draft: Draft, cohort: int) -> list[Sequence]:
+        """One row for each sequence of the cohort that generates and can; returns those that prefill."""
         prefilling: list[Sequence] = []
         block_tokens = self._limits.block_tokens
         for sequence in self._running:  # the last ones may leave meanwhile
@@ -157,7 +156,7 @@ class Scheduler:
             if position < sequence.given:
                 prefilling.append(sequence)
                 continue
-            if sequence.constrained and position >= len(sequence.ids):
+            if sequence.cohort != cohort or (sequence.constrained and position >= len(sequence.ids)):
                 continue
             if not draft.budget:
                 break
@@ -166,6 +165,14 @@ class Scheduler:
             draft.add_decode_row(sequence)
         self.counters["decode_rows"] += len(draft.rows)
         return prefilling
+
+    def _pace(self, draft: Draft, prefilling: list[Sequence]) -> None:
+        """The step is one slot of a pipeline: prompts get the time that makes the next ones alike."""
+        self._cohorts.balance(self._running)
+        draft.work = decode_work(row.first + 1 for row in draft.rows)
+        if prefilling or self._waiting:
+            soon = self._waiting[: len(self._free_slots)]
+            draft.slot = self._cohorts.slot(self._running, [*prefilling, *soon])
 
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
         """A block for the sequence's next position, preempting if none is free. False: it was the last itself."""
@@ -200,6 +207,8 @@ class Scheduler:
                 admitting = admitting and self._admit(draft, sequence)
                 if not admitting:
                     continue
+            if not draft.room(sequence):
+                break
             self._add_chunk(draft, sequence)
 
     def _admit(self, draft: Draft, sequence: Sequence) -> bool:
@@ -216,31 +225,23 @@ class Scheduler:
         sequence.state, sequence.due_at = State.RUNNING, 0
         sequence.slot = self._free_slots.pop()
         draft.admit(sequence)
-        self._count_hit(sequence)
+        counters.count_beginning(self.counters, sequence)
         return True
-
-    def _count_hit(self, sequence: Sequence) -> None:
-        request, of_prompt = sequence.request, min(sequence.cached, sequence.prompt_tokens)
-        self.counters["cache_hits"] += sequence.cached > 0
-        self.counters["cached_tokens"] += sequence.cached
-        if request.cached_tokens is None:
-            request.cached_tokens = of_prompt
-        elif not sequence.computed:
-            self.counters["shared_prefix_tokens"] += of_prompt
 
     def _add_chunk(self, draft: Draft, sequence: Sequence) -> None:
         """The next positions of what is given; while they fill blocks of the prompt, other choices wait for these."""
         row = draft.add_chunk(sequence)
-        end, block_tokens = row.first + row.tokens, self._limits.block_tokens
+        if row.sampled:
+            self._cohorts.join(sequence)
+        block_tokens = self._limits.block_tokens
         if row.first // block_tokens < (sequence.prompt_tokens - 1) // block_tokens:
             sequence.request.computing_step = draft.step
-        self.counters["prefill_chunks"] += 1
-        self.counters["chunked_prompts"] += row.first == sequence.cached and not row.sampled
-        self.counters["recomputed_tokens"] += max(0, min(end, sequence.computed) - row.first)
+        counters.count_chunk(self.counters, sequence, row)
 
     def _give_back(self, sequence: Sequence, state: State) -> None:
         """Slot and blocks of a running sequence, to those that the next plan is for."""
         self._dequeue(self._running, sequence)
+        self._cohorts.leave(sequence)
         self._cache.end(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.state = NO_SLOT, state

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from echelon.internal.link import Assign, Finish, Logprob, Progress, Prompted, Released, TokenRun
 
 NO_SLOT = -1
+NO_COHORT = -1
 
 
 class State(enum.Enum):
@@ -77,6 +78,8 @@ class Sequence:
     hashes: list[bytes]  # of its full blocks, as far as they were needed
     state: State = State.WAITING
     slot: int = NO_SLOT
+    cohort: int = NO_COHORT  # those that decode have one
+    drawn_step: int = 0  # the last step that draws an id of it
     planned: int = 0  # positions whose keys and values are in its blocks once all plans have run
     cached: int = 0  # of these, found in the cache when it last began
     computed: int = 0  # the most that were planned before a preemption

@@ -1,4 +1,4 @@
-"""Runs an epoch's plans: launched in order in one thread, their results taken in another.
+"""Runs an epoch's plans: operations queued in order in one thread, their results taken in another.
 
 In every rank process. The next step is launched before the result of the last one is waited for, so the device does
 not stand idle while ids travel. A step that breaks is told once, and nothing is launched after it.
@@ -10,9 +10,10 @@ import queue
 import threading
 from collections.abc import Callable
 
+from parallel.schedule import Op
 from worker.epoch import Epoch
-from worker.pending import PendingStep
-from worker.plan import StepResult, decode
+from worker.pending import Queued
+from worker.plan import DRAIN, StepResult, decode
 
 
 class Steps:
@@ -24,7 +25,7 @@ class Steps:
         self._epoch = epoch
         self._on_result = on_result
         self._on_fault = on_fault
-        self._launched: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
+        self._queued: queue.SimpleQueue[tuple[Op, Queued]] = queue.SimpleQueue()
         self._begun = 0
         self._done = 0
 
@@ -45,15 +46,20 @@ class Steps:
 
     def _launch(self) -> None:
         for payload in self._epoch.plans:
-            tables = decode(payload)
-            self._begun = tables.step
-            self._launched.put(self._epoch.runner.launch(tables))
+            tables = None if payload == DRAIN else decode(payload)
+            self._begun = self._begun if tables is None else tables.step
+            for queued in self._epoch.stage.take(tables):
+                self._queued.put(queued)
 
     def _finish(self) -> None:
         while True:
-            result = self._launched.get().result()
-            self._done = result.step
-            self._on_result(result)
+            op, queued = self._queued.get()
+            if queued.pending is not None:
+                result = queued.pending.result()
+                self._done = result.step
+                self._on_result(result)
+            if self._epoch.op_log is not None:
+                self._epoch.op_log.write(op, queued)
 
     def _told(self, work: Callable[[], None]) -> None:
         try:

@@ -26,7 +26,7 @@ from echelon.internal.v1 import control_pb2 as echelon_dot_internal_dot_v1_dot_c
 from echelon.internal.v1 import link_pb2 as echelon_dot_internal_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65\x63helon/internal/v1/plan.proto\x12\x13\x65\x63helon.internal.v1\x1a!echelon/internal/v1/control.proto\x1a\x1e\x65\x63helon/internal/v1/link.proto\"\xdf\x01\n\x08StepPlan\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06\x61\x64mits\x18\x03 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x0c\x12\x0c\n\x04rows\x18\x05 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x06 \x01(\x0c\x12)\n\x05rules\x18\x07 \x03(\x0b\x32\x1a.echelon.internal.v1.Rules\x12\x0c\n\x04told\x18\x08 \x01(\x0c\x12\x10\n\x08told_ids\x18\t \x01(\x0c\x12\x0e\n\x06scored\x18\n \x01(\x0c\"\x89\x01\n\x05Rules\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08stop_ids\x18\x02 \x03(\r\x12\x12\n\nbiased_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62iases\x18\x04 \x03(\x01\x12+\n\tbad_words\x18\x05 \x03(\x0b\x32\x18.echelon.internal.v1.Ids\x12\x0f\n\x07grammar\x18\x06 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65\x63helon/internal/v1/plan.proto\x12\x13\x65\x63helon.internal.v1\x1a!echelon/internal/v1/control.proto\x1a\x1e\x65\x63helon/internal/v1/link.proto\"\xee\x01\n\x08StepPlan\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06\x61\x64mits\x18\x03 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x0c\x12\x0c\n\x04rows\x18\x05 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x06 \x01(\x0c\x12)\n\x05rules\x18\x07 \x03(\x0b\x32\x1a.echelon.internal.v1.Rules\x12\x0c\n\x04told\x18\x08 \x01(\x0c\x12\x10\n\x08told_ids\x18\t \x01(\x0c\x12\r\n\x05\x61\x66ter\x18\x0b \x01(\x04\x12\x0e\n\x06scored\x18\n \x01(\x0c\"\x89\x01\n\x05Rules\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08stop_ids\x18\x02 \x03(\r\x12\x12\n\nbiased_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62iases\x18\x04 \x03(\x01\x12+\n\tbad_words\x18\x05 \x03(\x0b\x32\x18.echelon.internal.v1.Ids\x12\x0f\n\x07grammar\x18\x06 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.internal.v1.plan_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPPLAN']._serialized_start=123
-  _globals['_STEPPLAN']._serialized_end=346
-  _globals['_RULES']._serialized_start=349
-  _globals['_RULES']._serialized_end=486
+  _globals['_STEPPLAN']._serialized_end=361
+  _globals['_RULES']._serialized_start=364
+  _globals['_RULES']._serialized_end=501
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StepPlan(_message.Message):
-    __slots__ = ("fence", "step", "admits", "blocks", "rows", "token_ids", "rules", "told", "told_ids", "scored")
+    __slots__ = ("fence", "step", "admits", "blocks", "rows", "token_ids", "rules", "told", "told_ids", "after", "scored")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ADMITS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class StepPlan(_message.Message):
     RULES_FIELD_NUMBER: _ClassVar[int]
     TOLD_FIELD_NUMBER: _ClassVar[int]
     TOLD_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
     fence: _control_pb2.Fence
     step: int
@@ -28,8 +29,9 @@ class StepPlan(_message.Message):
     rules: _containers.RepeatedCompositeFieldContainer[Rules]
     told: bytes
     told_ids: bytes
+    after: int
     scored: bytes
-    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., admits: _Optional[bytes] = ..., blocks: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., rules: _Optional[_Iterable[_Union[Rules, _Mapping]]] = ..., told: _Optional[bytes] = ..., told_ids: _Optional[bytes] = ..., scored: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., admits: _Optional[bytes] = ..., blocks: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., rules: _Optional[_Iterable[_Union[Rules, _Mapping]]] = ..., told: _Optional[bytes] = ..., told_ids: _Optional[bytes] = ..., after: _Optional[int] = ..., scored: _Optional[bytes] = ...) -> None: ...
 
 class Rules(_message.Message):
     __slots__ = ("slot", "stop_ids", "biased_ids", "biases", "bad_words", "grammar")

@@ -1,0 +1,115 @@
+"""Cohorts: which sequences decode together in a pipeline's slots, and how much of prompts goes beside them.
+
+Lives in the leader, without torch, clock or I/O. Cohorts take turns, as many as steps pass through the pipeline at
+once; slots of equal time leave no bubble, so their costs are fitted to what slots took. One stage has one cohort, and
+its steps are filled to the token budget. It knows sequences, and nothing of plans and blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from parallel.cohorts import balance_cohorts
+from parallel.slot_cost import ChunkLimits, SlotCostModel, SlotWork, chunk_tokens, decode_work, slot_target_s
+from worker.limits import EngineLimits
+from worker.sequence import NO_COHORT, State
+from worker.sequence import Sequence as Choice
+
+GRANULE_TOKENS = 16
+ROW = SlotWork(tokens=1, rows=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """How long a step should take, by what steps were measured to cost."""
+
+    model: SlotCostModel
+    target_s: float
+    limits: ChunkLimits
+
+    def tokens(self, beside: SlotWork, first: int, waiting: int) -> int:
+        """Of a prompt's tokens that wait, from position first on, what still fits beside other work of the step.
+
+        0 if nothing does, unless no other prompt is in the step: one has to go on however heavy the cohort is.
+        """
+        fitting = chunk_tokens(self.model, beside, first, waiting, self.target_s, self.limits)
+        alone = beside.pairs == 0
+        return fitting if alone or self.model.tokens_within(beside, first, self.target_s) >= 1 else 0
+
+
+class Cohorts:
+    """Of one replica."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self._sizes = [0] * limits.depth
+        self._turn = 0
+        self._model = SlotCostModel()
+        self._chunks = ChunkLimits(limits.max_step_tokens, min(GRANULE_TOKENS, limits.max_step_tokens))
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anything to balance."""
+        return len(self._sizes) > 1
+
+    def join(self, sequence: Choice) -> None:
+        """It decodes from now on, in the smallest cohort."""
+        assert sequence.cohort == NO_COHORT, f"in cohort {sequence.cohort} already"
+        sequence.cohort = self._sizes.index(min(self._sizes))
+        self._sizes[sequence.cohort] += 1
+
+    def leave(self, sequence: Choice) -> None:
+        if sequence.cohort != NO_COHORT:
+            self._sizes[sequence.cohort] -= 1
+            sequence.cohort = NO_COHORT
+
+    def turns(self) -> Iterator[int]:
+        """Cohorts in the order of their turns, the empty ones left out, but one of them if all are."""
+        count = len(self._sizes)
+        order = [(self._turn + ahead) % count for ahead in range(count)]
+        return iter([cohort for cohort in order if self._sizes[cohort]] or order[:1])
+
+    def took(self, cohort: int) -> None:
+        """It had its turn."""
+        self._turn = (cohort + 1) % len(self._sizes)
+
+    def balance(self, running: Iterable[Choice]) -> None:
+        """At the end of a round: those that decode are spread such that the cohorts cost alike."""
+        if self._turn:
+            return
+        decoding = [sequence for sequence in running if sequence.cohort != NO_COHORT]
+        idle_s = self._model.predict(SlotWork())
+        costs = [self._model.predict(_row(sequence)) - idle_s or 1e-9 for sequence in decoding]
+        current = [sequence.cohort for sequence in decoding]
+        for sequence, cohort in zip(decoding, balance_cohorts(costs, current, len(self._sizes)), strict=True):
+            self._sizes[sequence.cohort] -= 1
+            self._sizes[cohort] += 1
+            sequence.cohort = cohort
+
+    def slot(self, running: Sequence[Choice], prompts: Sequence[Choice]) -> Slot:
+        """The time of the next slots, while these prompts wait to be computed."""
+        works = [SlotWork()] * len(self._sizes)
+        for sequence in running:
+            if sequence.cohort != NO_COHORT:
+                works[sequence.cohort] += _row(sequence)
+        waiting = sum(sequence.given - sequence.planned for sequence in prompts)
+        first = prompts[0].planned if prompts else 0
+        return Slot(self._model, slot_target_s(self._model, works, first, waiting, self._chunks), self._chunks)
+
+    def observe(self, work: SlotWork, slot_s: float) -> None:
+        """What a step took, if that was measured."""
+        if self.several and slot_s > 0:
+            self._model = self._model.observe(work, slot_s)
+
+    def check_integrity(self, running: Iterable[Choice]) -> None:
+        """Each is where its members say."""
+        found = [0] * len(self._sizes)
+        for sequence in running:
+            if sequence.cohort != NO_COHORT:
+                assert sequence.state is State.RUNNING
+                found[sequence.cohort] += 1
+        assert found == self._sizes, f"cohorts of {found}, counted {self._sizes}"
+
+
+def _row(sequence: Choice) -> SlotWork:
+    return decode_work((sequence.planned + 1,))
