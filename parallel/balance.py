@@ -67,6 +67,25 @@ class ExpertPlacement:
         return tuple(slot for slot, (before, after) in enumerate(pairs) if before != after)
 
 
+def transfers(before: ExpertPlacement, after: ExpertPlacement) -> tuple[tuple[int, int], ...]:
+    """(source, target) for each physical slot that is to hold another expert, targets ascending.
+
+    The source is on the target's own rank if that has the expert, else on the rank with fewest to send so far.
+    """
+    per_rank = len(before.slots[0])
+    wanted = [expert for rank in after.slots for expert in rank]
+    holders = before.physical(max(wanted) + 1)
+    sends = [0] * len(before.slots)
+    found = []
+    for target in before.moved(after):
+        own = target // per_rank
+        ranks = {slot // per_rank: slot for slot in holders[wanted[target]]}
+        rank = own if own in ranks else min(ranks, key=sends.__getitem__)
+        sends[rank] += rank != own
+        found.append((ranks[rank], target))
+    return tuple(found)
+
+
 def imbalance(placement: ExpertPlacement, loads: Sequence[float]) -> float:
     """Heaviest rank over the mean of ranks, 1 at best: the factor by which the layer waits for one rank."""
     ranks = placement.rank_loads(loads)

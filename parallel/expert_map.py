@@ -14,23 +14,28 @@ from torch import Tensor
 from parallel.balance import ExpertPlacement
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertMap:
-    """replicas: [experts] int64, in how many slots an expert lies.  slots: [experts, expert ranks] int64, which ones;
-    the first of them count.  loads: [experts] int64, rows that chose the expert here since `loads` was last zeroed."""
+    """placement: the same on the host.  replicas: [experts] int64, in how many slots an expert lies.
+    slots: [experts, expert ranks] int64, which ones; the first `replicas` of them count.
+    loads: [experts] int64, rows that chose the expert here since it was last zeroed."""
 
-    slots_per_rank: int
+    placement: ExpertPlacement
     replicas: Tensor
     slots: Tensor
     loads: Tensor
 
     @classmethod
     def of(cls, placement: ExpertPlacement, experts: int, device: torch.device) -> ExpertMap:
-        empty = torch.zeros(experts, dtype=torch.int64, device=device)
+        replicas, loads = torch.zeros(2, experts, dtype=torch.int64, device=device)
         slots = torch.zeros(experts, len(placement.slots), dtype=torch.int64, device=device)
-        made = cls(len(placement.slots[0]), empty, slots, torch.zeros_like(empty))
+        made = cls(placement, replicas, slots, loads)
         made.change(placement)
         return made
+
+    @property
+    def slots_per_rank(self) -> int:
+        return len(self.placement.slots[0])
 
     def change(self, placement: ExpertPlacement) -> None:
         """From now on experts lie so; what is queued on the stream before still finds them where they were."""
@@ -40,6 +45,7 @@ class ExpertMap:
         padded = [[*slots, *[slots[0]] * (width - len(slots))] for slots in physical]
         self.replicas.copy_(torch.tensor([len(slots) for slots in physical]))
         self.slots.copy_(torch.tensor(padded))
+        self.placement = placement
 
     def slots_of(self, expert_ids: Tensor) -> Tensor:
         """[m, k] experts, counted -> [m, k] slots; rows take the replicas of an expert in turn."""

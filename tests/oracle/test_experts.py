@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models.config import read_model_config
+from models.expert_balance import Rebalanced, rebalance_experts
 from models.moe import MixtureOfExperts
 from models.registry import build_model
 from models.tables import parameter_bytes
@@ -121,9 +122,15 @@ def steps_of(owners: Sequence[int], data: int) -> list[list[Step]]:
 class StageDriver(Driver):
     """A driver of one data rank, which may have nothing in a step."""
 
-    def stage_logprobs(self, steps: Sequence[Step]) -> dict[int, npt.NDArray[np.float64]]:
+    @torch.inference_mode()
+    def stage_logprobs(
+        self, steps: Sequence[Step], between: Callable[[StageDriver, int], None] = lambda driver, step: None
+    ) -> dict[int, npt.NDArray[np.float64]]:
+        """By sequence. between: called after each step."""
         rows: dict[int, list[npt.NDArray[np.float64]]] = {}
-        for pieces, step in steps:
+        for number, (pieces, step) in enumerate(steps):
+            if number:
+                between(self, number - 1)
             pieces = sorted(pieces, key=lambda piece: not piece.decodes)
             hidden = self.model(replace(self._batch(pieces), experts=step), self.cache)
             if not pieces:
@@ -135,20 +142,23 @@ class StageDriver(Driver):
         return {sequence: np.concatenate(parts) for sequence, parts in rows.items()}
 
 
+def driver_of(expected: Expected, context: ParallelContext) -> StageDriver:
+    config = read_model_config(expected.directory)
+    model = build_model(config, context)
+    load_weights(model, config, expected.directory, context, lambda loaded_bytes, total_bytes: None)
+    cache = KVCache(config, context, NUM_BLOCKS, BLOCK_TOKENS)
+    return StageDriver(model, cache, context.tensor, expected.sequences)
+
+
 def run(expected: Expected, degrees: Degrees, steps: list[list[Step]]) -> list[Found]:
     def as_rank(context: ParallelContext) -> Found:
-        config = read_model_config(expected.directory)
-        with torch.inference_mode():
-            model = build_model(config, context)
-            load_weights(model, config, expected.directory, context, lambda loaded_bytes, total_bytes: None)
-            cache = KVCache(config, context, NUM_BLOCKS, BLOCK_TOKENS)
-            driver = StageDriver(model, cache, context.tensor, expected.sequences)
-            logprobs = driver.stage_logprobs(steps[context.place.data_rank])
-        sparse = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        driver = driver_of(expected, context)
+        logprobs = driver.stage_logprobs(steps[context.place.data_rank])
+        sparse = [layer.mlp for layer in driver.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
         exchanges = [mlp.dispatcher for mlp in sparse if isinstance(mlp.dispatcher, ExchangedExperts)]
         return Found(
             logprobs=logprobs,
-            parameter_bytes=model.resident_bytes,
+            parameter_bytes=driver.model.resident_bytes,
             expert_bytes=sum(mlp.experts.gate_up.nbytes + mlp.experts.down.nbytes for mlp in sparse),
             dispatches=sum(exchange.traffic.dispatches for exchange in exchanges),
             rows_sent=sum(exchange.traffic.rows_sent for exchange in exchanges),
@@ -157,6 +167,38 @@ def run(expected: Expected, degrees: Degrees, steps: list[list[Step]]) -> list[F
         )
 
     return as_ranks(degrees, as_rank)
+
+
+@pytest.mark.parametrize("name", ["tensor-2-expert-2", "data-2-expert-2", "data-2-tensor-2-expert-2"])
+def test_answers_stay_when_experts_move(expected: Expected, name: str) -> None:
+    """After every fourth step; each move lowers the heaviest rank's load of the steps before, or keeps it."""
+    degrees = DEGREES[name]
+    steps = steps_of(OWNERS["one-idle"], degrees.data)
+
+    def as_rank(context: ParallelContext) -> tuple[dict[int, npt.NDArray[np.float64]], list[Rebalanced]]:
+        done: list[Rebalanced] = []
+
+        def between(driver: StageDriver, step: int) -> None:
+            if step % 4 == 3:
+                done.extend(rebalance_experts(driver.model, context).values())
+
+        driver = driver_of(expected, context)
+        logprobs = driver.stage_logprobs(steps[context.place.data_rank], between)
+        rebalance_experts(driver.model, context)
+        assert set(rebalance_experts(driver.model, context).values()) == {Rebalanced(1.0, 1.0, 0)}  # no load since
+        return logprobs, done
+
+    ranks = as_ranks(degrees, as_rank)
+    for logprobs, done in ranks:
+        for sequence, found in logprobs.items():
+            np.testing.assert_allclose(found, expected.logprobs[sequence], rtol=0, atol=1e-6)
+        assert len(done) == (len(steps[0]) - 1) // 4 * len(expected.choices)
+        assert all(layer.after <= layer.before + 1e-9 for layer in done)
+    received = sum(layer.received for _, done in ranks for layer in done)
+    alike = json.loads((expected.directory / "config.json").read_text())["num_experts_per_tok"] == 1
+    assert (received == 0) == alike  # where one expert has all, no exchange of experts helps
+    if not alike:
+        assert any(layer.after < layer.before for _, done in ranks for layer in done)
 
 
 def rows_sent(expected: Expected, degrees: Degrees, rank: int, steps: Sequence[Step]) -> int:

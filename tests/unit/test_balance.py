@@ -17,6 +17,7 @@ from parallel.balance import (
     imbalance,
     imbalance_bound,
     place_experts,
+    transfers,
 )
 from parallel.packing import replicate
 
@@ -219,3 +220,26 @@ def test_a_placement_of_another_layout_is_refused() -> None:
     placement = place_experts([1.0] * 8, ExpertLayout(8, 4, 2))
     with pytest.raises(AssertionError, match="another layout"):
         place_experts([1.0] * 8, ExpertLayout(8, 2, 4), placement)
+
+
+@settings(max_examples=100)
+@given(layouts_and_loads())
+def test_transfers_change_one_placement_into_the_next(drawn: tuple[ExpertLayout, list[list[float]]]) -> None:
+    layout, windows = drawn
+    before = place_experts([1.0] * layout.experts, layout)
+    slots = [expert for rank in before.slots for expert in rank]
+    after = place_experts(windows[0], layout, before)
+    moves = transfers(before, after)
+    changed = list(slots)
+    for source, target in moves:
+        changed[target] = slots[source]
+        held = before.slots[target // layout.slots_per_rank]
+        assert source // layout.slots_per_rank == target // layout.slots_per_rank or slots[source] not in held
+    assert changed == [expert for rank in after.slots for expert in rank]
+    assert tuple(target for _, target in moves) == before.moved(after)
+
+
+def test_replicas_share_what_is_sent() -> None:
+    before = ExpertPlacement(((0, 1), (0, 2), (3, 1), (4, 2)))
+    after = ExpertPlacement(((0, 1), (0, 2), (3, 0), (4, 0)))
+    assert transfers(before, after) == ((0, 5), (2, 7))

@@ -17,6 +17,7 @@ from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from parallel.expert import PREFILL, ExchangedExperts, ExpertStep
 from parallel.expert_map import ExpertMap
+from parallel.expert_moves import move_experts
 from tests.ranks import as_ranks
 
 EXPERTS, WIDTH, CHOSEN = 4, 3, 2
@@ -136,6 +137,40 @@ def test_a_map_changes_in_place() -> None:
     expert_map.change(ExpertPlacement(((3, 2), (1, 0))))
     assert expert_map.slots_of(torch.tensor([[0, 1, 2, 3]])).tolist() == [[3, 2, 1, 0]]
     assert [tensor.data_ptr() for tensor in (expert_map.replicas, expert_map.slots)] == pointers
+
+
+@pytest.mark.parametrize("expert", [2, 4])
+def test_moved_experts_lie_where_the_map_says(expert: int) -> None:
+    """A slot's weights are (expert, part); there and back, by replicas and without."""
+    degrees = Degrees(data=2, tensor=2, expert=expert)
+    path = [REPLICATED[expert], _turned(REPLICATED[expert]), REPLICATED[expert]]
+
+    def as_rank(context: ParallelContext) -> tuple[list[list[list[int]]], list[int], list[int]]:
+        place, tensors = context.place, []
+        for factor in (1, 100):
+            held = [[e * factor, place.expert_tensor_rank] for e in path[0].slots[place.expert_rank]]
+            tensors.append(torch.tensor(held))
+        expert_map = ExpertMap.of(path[0], EXPERTS, context.device)
+        received = [move_experts(tensors, expert_map, to, context.stage, degrees.expert_tensor) for to in path[1:2]]
+        found = [tensor.tolist() for tensor in tensors]
+        slots = expert_map.slots_of(torch.arange(EXPERTS)[:, None]).flatten().tolist()
+        move_experts(tensors, expert_map, path[2], context.stage, degrees.expert_tensor)
+        back = [e for e, _ in tensors[0].tolist()]
+        assert back == list(path[0].slots[place.expert_rank])
+        return found, received, slots
+
+    flat = [e for rank in path[1].slots for e in rank]
+    for rank, (found, received, slots) in enumerate(as_ranks(degrees, as_rank)):
+        place = degrees.place(rank)
+        own, before = path[1].slots[place.expert_rank], path[0].slots[place.expert_rank]
+        assert found == [[[e * factor, place.expert_tensor_rank] for e in own] for factor in (1, 100)]
+        assert received == [sum(e not in before for e in own)]
+        assert [flat[slot] for slot in slots] == list(range(EXPERTS))
+
+
+def _turned(placement: ExpertPlacement) -> ExpertPlacement:
+    """Each rank's experts on the next rank, in another order."""
+    return ExpertPlacement(tuple(placement.slots[rank - 1][::-1] for rank in range(len(placement.slots))))
 
 
 def test_a_group_of_one_exchanges_with_itself() -> None:
