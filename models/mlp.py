@@ -62,11 +62,11 @@ def _experts(
             down.view(slots, config.hidden_size, -1),
             ACTIVATIONS[config.activation],
         ),
-        dispatcher=_dispatcher(context, routing.experts),
+        dispatcher=experts_dispatcher(context, routing.experts),
     )
 
 
-def _dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
+def experts_dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
     """Rows travel unless every rank has them already, and a part of every expert."""
     degrees = context.place.degrees
     if degrees.expert == 1 and degrees.data == 1:
