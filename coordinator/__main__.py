@@ -1,7 +1,8 @@
 """The coordinator process: `python -m coordinator`, started and replaced by the supervisor.
 
-Reads its configuration as one JSON line on stdin, which stays open: its end means that the supervisor is gone.
-Tells the supervisor JSON lines on stdout: beats, loading, ready, failed. The only place that wires the parts.
+Reads its configuration as one JSON line on stdin, which stays open: each further line is one to change to, its end
+means that the supervisor is gone. Tells the supervisor JSON lines on stdout: beats, loading, ready, failed, and what
+becomes of a change. The only place that wires the parts.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ async def run(config: CoordinatorConfig, supervisor: Supervisor) -> None:
             ended.set_result(drain)
 
     def watch_stdin() -> None:
-        sys.stdin.read()
+        for line in sys.stdin:
+            loop.call_soon_threadsafe(coordinator.reconfigure, CoordinatorConfig.model_validate_json(line))
         loop.call_soon_threadsafe(end, False)
 
     loop.add_signal_handler(signal.SIGTERM, end, True)

@@ -1,9 +1,12 @@
 """How the parts of a coordinator are made from its configuration: service, rank processes, and what ranks are told.
 
-In the coordinator process, once, by `coordinator/process.py`. Nothing here runs or decides.
+In the coordinator process, by `coordinator/process.py` and `reconfiguration.py`. Nothing here runs or decides.
 """
 
 from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
 
 from coordinator.answer_text import AnswerText, Stops
 from coordinator.cluster import Cluster
@@ -14,7 +17,7 @@ from coordinator.grammars import Grammars
 from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts
-from coordinator.placement import plan_replica
+from coordinator.placement import ReplicaPlan, plan_replica
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.service import Parts, Service
 from coordinator.settle import Served
@@ -51,9 +54,29 @@ class RankLauncher:
         await self._cluster.kill(replica, suspect)
 
 
-def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences) -> Service:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A configuration and all that follows from it. settings: what ranks are told, settings.layout its digest."""
+
+    config: CoordinatorConfig
+    model: ModelConfig
+    plan: ReplicaPlan
+    settings: control_pb2.FormEpoch
+    served: Served
+
+
+def read_layout(config: CoordinatorConfig) -> Layout:
+    """Reads the model's files, the weights excepted. Raises ConfigError."""
+    model = read_model_config(config.model)
+    plan = plan_replica(config, model)
+    facts = ModelFacts.of(config.served_model_name, config.max_context, model)
+    served = Served(facts, Tokenizer.from_directory(config.model), Grammars(config.model, facts))
+    return Layout(config, model, plan, _epoch_settings(config, plan), served)
+
+
+def build_service(layout: Layout, fences: Fences) -> Service:
     """The service over the state directory's journal."""
-    tokenizer = Tokenizer.from_directory(config.model)
+    config = layout.config
     folder = config.state_dir / "journal"
     try:
         journal = JournalFile(folder, fences.term, fsync=config.journal == "fsync")
@@ -61,24 +84,23 @@ def build_service(config: CoordinatorConfig, model: ModelConfig, fences: Fences)
         raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
 
     def new_text(stops: Stops) -> AnswerText:
-        return AnswerText(Detokenizer(tokenizer.decode), stops)
+        return AnswerText(Detokenizer(service.served.tokenizer.decode), stops)
 
-    facts = ModelFacts.of(config.served_model_name, config.max_context, model)
     core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens, config.replicas)
     parts = Parts(
         core=CoordinatorCore(core_config, new_text, journal.state),
         journal=journal,
         events=EventLog(fences.term),
         metrics=Metrics.create(),
-        served=Served(facts, tokenizer, Grammars(config.model, facts)),
+        served=layout.served,
     )
-    return Service(parts)
+    service = Service(parts)
+    return service
 
 
-def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
+def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2.FormEpoch:
     """What every rank is told of an epoch besides its store and its blocks."""
-    plan = plan_replica(config, read_model_config(config.model))
-    return control_pb2.FormEpoch(
+    settings = control_pb2.FormEpoch(
         model_path=str(config.model),
         dtype=config.dtype,
         pipeline=config.pipeline,
@@ -93,3 +115,5 @@ def epoch_settings(config: CoordinatorConfig) -> control_pb2.FormEpoch:
         max_context=config.max_context,
         kv_blocks_limit=plan.kv_blocks_limit or 0,
     )
+    settings.layout = hashlib.sha256(settings.SerializeToString(deterministic=True)).hexdigest()
+    return settings

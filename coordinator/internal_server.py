@@ -7,7 +7,7 @@ echelon.internal.v1 end here and in `echelon/internal/wire.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import assert_never
 
 import grpc.aio
@@ -25,6 +25,8 @@ from coordinator.replica.events import (
     Ready,
     Refuse,
     Resident,
+    Retire,
+    Retired,
     StoreOpened,
 )
 from coordinator.replica.service import Outbox, ReplicaService, Told
@@ -40,9 +42,11 @@ ServeContext = grpc.aio.ServicerContext[link_pb2.ReplicaReport, link_pb2.Replica
 
 
 class RankControlServicer(control_pb2_grpc.RankControlServicer):
-    """One Attach stream a rank. epoch_settings: what every FormEpoch says besides the store and the blocks."""
+    """One Attach stream a rank. epoch_settings: what a FormEpoch says now besides the store and the blocks."""
 
-    def __init__(self, replicas: Mapping[int, ReplicaService], epoch_settings: control_pb2.FormEpoch) -> None:
+    def __init__(
+        self, replicas: Mapping[int, ReplicaService], epoch_settings: Callable[[], control_pb2.FormEpoch]
+    ) -> None:
         self._replicas = replicas
         self._epoch_settings = epoch_settings
 
@@ -92,8 +96,10 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
             case OpenStore():
                 command.open_store.SetInParent()
             case Form(store_address, kv_blocks):
-                command.form.CopyFrom(self._epoch_settings)
+                command.form.CopyFrom(self._epoch_settings())
                 command.form.store_address, command.form.kv_blocks = store_address, kv_blocks
+            case Retire():
+                command.retire.SetInParent()
             case Refuse(reason):
                 command.refused.reason = reason
             case other:
@@ -168,6 +174,7 @@ def attached_of(message: control_pb2.RankMessage) -> Attached:
         memory_bytes=hello.memory_bytes,
         epoch=message.fence.epoch,
         resident=resident,
+        layout=hello.layout,
     )
 
 
@@ -182,6 +189,8 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
             return Progress(rank, incarnation, message.progress.loaded_bytes, message.progress.total_bytes)
         case "ready":
             return Ready(rank, incarnation, Resident(message.ready.parameter_bytes, message.ready.kv_bytes))
+        case "retired":
+            return Retired(rank, incarnation, message.retired.memory_bytes)
         case "fault":
             return Fault(rank, incarnation, message.fault.phase, message.fault.error)
     return None

@@ -7,6 +7,7 @@ background tasks running. A task that ends by itself is a defect and ends the co
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import os
 import signal
@@ -19,14 +20,14 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator.assembly import RankLauncher, build_service, epoch_settings
+from coordinator.assembly import Layout, RankLauncher, build_service, read_layout
 from coordinator.cluster import Cluster
 from coordinator.decoding import DecodingInterceptor
 from coordinator.fences import Fences
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
-from coordinator.placement import plan_replica
+from coordinator.reconfiguration import Reconfiguration
 from coordinator.replica.core import ReplicaConfig, ReplicaCore
 from coordinator.replica.health import HealthLimits
 from coordinator.replica.service import Callbacks, ReplicaService
@@ -39,7 +40,6 @@ from echelon.errors import ConfigError
 from echelon.internal.channel import SERVER_OPTIONS
 from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
 from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
-from models.config import read_model_config
 
 STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
@@ -55,15 +55,16 @@ class Coordinator:
         self._config = config
         self._tell = tell
         self._fences = Fences.open(config.state_dir)
-        self._model = read_model_config(config.model)
-        self._service = build_service(config, self._model, self._fences)
+        layout = read_layout(config)
+        self._service = build_service(layout, self._fences)
         self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
-        self._replicas = self._build_replicas()
+        self._replicas = self._build_replicas(layout)
+        self._reconfiguration = Reconfiguration(layout, self._service, self._replicas.services, tell)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._jobs: JobService | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._health_changes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._hurried = False
 
     async def run(self) -> None:
@@ -117,15 +118,20 @@ class Coordinator:
         """End the drain now."""
         self._hurried = True
 
+    def reconfigure(self, config: CoordinatorConfig) -> None:
+        """Serve this from now on, if that can be; the supervisor is told how it went."""
+        self._spawn(self._reconfiguration.change(config, self._jobs))
+
     def describe(self) -> types.Cluster:
         """Everything that serves, at this moment."""
-        config, counts = self._config, self._service.core.counts
+        layout, counts = self._reconfiguration.layout, self._service.core.counts
+        config = layout.config
         model = types.Model(
             name=config.served_model_name,
             source=str(config.model),
             state="active" if self._replicas.serving else "loading",
             dtype=config.dtype,
-            architecture=self._model.architecture,
+            architecture=layout.model.architecture,
             max_context=config.max_context,
         )
         return types.Cluster(
@@ -142,7 +148,7 @@ class Coordinator:
 
     # Bringing up.
 
-    def _build_replicas(self) -> Replicas:
+    def _build_replicas(self, layout: Layout) -> Replicas:
         edges = Edges(
             persist_epoch=self._fences.persist_epoch,
             loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
@@ -150,16 +156,18 @@ class Coordinator:
             ready=lambda: self._tell(ready=self._config.address),
             fail=self._fail,
         )
-        return Replicas(self._config.replicas, self._build_replica, self._service, edges)
+        make = functools.partial(self._build_replica, layout)
+        return Replicas(self._config.replicas, make, self._service, edges)
 
-    def _build_replica(self, replica: int, callbacks: Callbacks) -> ReplicaService:
+    def _build_replica(self, layout: Layout, replica: int, callbacks: Callbacks) -> ReplicaService:
         config, fences = self._config, self._fences
         core = ReplicaCore(
             ReplicaConfig(
                 replica=replica,
                 term=fences.term,
                 epoch=fences.epoch(replica),
-                plan=plan_replica(config, self._model),
+                plan=layout.plan,
+                layout=layout.settings.layout,
                 incarnation_prefix=f"{fences.cluster}-",
                 limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
@@ -171,7 +179,8 @@ class Coordinator:
         server = grpc.aio.server(interceptors=[DecodingInterceptor(LARGE_METHODS)], options=SERVER_OPTIONS)
         cluster = ClusterServicer(self.describe, self._service)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
-        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(BatchJobServicer(jobs, self._service.facts), server)
+        batch = BatchJobServicer(jobs, lambda: self._service.facts)
+        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(batch, server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
         cluster_pb2_grpc.add_ModelServiceServicer_to_server(cluster, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -180,8 +189,9 @@ class Coordinator:
 
     async def _serve_internal(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        replicas, settings = self._replicas.services, epoch_settings(self._config)
-        control_pb2_grpc.add_RankControlServicer_to_server(RankControlServicer(replicas, settings), server)
+        replicas = self._replicas.services
+        ranks = RankControlServicer(replicas, lambda: self._reconfiguration.layout.settings)
+        control_pb2_grpc.add_RankControlServicer_to_server(ranks, server)
         link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(replicas, self._service), server)
         await self._start(server, self._config.internal_address)
 
@@ -217,16 +227,27 @@ class Coordinator:
             await self._cluster.renew()
 
     def _on_serving(self, replicas: int) -> None:
-        task = asyncio.get_running_loop().create_task(self._set_serving(replicas > 0))
-        self._health_changes.add(task)
-        task.add_done_callback(self._health_changes.discard)
+        self._spawn(self._set_serving(replicas > 0))
+        self._reconfiguration.serving()
 
     async def _set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
         for name in ("", *service_names()):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)
+
     def _fail(self, error: Exception) -> None:
+        if self._reconfiguration.take_back(error):
+            return
         if not self._failed.done():
             self._failed.set_exception(error)
 

@@ -141,7 +141,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
     """BatchJobService over the job service."""
 
-    def __init__(self, jobs: JobService, facts: ModelFacts) -> None:
+    def __init__(self, jobs: JobService, facts: Callable[[], ModelFacts]) -> None:
         self._jobs = jobs
         self._facts = facts
 
@@ -151,7 +151,7 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.CreateBatchJobRequest, jobs_pb2.BatchJob],
     ) -> jobs_pb2.BatchJob:
         async def call() -> jobs_pb2.BatchJob:
-            check_model(request.model, self._facts)
+            check_model(request.model, self._facts())
             job = await self._jobs.create(request.batch_job_id, request.model, request.source.jsonl)
             return convert_jobs.job_to_proto(job)
 

@@ -20,7 +20,7 @@ from coordinator.frontend import GenerateFields, Prompt, check_received, prompt_
 from coordinator.journal.file import JournalFile
 from coordinator.journal.state import Finished, Opened, Record, Tokens
 from coordinator.metrics import Metrics
-from coordinator.model_facts import check_vocabulary
+from coordinator.model_facts import ModelFacts, check_vocabulary
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import (
     Append,
@@ -30,6 +30,7 @@ from coordinator.requests.events import (
     Event,
     LinkClosed,
     LinkOpened,
+    ModelChanged,
     Reported,
     Send,
     StreamClosed,
@@ -83,9 +84,8 @@ class Service:
         self.core = parts.core
         self.events = parts.events
         self.metrics = parts.metrics
-        self.facts = parts.served.facts
+        self.served = parts.served
         self._journal = parts.journal
-        self._served = parts.served
         self._streams: dict[int, Stream] = {}
         self._stream_ids = itertools.count(1)
         self._links: dict[int, Callable[[Command], None]] = {}
@@ -93,13 +93,26 @@ class Service:
         self._journal_failed = False
         self._engines: dict[int, Engine] = {}
 
+    @property
+    def facts(self) -> ModelFacts:
+        """Of the served model."""
+        return self.served.facts
+
+    def serve(self, served: Served, other_model: bool) -> None:
+        """From now on; of another model's requests nothing is remembered."""
+        self.served = served
+        if other_model:
+            self.post(ModelChanged())
+
     async def submit(self, fields: GenerateFields, received: Received | None = None) -> AsyncGenerator[Shown]:
         """A request's events, ending with its one terminal event. Leaving early parks the request.
 
         Raises EchelonError when the request is refused before the core knows it.
         """
-        seed, drawn_id = secrets.randbits(63), secrets.token_hex(16)
-        request = await asyncio.to_thread(resolve, fields, self._served, time.time(), seed, drawn_id)
+        seed, drawn_id, read_for = secrets.randbits(63), secrets.token_hex(16), None
+        while read_for is not self.served:  # another model may have taken over meanwhile
+            read_for = self.served
+            request = await asyncio.to_thread(resolve, fields, read_for, time.time(), seed, drawn_id)
         if received is not None:
             check_received(received, self.facts)
         if self._journal_failed and not self.core.is_open(request.request_id):
@@ -125,12 +138,12 @@ class Service:
 
     async def tokenize(self, prompt: Prompt | None) -> tuple[int, ...]:
         """The ids that a generation would be given for this prompt."""
-        return await asyncio.to_thread(prompt_ids, prompt, self._served)
+        return await asyncio.to_thread(prompt_ids, prompt, self.served)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         """The text of these ids, special tokens left out."""
         check_vocabulary(token_ids, self.facts, "token_ids")
-        return await asyncio.to_thread(self._served.tokenizer.decode_long, token_ids)
+        return await asyncio.to_thread(self.served.tokenizer.decode_long, token_ids)
 
     def cancel(self, request_ids: Sequence[str]) -> list[str]:
         """End these requests; answers the ids that were still running. Raises InvalidRequestError for too many."""

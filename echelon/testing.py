@@ -7,6 +7,7 @@ signals to real processes. What the cluster logs is kept, and its end is shown w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,16 +15,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from echelon.client import Client
-from echelon.errors import EchelonError
+from echelon.errors import ConfigError, EchelonError
 from echelon.types import Cluster, ClusterEvent, Rank
 
 READY_PREFIX = "echelon: ready "
+CHANGED, NOT_CHANGED = "echelon: reconfigured", "echelon: not reconfigured: "
 POLL_S = 0.05
 SHOWN_LINES = 40
 STOP_TIMEOUT_S = 90.0
@@ -52,14 +54,16 @@ class LocalCluster:
     ) -> None:
         given: dict[str, object] = {"model": Path(model), "tensor": tensor, "device": device, "dtype": dtype}
         given |= {"state_dir": state_dir, "ray_address": ray_address, "address": "127.0.0.1:0"} | flags
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+        self._flags = given
         self._folder = tempfile.TemporaryDirectory(prefix="echelon-test-")
         self.log_path = Path(self._folder.name) / "serve.log"
+        self._config_path = Path(self._folder.name) / "serve.yaml"
+        self._write_config(given)
         self._client: Client | None = None
         self._watcher: Client | None = None
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "echelon", "serve", *arguments],
+                [sys.executable, "-m", "echelon", "serve", "--config", str(self._config_path)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -156,6 +160,43 @@ class LocalCluster:
     def hand_over(self) -> None:
         """SIGHUP: a new coordinator takes over the ranks."""
         self._process.send_signal(signal.SIGHUP)
+
+    def reconfigure(self, **flags: object) -> Cluster:
+        """Serve with these flags changed, None for a flag's default: another model, layout or limit, by the same
+        processes. Returns once replica 0 serves so; running requests go on, unless the model is another.
+
+        Raises ConfigError with the server's reason if it refuses; then everything is as it was.
+        """
+        wanted = self._flags | flags
+        if wanted == self._flags:
+            return self.status()
+        epoch, heard = self.status().replicas[0].epoch, self.log_path.stat().st_size
+        self._write_config(wanted)
+        self._process.send_signal(signal.SIGHUP)
+        self.wait(lambda now: self._told_change(heard) is not None, "the change of configuration")
+        reason = self._told_change(heard)
+        if reason:
+            self._write_config(self._flags)
+            raise ConfigError(reason)
+        self._flags = wanted
+        return self.wait_epoch(0, epoch + 1)
+
+    def _write_config(self, flags: Mapping[str, object]) -> None:
+        """JSON is YAML; what is None is left out."""
+        values = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
+        self._config_path.write_text(json.dumps(values, default=str))
+
+    def _told_change(self, heard_bytes: int) -> str | None:
+        """What the supervisor has said of a change since: None nothing yet, empty done, else why it was refused."""
+        with self.log_path.open("rb") as log:
+            log.seek(heard_bytes)
+            lines = log.read().decode(errors="replace").splitlines()
+        for line in lines:
+            if line == CHANGED:
+                return ""
+            if line.startswith(NOT_CHANGED):
+                return line.removeprefix(NOT_CHANGED)
+        return None
 
     def close(self) -> int:
         """SIGTERM and wait until nothing is left; the exit code of `echelon serve`."""

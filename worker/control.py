@@ -40,6 +40,9 @@ class RankHandler(Protocol):
     def form(self, epoch: int, command: control_pb2.FormEpoch) -> None:
         """Start to serve an epoch; reports follow through `ControlLink.send`."""
 
+    def retire(self) -> None:
+        """End the epoch that is served, and wait for another; told again, it changes nothing."""
+
 
 class ControlLink:
     """Keeps a rank attached. `send` queues a message; what was queued while detached is sent after the next hello.
@@ -104,6 +107,9 @@ class ControlLink:
             case "form":
                 self._epoch = command.fence.epoch
                 self._handler.form(self._epoch, command.form)
+            case "retire":
+                self._epoch = command.fence.epoch
+                self._handler.retire()
             case "refused":
                 log.info("refused by the coordinator", reason=command.refused.reason)
                 return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from worker.loader import load_weights
 from worker.matchers import Matchers
 from worker.memory import settle_kv_blocks
 from worker.op_log import OpLog
+from worker.plan import DRAIN
 from worker.plan_socket import PlanReceiver, PlanServer
 from worker.runner import Runner, RunnerLimits
 from worker.spec import RankSpec
@@ -38,15 +40,23 @@ SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two pl
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """What rank 0 holds besides: the engine, and the way its plans go to every rank. send_plan raises OSError."""
+    """What rank 0 holds besides: the engine, and the way its plans go to every rank. send_plan raises OSError.
+
+    After end_plans every rank comes to the end of its plans behind the last that was sent.
+    """
 
     core: EngineCore
     send_plan: Callable[[bytes], None]
+    end_plans: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone."""
+    """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone.
+
+    layout: what the coordinator calls the way it was formed. Closing resources ends plans and groups, and what waits
+    in them fails.
+    """
 
     fence: Fence
     stage: Stage
@@ -55,6 +65,8 @@ class Epoch:
     parameter_bytes: int
     kv_bytes: int
     op_log: OpLog | None
+    layout: str
+    resources: ExitStack
 
 
 def form_epoch(
@@ -76,19 +88,25 @@ def form_epoch(
         timeout_s=MEET_TIMEOUT_S,
         depth=command.pipeline_depth,
     )
+    resources = ExitStack()
+    resources.callback(mesh.close, context)
     model = build_model(config, context)
     load_weights(model, config, Path(command.model_path), context, progress)
     matchers = _matchers(config, Path(command.model_path))
+    resources.callback(matchers.close)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
-    plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command), None)
+    plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command, resources), None)
+    if lead is not None:
+        resources.callback(lead.end_plans)
     stage = Stage(runner, context.place, command.pipeline_depth)
     log = None
     if command.trace_dir:
         log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
-    return Epoch(fence, stage, plans, lead, model.resident_bytes, kv_cache.resident_bytes, log)
+    held = model.resident_bytes, kv_cache.resident_bytes
+    return Epoch(fence, stage, plans, lead, *held, log, command.layout, resources)
 
 
 def degrees_of(command: control_pb2.FormEpoch) -> Degrees:
@@ -115,11 +133,17 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
     server = PlanServer(fence, others, private_host(spec.coordinator_address))
     mesh.publish(command.store_address, _plan_key(fence), server.address)
     server.accept(MEET_TIMEOUT_S)
-    own: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    own: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def send(payload: bytes) -> None:
         server.send(payload, SEND_TIMEOUT_S)
         own.put(payload)
+
+    def end() -> None:
+        with suppress(OSError):
+            send(DRAIN)  # stages take in what is on its way back
+        server.close()
+        own.put(None)
 
     limits = EngineLimits(
         max_running=command.max_running,
@@ -130,12 +154,14 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         stages=command.pipeline,
         depth=command.pipeline_depth,
     )
-    return iter(own.get, None), Lead(EngineCore(fence, limits), send)
+    return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 
 
-def _follow(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> Iterable[bytes]:
+def _follow(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch, resources: ExitStack) -> Iterable[bytes]:
     address = mesh.lookup(command.store_address, _plan_key(fence), MEET_TIMEOUT_S)
-    return PlanReceiver(address, spec.rank, fence, MEET_TIMEOUT_S)
+    receiver = PlanReceiver(address, spec.rank, fence, MEET_TIMEOUT_S)
+    resources.callback(receiver.close)
+    return receiver
 
 
 def _plan_key(fence: Fence) -> str:

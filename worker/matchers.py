@@ -94,6 +94,10 @@ class Matchers:
         self._slots: dict[int, Constraint] = {}
         self._built = lru_cache(KEPT_GRAMMARS)(self._build)  # a copy costs a tenth of it
 
+    def close(self) -> None:
+        """Begin nothing more; the thread ends behind what has begun."""
+        self._worker.shutdown(wait=False)
+
     def begin(self, tables: PlanTables, slots: Sequence[int]) -> Future[Masks] | None:
         """Follow a plan, and fill a mask for the next id of each of these slots; None if no constraint is touched."""
         self._admit(tables)

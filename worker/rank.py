@@ -1,13 +1,15 @@
-"""One rank process: attach, form an epoch, then run its plans until killed.
+"""One rank process: attach, form an epoch, run its plans until killed, or until told to retire and wait for another.
 
 The asyncio loop has the control line, and on the leader the engine and its link; steps run in threads beside it. A
-rank decides nothing: it is told when to form an epoch, and a fault inside a step is reported, not repaired. It never
-outlives its epoch; the node agent ends it.
+rank decides nothing: it is told when to form an epoch and when to end one, and a fault inside a step is reported, not
+repaired: the node agent ends a rank that has had one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -27,6 +29,7 @@ from worker.spec import RankSpec
 from worker.steps import Steps
 
 PROGRESS_INTERVAL_S = 0.1
+DRAIN_S, ABORT_S = 1.5, 1.5  # for the steps of an epoch that ends: to run to their end, then to fail in closed groups
 THREADS_ON_CPU, THREADS_BESIDE_CUDA = 1, 4
 
 log = structlog.get_logger("rank")
@@ -51,7 +54,10 @@ class RankProcess:
         self._epoch: Epoch | None = None
         self._steps: Steps | None = None
         self._leader: Leader | None = None
-        self._store: tuple[object, str] | None = None  # kept alive: the rendezvous lives in this process
+        self._leading: asyncio.Task[None] | None = None
+        self._store: tuple[object, str] | None = (
+            None  # kept alive: the rendezvous of all its epochs lives in this process
+        )
         self._fault: control_pb2.RankFault | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,6 +78,7 @@ class RankProcess:
             device=self._spec.device,
             memory_bytes=free_memory_bytes(self._device),
             ready=self._resident(),
+            layout="" if self._epoch is None else self._epoch.layout,
         )
 
     def beat(self) -> control_pb2.Heartbeat:
@@ -85,13 +92,13 @@ class RankProcess:
             self._control.send(fault=self._fault)
 
     async def open_store(self) -> str:
+        self._phase = "store"
         if self._store is None:
-            self._phase = "store"
             self._store = mesh.open_store(private_host(self._spec.coordinator_address))
         return self._store[1]
 
     def form(self, epoch: int, command: control_pb2.FormEpoch) -> None:
-        assert self._phase in ("waiting", "store"), "a rank serves one epoch in its life"
+        assert self._phase in ("waiting", "store"), f"told to form an epoch in phase {self._phase}"
         self._phase = "loading"
         self._spawn(self._form(Fence(self._control.term, self._spec.replica, epoch), command))
 
@@ -103,12 +110,38 @@ class RankProcess:
             return
         self._epoch, self._phase = epoch, "ready"
         self._control.send(ready=self._resident())
-        self._steps = Steps(epoch, self._on_result, self._on_fault)
         if epoch.lead is not None:
             address, lead = self._spec.coordinator_address, epoch.lead
             self._leader = Leader(lead.core, address, self._guarded(lead.send_plan), lambda: self._control.term)
-            self._spawn(self._leader.run())
+            self._leading = self._spawn(self._leader.run())
+        self._steps = Steps(epoch, self._result_taker(), self._fault_taker(epoch))
         self._steps.start()
+
+    def retire(self) -> None:
+        if self._phase == "waiting":
+            self._tell_retired()
+        elif self._phase != "retiring":
+            assert self._epoch is not None and self._steps is not None, f"told to retire in phase {self._phase}"
+            self._phase = "retiring"
+            self._spawn(self._retire(self._epoch, self._steps))
+
+    async def _retire(self, epoch: Epoch, steps: Steps) -> None:
+        """First the engine, then what runs, then what it ran in; what fails meanwhile is no fault any more."""
+        self._epoch = self._leader = None
+        if self._leading is not None:
+            self._leading.cancel()
+            await asyncio.wait([self._leading])
+        await asyncio.to_thread(end_epoch, epoch, steps)
+        self._steps = self._leading = self._fault = None
+        del epoch, steps
+        self._tell_retired()
+
+    def _tell_retired(self) -> None:
+        gc.collect()  # models and their caches are cycles
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._phase = "waiting"
+        self._control.send(retired=control_pb2.RankRetired(memory_bytes=free_memory_bytes(self._device)))
 
     def _resident(self) -> control_pb2.RankReady | None:
         if self._epoch is None:
@@ -122,18 +155,24 @@ class RankProcess:
             try:
                 send_plan(payload)
             except OSError as error:
-                self._tell_fault(error)
+                if self._epoch is not None:
+                    self._tell_fault(error)
 
         return send
 
     # Called from threads.
 
-    def _on_result(self, result: StepResult) -> None:
-        if (leader := self._leader) is not None:
-            self._on_loop(lambda: leader.completed(result))
+    def _result_taker(self) -> Callable[[StepResult], None]:
+        leader = self._leader
 
-    def _on_fault(self, error: Exception) -> None:
-        self._on_loop(lambda: self._tell_fault(error))
+        def take(result: StepResult) -> None:
+            if leader is not None:
+                self._on_loop(lambda: leader.completed(result) if leader is self._leader else None)
+
+        return take
+
+    def _fault_taker(self, epoch: Epoch) -> Callable[[Exception], None]:
+        return lambda error: self._on_loop(lambda: self._tell_fault(error) if epoch is self._epoch else None)
 
     def _tell_progress(self) -> Callable[[int, int], None]:
         """A loader's progress callback, thinned to what a progress bar can show."""
@@ -159,16 +198,27 @@ class RankProcess:
         self._fault = control_pb2.RankFault(phase=self._phase, error=f"{type(error).__name__}: {error}")
         self._control.send(fault=self._fault)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task that broke is a fault like any other."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._tell_fault(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+
+def end_epoch(epoch: Epoch, steps: Steps) -> None:
+    """In a thread: let what was planned run, then close all. Raises TimeoutError when a step does not even fail."""
+    if epoch.lead is not None:
+        epoch.lead.end_plans()
+    with contextlib.suppress(TimeoutError):
+        steps.join(DRAIN_S)
+    epoch.resources.close()
+    steps.join(ABORT_S)
 
 
 def free_memory_bytes(device: torch.device) -> int:

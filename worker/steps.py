@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from parallel.schedule import Op
@@ -17,7 +18,7 @@ from worker.plan import DRAIN, StepResult, decode
 
 
 class Steps:
-    """on_result and on_fault are called from the threads. Threads end with the process, which ends with its epoch."""
+    """on_result and on_fault are called from the threads, which end when there are no more plans, and at a fault."""
 
     def __init__(
         self, epoch: Epoch, on_result: Callable[[StepResult], None], on_fault: Callable[[Exception], None]
@@ -25,7 +26,11 @@ class Steps:
         self._epoch = epoch
         self._on_result = on_result
         self._on_fault = on_fault
-        self._queued: queue.SimpleQueue[tuple[Op, Queued]] = queue.SimpleQueue()
+        self._queued: queue.SimpleQueue[tuple[Op, Queued] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._told, args=(work,), name=work.__name__, daemon=True)
+            for work in (self._launch, self._finish)
+        ]
         self._begun = 0
         self._done = 0
 
@@ -41,19 +46,30 @@ class Steps:
 
     def start(self) -> None:
         """Begin to take plans."""
-        for work in (self._launch, self._finish):
-            threading.Thread(target=self._told, args=(work,), name=work.__name__, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Until every plan has run, or one has failed. Raises TimeoutError."""
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline_s - time.monotonic(), 0.0))
+            if thread.is_alive():
+                raise TimeoutError(f"step {self._begun} did not end within {timeout_s:g} s")
 
     def _launch(self) -> None:
-        for payload in self._epoch.plans:
-            tables = None if payload == DRAIN else decode(payload)
-            self._begun = self._begun if tables is None else tables.step
-            for queued in self._epoch.stage.take(tables):
-                self._queued.put(queued)
+        try:
+            for payload in self._epoch.plans:
+                tables = None if payload == DRAIN else decode(payload)
+                self._begun = self._begun if tables is None else tables.step
+                for queued in self._epoch.stage.take(tables):
+                    self._queued.put(queued)
+        finally:
+            self._queued.put(None)
 
     def _finish(self) -> None:
-        while True:
-            op, queued = self._queued.get()
+        while (taken := self._queued.get()) is not None:
+            op, queued = taken
             if queued.pending is not None:
                 result = queued.pending.result()
                 self._done = result.step

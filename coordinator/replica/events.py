@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.placement import ReplicaPlan
 from echelon.errors import EchelonError
 from echelon.internal.link import Fence
 
@@ -30,7 +31,7 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attached:
-    """A rank's hello on a new stream. epoch is the one it serves or forms, resident is set once it serves."""
+    """A rank's hello on a new stream. epoch: that it serves or forms; resident, layout: set once it serves."""
 
     rank: int
     incarnation: str
@@ -41,6 +42,7 @@ class Attached:
     memory_bytes: int
     epoch: int = 0
     resident: Resident | None = None
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,36 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Retired:
+    """The rank has ended its epoch and waits for another."""
+
+    rank: int
+    incarnation: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchFailed:
     """Ray could not start the process."""
 
     rank: int
     incarnation: str
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Relayout:
+    """Serve another plan from the next epoch on. layout: a digest of all that its ranks are told of it."""
+
+    plan: ReplicaPlan
+    layout: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    """The epoch of AwaitPersisted is on disk."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +161,8 @@ class StartEnded:
     """The cluster serves: from now on a failure is recovered from, however often it comes, and never ends it."""
 
 
-RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | LaunchFailed
-Event = RankEvent | Started | Killed | Tick | StartEnded
+RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Retired | LaunchFailed
+Event = RankEvent | Started | Relayout | Persisted | Killed | Tick | StartEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +189,13 @@ class PersistEpoch:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitPersisted:
+    """Answer Persisted(epoch) once that is so: nothing is killed that would be waited for meanwhile."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accept:
     """The rank belongs to this coordinator."""
 
@@ -181,10 +214,18 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Retire:
+    """End the epoch that you serve, and wait for the next."""
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     """End yourself."""
 
     reason: str
+
+
+Command = Accept | OpenStore | Form | Retire | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +235,7 @@ class Tell:
     fence: Fence
     rank: int
     incarnation: str
-    command: Accept | OpenStore | Form | Refuse
+    command: Command
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,4 +277,4 @@ class GiveUp:
     error: EchelonError
 
 
-Effect = Launch | Kill | PersistEpoch | Tell | ReplicaUp | ReplicaDown | Loading | Emit | GiveUp
+Effect = Launch | Kill | PersistEpoch | AwaitPersisted | Tell | ReplicaUp | ReplicaDown | Loading | Emit | GiveUp

@@ -26,6 +26,7 @@ class HealthLimits:
 
     heartbeat_s: float = 0.5
     detached_s: float = 1.5
+    retire_s: float = 8.0  # to end an epoch, the steps in it included
     phases: Mapping[str, Bounds] = field(
         default_factory=lambda: {
             "waiting": Bounds(30.0, None),

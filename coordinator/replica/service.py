@@ -15,21 +15,20 @@ from typing import Protocol
 
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import (
-    Accept,
     Attached,
+    AwaitPersisted,
+    Command,
     Detached,
     Emit,
     Event,
-    Form,
     GiveUp,
     Kill,
     Killed,
     Launch,
     LaunchFailed,
     Loading,
-    OpenStore,
+    Persisted,
     PersistEpoch,
-    Refuse,
     ReplicaDown,
     ReplicaUp,
     Started,
@@ -42,8 +41,6 @@ from echelon.internal.link import Fence
 
 TICK_S = 0.25
 RETRY_S = 1.0
-
-Command = Accept | OpenStore | Form | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +139,8 @@ class ReplicaService:
                 case PersistEpoch(epoch):
                     self._unpersisted = epoch
                     self._persist()
+                case AwaitPersisted(epoch):
+                    self._spawn(self._await_persisted(epoch))
                 case Tell(fence, rank, incarnation, command):
                     self._tell(rank, incarnation, Told(fence, command))
                 case ReplicaUp(fence):
@@ -186,6 +185,11 @@ class ReplicaService:
         while not await self._killed(suspect) or not self._persist():
             await asyncio.sleep(RETRY_S)
         self.post(Killed(epoch))
+
+    async def _await_persisted(self, epoch: int) -> None:
+        while not self._persist():
+            await asyncio.sleep(RETRY_S)
+        self.post(Persisted(epoch))
 
     async def _killed(self, suspect: int | None) -> bool:
         try:

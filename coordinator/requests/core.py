@@ -20,6 +20,7 @@ from coordinator.requests.events import (
     Event,
     LinkClosed,
     LinkOpened,
+    ModelChanged,
     ReplicaEnded,
     Reported,
     Send,
@@ -32,7 +33,7 @@ from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
 from coordinator.requests.nouns import Request
 from coordinator.requests.router import NOTHING, Link, Reason, Router, choose, too_large
-from echelon.errors import InvalidRequestError
+from echelon.errors import InvalidRequestError, UnavailableError
 from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
@@ -81,6 +82,8 @@ class CoordinatorCore:
                 self._end_epoch(now, fence.replica, fence.epoch, reason)
             case Drain():
                 self._lives.draining = True
+            case ModelChanged():
+                self._forget_all(now)
             case Tick():
                 pass
         self._assign(now)
@@ -133,6 +136,14 @@ class CoordinatorCore:
             assigned = life.entry.assigned
             if assigned and assigned.epoch <= epoch:
                 self._lives.interrupt(now, life, reason)
+
+    def _forget_all(self, now: float) -> None:
+        """Whoever still waits is told to come again."""
+        for life in self._lives:
+            if life.phase is not Phase.ENDED:
+                again = UnavailableError("another model is served now", request_id=life.request_id)
+                self._lives.fail(now, life, again)
+            self._lives.forget(life)
 
     def _take_report(self, now: float, report: Report) -> None:
         """Journal and deliver what it brings, then acknowledge it."""

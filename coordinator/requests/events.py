@@ -76,11 +76,16 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelChanged:
+    """Another model is served: ids and texts of the last one say nothing to it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = Submit | StreamClosed | Cancel | LinkOpened | LinkClosed | Reported | ReplicaEnded | Drain | Tick
+Event = Submit | StreamClosed | Cancel | LinkOpened | LinkClosed | Reported | ReplicaEnded | Drain | ModelChanged | Tick
 
 
 # What the shell does, in this order.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coordinator.journal.state import Finished, Forgotten, JournalState, Opened, Record, Tokens
@@ -19,12 +20,7 @@ from coordinator.requests.nouns import Outcome, Received, Request, Shown
 from coordinator.requests.router import Router
 from coordinator.requests.timers import Timers
 from coordinator.requests.waiting import Waiting
-from echelon.errors import (
-    CancelledError,
-    DeadlineError,
-    EchelonError,
-    StreamTakenOverError,
-)
+from echelon.errors import CancelledError, DeadlineError, EchelonError, StreamTakenOverError
 from echelon.internal.link import TokenRun
 
 # A new coordinator lets replicas go on this long with requests whose clients have not come back yet.
@@ -65,6 +61,9 @@ class Lives:
 
     def __len__(self) -> int:
         return len(self._lives)
+
+    def __iter__(self) -> Iterator[Life]:
+        return iter(tuple(self._lives.values()))
 
     def get(self, request_id: str) -> Life | None:
         return self._lives.get(request_id)
@@ -232,7 +231,7 @@ class Lives:
             self._end_stream(life, life.outcome())
         life.drop_texts()
 
-    def _forget(self, life: Life) -> None:
+    def forget(self, life: Life) -> None:
         self.record(Forgotten(life.request_id))
         self.phases[life.phase] -= 1
         self._timers.discard(life.request_id)
@@ -286,7 +285,7 @@ class Lives:
         if now < due_unix_s:
             self._look_at(life, due_unix_s)
         elif due is Due.FORGET:
-            self._forget(life)
+            self.forget(life)
         elif due is Due.PARK:
             self._park(now, life)
         else:

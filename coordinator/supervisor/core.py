@@ -9,7 +9,31 @@ from __future__ import annotations
 import enum
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from coordinator.supervisor.events import (
+    Begin,
+    ConfigurationRead,
+    ConfigurationRefused,
+    CoordinatorEnded,
+    Effect,
+    Event,
+    Exit,
+    RayEnded,
+    RayFailed,
+    RayUp,
+    ReadConfiguration,
+    SendConfiguration,
+    ShowLoading,
+    ShowReady,
+    SignalCoordinator,
+    Signalled,
+    StartCoordinator,
+    StartRay,
+    TakeConfiguration,
+    Tick,
+    Told,
+    Warn,
+)
 
 BEAT_TIMEOUT_S = 10.0  # a successor must renew the lease before the ranks are ended
 FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing
@@ -17,109 +41,6 @@ MAX_DEATHS = 5
 DEATHS_WINDOW_S = 60.0
 CLEAN_UP_S = 30.0  # beyond the drain: to kill ranks and give the slots back
 HURRY_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """The first event."""
-
-
-@dataclass(frozen=True, slots=True)
-class RayUp:
-    """Our Ray serves."""
-
-
-@dataclass(frozen=True, slots=True)
-class RayFailed:
-    """Our Ray did not start."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class RayEnded:
-    """Our Ray was up and has ended by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """One message of the coordinator: beat, loading, ready or failed."""
-
-    message: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorEnded:
-    """Its exit code; negative for a signal."""
-
-    code: int
-
-
-@dataclass(frozen=True, slots=True)
-class Signalled:
-    """The supervisor got a signal."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Now and then. lag_s: how late it is; meanwhile the supervisor itself could hear nothing."""
-
-    lag_s: float = 0.0
-
-
-Event = Begin | RayUp | RayFailed | RayEnded | Told | CoordinatorEnded | Signalled | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class StartRay:
-    """Answered by RayUp or RayFailed. What is left of an earlier one is ended first."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartCoordinator:
-    """Its end is answered by CoordinatorEnded."""
-
-
-@dataclass(frozen=True, slots=True)
-class SignalCoordinator:
-    """Send it a signal."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShowLoading:
-    """Progress of the weights."""
-
-    loaded_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShowReady:
-    """The cluster serves at this address. Once."""
-
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Warn:
-    """One line for the user."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """End our Ray and leave with this code; message says what went wrong, empty for nothing."""
-
-    code: int
-    message: str = ""
-
-
-Effect = StartRay | StartCoordinator | SignalCoordinator | ShowLoading | ShowReady | Warn | Exit
 
 
 class State(enum.Enum):
@@ -133,11 +54,22 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
-class SupervisorCore:
-    """owns_ray: Ray is ours to start; else it is joined."""
+class Change(enum.Enum):
+    """Of the configuration. begun: the coordinator has taken it, and it does not serve yet."""
 
-    def __init__(self, owns_ray: bool, drain_timeout_s: float) -> None:
+    NONE = enum.auto()
+    READING = enum.auto()
+    SENT = enum.auto()
+    BEGUN = enum.auto()
+
+
+class SupervisorCore:
+    """owns_ray: Ray is ours to start; else it is joined. reads: there is a file whose content may have changed."""
+
+    def __init__(self, owns_ray: bool, drain_timeout_s: float, reads: bool = False) -> None:
         self._owns_ray = owns_ray
+        self._reads = reads
+        self._change = Change.NONE
         self._drain_timeout_s = drain_timeout_s
         self._state = State.IDLE
         self._silent_at_s = 0.0
@@ -170,6 +102,10 @@ class SupervisorCore:
                 return self._coordinator_ended(now, code)
             case Signalled(number):
                 return self._signalled(now, number)
+            case ConfigurationRead(changed) if self._change is Change.READING:
+                return self._read(now, changed)
+            case ConfigurationRefused(message) if self._change is Change.READING:
+                return self._unchanged(message)
             case Tick(lag_s):
                 return self._tick(now, lag_s)
         return []
@@ -197,9 +133,17 @@ class SupervisorCore:
             case {"failed": str(reason)} if self._state is State.RUNNING:
                 self._state, self._exit = State.STOPPING, Exit(1, reason)
                 self._kill_at_s = now + CLEAN_UP_S
-            case {"ready": str(address)} if not self._shown_ready:
+            case {"ready": str(address)}:
+                shown: list[Effect] = [] if self._shown_ready else [ShowReady(address)]
                 self._shown_ready = True
-                return [ShowReady(address)]
+                return shown + self._changed()  # that a coordinator died of may be done by its successor
+            case {"reconfiguring": True} if self._change is Change.SENT:
+                self._change = Change.BEGUN
+                return [TakeConfiguration(read=True)]
+            case {"not_reconfigured": str(reason)} if self._change in (Change.SENT, Change.BEGUN):
+                return self._unchanged(reason)
+            case {"reconfigured": True}:
+                return self._changed()
             case {"loading": {"loaded_bytes": int(loaded), "total_bytes": int(total)}}:
                 return [ShowLoading(loaded, total)]
         return []
@@ -209,6 +153,8 @@ class SupervisorCore:
             return self._leave(self._exit)
         if self._state is State.REPLACING and not self._death_reason:
             return self._start_coordinator(now)
+        if self._change is Change.SENT:
+            return self._unchanged("the coordinator ended meanwhile") + self._coordinator_ended(now, code)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         reason = self._death_reason or f"it ended with {how}"
         self._deaths = [death for death in self._deaths if now - death < DEATHS_WINDOW_S] + [now]
@@ -222,8 +168,10 @@ class SupervisorCore:
         if number == signal.SIGHUP:
             if self._state is not State.RUNNING:
                 return []
-            self._state, self._kill_at_s = State.REPLACING, now + BEAT_TIMEOUT_S
-            return [SignalCoordinator(signal.SIGHUP)]
+            if self._change is not Change.NONE:
+                return [Warn("not reconfigured: the last change is still under way")]
+            self._change = Change.READING
+            return [ReadConfiguration()] if self._reads else self._read(now, changed=False)
         self._exit = Exit(130) if number == signal.SIGINT else Exit(0)
         if self._state in (State.IDLE, State.RAY_STARTING):
             return self._leave(self._exit)
@@ -233,6 +181,28 @@ class SupervisorCore:
             self._kill_at_s = now + self._drain_timeout_s + CLEAN_UP_S
         self._state = State.STOPPING
         return [SignalCoordinator(signal.SIGTERM)]
+
+    def _read(self, now: float, changed: bool) -> list[Effect]:
+        """The same configuration again asks for a new coordinator."""
+        self._change = Change.NONE
+        if self._state is not State.RUNNING:
+            return []
+        if changed:
+            self._change = Change.SENT
+            return [SendConfiguration()]
+        self._state, self._kill_at_s = State.REPLACING, now + BEAT_TIMEOUT_S
+        return [SignalCoordinator(signal.SIGHUP)]
+
+    def _changed(self) -> list[Effect]:
+        if self._change is not Change.BEGUN:
+            return []
+        self._change = Change.NONE
+        return [Warn("reconfigured")]
+
+    def _unchanged(self, reason: str) -> list[Effect]:
+        taken: list[Effect] = [TakeConfiguration(read=False)] if self._change is Change.BEGUN else []
+        self._change = Change.NONE
+        return [*taken, Warn(f"not reconfigured: {reason}")]
 
     def _tick(self, now: float, lag_s: float) -> list[Effect]:
         self._silent_at_s += lag_s

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from coordinator.placement import degrees_of, plan_replica
 from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
-from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, join_address, split_address
+from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_model_config
 from models.files import check_model_directory
@@ -32,6 +32,22 @@ LOCAL_HOST = "127.0.0.1"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty SETTINGS
 MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
 CONNECT_TIMEOUT_S = 5.0
+CHANGEABLE = (
+    "model",
+    "served_model_name",
+    "tensor",
+    "pipeline",
+    "data",
+    "expert",
+    "pipeline_depth",
+    "dtype",
+    "max_context",
+    "max_running",
+    "max_step_tokens",
+    "gpu_memory_fraction",
+    "kv_cache_tokens",
+)
+MIN_RAY_CPUS = 16  # Ray's count of places for ranks: later layouts may have more of them than the first
 
 
 @contextlib.contextmanager
@@ -47,10 +63,7 @@ def temporary_folder() -> Iterator[Path]:
 
 def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHead | None]:
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
-    directory = model_directory(config.model).resolve()
-    check_model_directory(directory)
-    _check_tokenizer(directory)
-    model = read_model_config(directory)
+    directory, model = _checked_model(config)
     device = _device(config)
     host, port = split_address(config.address)
     if port != 0 and config.metrics_address == config.address:
@@ -75,6 +88,44 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     )
     plan_replica(settled, model)
     return settled, None if config.ray_address else _own_ray(settled, folder)
+
+
+def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: CoordinatorConfig) -> CoordinatorConfig:
+    """What a cluster that was started so is to serve now; equal to what it serves if nothing has changed.
+
+    The checks of a start, but for ports, folders and Ray, which stay. Raises as `prepare`.
+    """
+    fixed = [name for name in ServeConfig.model_fields if name not in CHANGEABLE]
+    for name in fixed:
+        now, then = getattr(wanted, name), getattr(started, name)
+        if now != then:
+            raise ConfigError(
+                f"{flag_of(name)} is {then} while the cluster serves and cannot become {now}; only "
+                f"{', '.join(map(flag_of, CHANGEABLE))} can change; start anew for the rest",
+                field=name,
+            )
+    directory, model = _checked_model(wanted)
+    if serving.device == "cuda" and _device(wanted) == "cpu":
+        raise ConfigError(f"dtype={wanted.dtype} is for device=cpu, and the cluster is on cuda", field="dtype")
+    settled = CoordinatorConfig.model_validate(
+        serving.model_dump()
+        | {name: getattr(wanted, name) for name in CHANGEABLE}
+        | {
+            "model": directory,
+            "served_model_name": wanted.served_model_name or served_name(wanted.model, directory),
+            "dtype": _dtype(wanted, model, serving.device),
+            "max_context": _max_context(wanted, model),
+        }
+    )
+    plan_replica(settled, model)
+    return settled
+
+
+def _checked_model(config: ServeConfig) -> tuple[Path, ModelConfig]:
+    directory = model_directory(config.model).resolve()
+    check_model_directory(directory)
+    _check_tokenizer(directory)
+    return directory, read_model_config(directory)
 
 
 def _check_tokenizer(directory: Path) -> None:
@@ -172,4 +223,5 @@ def _reach_ray(address: str) -> str:
 def _own_ray(config: CoordinatorConfig, folder: Path) -> RayHead:
     host, port = split_address(config.ray_address)
     client_port = _claim(LOCAL_HOST, 0, "Ray's client port")
-    return RayHead(RayHeadConfig(host, port, client_port, max(os.cpu_count() or 1, degrees_of(config).ranks), folder))
+    num_cpus = max(os.cpu_count() or 1, degrees_of(config).ranks, MIN_RAY_CPUS)
+    return RayHead(RayHeadConfig(host, port, client_port, num_cpus, folder))

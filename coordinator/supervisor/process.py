@@ -10,23 +10,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from coordinator.supervisor import core as supervision
-from coordinator.supervisor.core import Effect, Event, SupervisorCore
+from coordinator.supervisor import events as supervision
+from coordinator.supervisor.core import SupervisorCore
+from coordinator.supervisor.events import Effect, Event
 from coordinator.supervisor.ray_head import RayHead
 from echelon.config import CoordinatorConfig
-from echelon.errors import InternalError
+from echelon.errors import EchelonError, InternalError
 
-POLL_S = 0.2
+POLL_S, READ_POLL_S = 0.2, 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -65,9 +68,14 @@ class CoordinatorProcess:
         self.stdout = self._process.stdout
         self._partial = b""
         os.set_blocking(self.stdout.fileno(), False)
-        with contextlib.suppress(BrokenPipeError):  # it ended at once, which its exit code says
-            self._process.stdin.write(config.model_dump_json().encode() + b"\n")
-            self._process.stdin.flush()
+        self._stdin = self._process.stdin
+        self.configure(config)
+
+    def configure(self, config: CoordinatorConfig) -> None:
+        """What it is to serve, now or from now on."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its exit code says
+            self._stdin.write(config.model_dump_json().encode() + b"\n")
+            self._stdin.flush()
 
     def messages(self) -> list[Mapping[str, object]]:
         """What it has said since. A line that is no JSON object is a library's and is passed over."""
@@ -94,7 +102,10 @@ class CoordinatorProcess:
 
 
 class Supervisor:
-    """Owns the processes of one `echelon serve`. ray is None when another Ray is joined; folder holds ours alone."""
+    """Owns the processes of one `echelon serve`. ray is None when another Ray is joined; folder holds ours alone.
+
+    reread: what there is to serve now, given what is served. Called at SIGHUP, in a thread; raises EchelonError.
+    """
 
     def __init__(
         self,
@@ -103,14 +114,18 @@ class Supervisor:
         folder: Path,
         environment: Mapping[str, str],
         display: Display,
+        reread: Callable[[CoordinatorConfig], CoordinatorConfig] | None = None,
     ) -> None:
-        self._config = config
+        self._config = self._earlier = self._wanted = config
+        self._reread = reread
+        self._read: queue.SimpleQueue[CoordinatorConfig | EchelonError] = queue.SimpleQueue()
+        self._reading = False
         self._ray = ray
         self._ray_starting = False
         self._folder = folder / "empty"
         self._environment = dict(environment)
         self._display = display
-        self._core = SupervisorCore(ray is not None, config.drain_timeout_s)
+        self._core = SupervisorCore(ray is not None, config.drain_timeout_s, reread is not None)
         self._coordinator: CoordinatorProcess | None = None
         self._exit: supervision.Exit | None = None
 
@@ -127,6 +142,7 @@ class Supervisor:
                         self._step(supervision.Signalled(number))
                     self._look_at_ray()
                     self._look_at_coordinator()
+                    self._look_at_file()
                     now_s = time.monotonic()
                     if now_s >= due_s:
                         self._step(supervision.Tick(lag_s=now_s - due_s))
@@ -144,7 +160,7 @@ class Supervisor:
             selector.register(wake, selectors.EVENT_READ)
             if self._coordinator is not None:
                 selector.register(self._coordinator.stdout, selectors.EVENT_READ)
-            selector.select(POLL_S)
+            selector.select(READ_POLL_S if self._reading else POLL_S)
 
     def _look_at_ray(self) -> None:
         if self._ray is None:
@@ -174,6 +190,26 @@ class Supervisor:
             self._coordinator = None
             self._step(supervision.CoordinatorEnded(code))
 
+    def _look_at_file(self) -> None:
+        """What has been read of it, if anything has."""
+        if not self._reading or self._read.empty():
+            return
+        self._reading = False
+        match self._read.get():
+            case CoordinatorConfig() as config:
+                self._earlier, self._wanted = self._config, config
+                self._step(supervision.ConfigurationRead(changed=config != self._config))
+            case EchelonError() as error:
+                self._step(supervision.ConfigurationRefused(error.message))
+
+    def _read_file(self, reread: Callable[[CoordinatorConfig], CoordinatorConfig], serving: CoordinatorConfig) -> None:
+        try:
+            self._read.put(reread(serving))
+        except EchelonError as error:
+            self._read.put(error)
+        except Exception as error:  # noqa: BLE001 - a thread's last words; what serves goes on
+            self._read.put(InternalError(f"{type(error).__name__}: {error}"))
+
     def _step(self, event: Event) -> None:
         for effect in self._core.step(time.monotonic(), event):
             self._execute(effect)
@@ -190,6 +226,16 @@ class Supervisor:
             case supervision.SignalCoordinator(number):
                 if self._coordinator is not None:
                     self._coordinator.signal(number)
+            case supervision.ReadConfiguration():
+                assert self._reread is not None
+                self._reading = True
+                work = threading.Thread(target=self._read_file, args=(self._reread, self._config), daemon=True)
+                work.start()
+            case supervision.SendConfiguration():
+                if self._coordinator is not None:
+                    self._coordinator.configure(self._wanted)
+            case supervision.TakeConfiguration(read):
+                self._config = self._wanted if read else self._earlier
             case supervision.ShowLoading(loaded_bytes, total_bytes):
                 self._display.loading(loaded_bytes, total_bytes)
             case supervision.ShowReady(address):

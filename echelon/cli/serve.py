@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from echelon.config import ServeConfig, flag_of, resolve_config
+from echelon.config import CoordinatorConfig, ServeConfig, flag_of, resolve_config
 from echelon.errors import ConfigError
 
 
@@ -64,19 +64,24 @@ def run(config: Path | None, **flags: str | None) -> None:
     """Start a cluster on this machine (or on the Ray at --ray-address) and serve until Ctrl-C.
 
     A flag --max-context is also ECHELON_MAX_CONTEXT and the key max-context of the --config file, in this order.
+    SIGHUP reads that file again: another model, layout or limit is served from then on, by the same processes.
     """
     try:
-        from coordinator.supervisor.preparation import prepare, temporary_folder
+        from coordinator.supervisor.preparation import prepare, prepare_change, temporary_folder
         from coordinator.supervisor.process import Supervisor
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'echelon[server]'") from None
     environment = dict(os.environ)
     settings = resolve_config(flags, environment, _read(config))
+
+    def reread(serving: CoordinatorConfig) -> CoordinatorConfig:
+        return prepare_change(resolve_config(flags, environment, _read(config)), settings, serving)
+
     with temporary_folder() as folder:
         settled, ray = prepare(settings, folder)
         terminal = Terminal()
         try:
-            outcome = Supervisor(settled, ray, folder, environment, terminal).run()
+            outcome = Supervisor(settled, ray, folder, environment, terminal, reread if config else None).run()
         finally:
             terminal.close()
     if outcome.message:

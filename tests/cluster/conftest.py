@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
-from echelon.errors import InternalError
+from echelon.errors import EchelonError, InternalError
 from echelon.testing import LocalCluster
 from tests.cluster.reference import Reference
 from tests.tiny import LLAMA3_ROPE, make_checkpoint
@@ -157,15 +157,48 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+class Walker:
+    """One cluster that walks over models and layouts; a new one after a test that broke it."""
+
+    def __init__(self, ray_address: str) -> None:
+        self._ray_address = ray_address
+        self._cluster: LocalCluster | None = None
+        self._unused: dict[str, None] = {}  # flags of earlier layouts, which go back to their defaults
+
+    def serve(self, model: Path, layout: Layout) -> LocalCluster:
+        """The cluster, serving so."""
+        wanted: dict[str, Any] = self._unused | {"model": model, "tensor": layout.tensor} | layout.flags
+        self._unused |= dict.fromkeys(layout.flags)
+        if self._cluster is not None:
+            try:
+                self._cluster.reconfigure(**wanted)
+            except (EchelonError, RuntimeError, TimeoutError):
+                self.close()
+        if self._cluster is None:
+            self._cluster = LocalCluster(dtype="float64", ray_address=self._ray_address, **wanted)
+        return self._cluster
+
+    def close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.close()
+        self._cluster = None
+
+
+@pytest.fixture(scope="session")
+def walker(ray_address: str) -> Iterator[Walker]:
+    made = Walker(ray_address)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.fixture(scope="module", params=PARAMETERS)
-def case(request: pytest.FixtureRequest, ray_address: str, checkpoints: dict[str, Path]) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, walker: Walker, checkpoints: dict[str, Path]) -> Case:
     """Each layout once a module."""
     layout = LAYOUTS[request.param]
     directory = checkpoints[layout.checkpoint]
-    with LocalCluster(
-        directory, tensor=layout.tensor, dtype="float64", ray_address=ray_address, **layout.flags
-    ) as cluster:
-        yield Case(request.param, cluster, Reference(directory))
+    return Case(request.param, walker.serve(directory, layout), Reference(directory))
 
 
 @pytest.fixture(scope="session")

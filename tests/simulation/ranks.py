@@ -19,6 +19,8 @@ from coordinator.replica.events import (
     Ready,
     Refuse,
     Resident,
+    Retire,
+    Retired,
     StoreOpened,
     Tell,
 )
@@ -44,10 +46,11 @@ if TYPE_CHECKING:
     from tests.simulation.coordinator import Coordinator
 
 HEARTBEAT_S = 1.0
+SERVING = ("ready", "retiring")  # until it has ended, an epoch's work goes on
 
 
 class Site:
-    """A replica's slots with the processes in them, and its epoch on the coordinator's disk."""
+    """A replica's slots with the processes in them, its epoch on the coordinator's disk, and the layout wanted now."""
 
     def __init__(self, world: World, index: int, tensor: int, limits: EngineLimits, noisy: bool) -> None:
         self.world = world
@@ -56,18 +59,19 @@ class Site:
         self.limits = limits
         self.noisy = noisy
         self.epoch = 0
+        self.sizes: dict[int, int] = {}  # ranks of each epoch
         self.processes: list[RankProcess] = []
         self.leaders: list[Leader] = []  # of all epochs
 
     @property
     def leader(self) -> Leader | None:
         """Of the epoch that is on disk, once it serves."""
-        leaders = [process.leader for process in self.processes if process.incarnation == str(self.epoch)]
+        leaders = [process.leader for process in self.processes if process.epoch == self.epoch]
         return next((leader for leader in leaders if leader), None)
 
     def persist(self, epoch: int) -> None:
         require(epoch > self.epoch, "epoch {} after {}", epoch, self.epoch)
-        self.epoch = epoch
+        self.epoch, self.sizes[epoch] = epoch, self.tensor
 
     def may_launch(self, incarnation: str) -> None:
         require(incarnation == str(self.epoch), "{} is launched, epoch {} is on disk", incarnation, self.epoch)
@@ -78,24 +82,24 @@ class Site:
     def survivors(self) -> frozenset[tuple[int, str]]:
         return frozenset((process.rank, process.incarnation) for process in self.processes if not process.unseen)
 
-    def form(self, incarnation: str) -> None:
+    def form(self, epoch: int) -> None:
         """A group forms when all its ranks have come to it."""
-        group = [process for process in self._peers(incarnation) if process.phase == "loading"]
-        if len(group) == self.tensor:
+        group = [process for process in self._peers(epoch) if process.phase == "loading"]
+        if len(group) == self.sizes[epoch]:
             for process in group:
                 self.world.clock.after(self.world.random.random() * 0.5, process.serve)
 
-    def serves_alone(self, incarnation: str) -> None:
-        serving = {process.incarnation for process in self.processes if process.phase == "ready" and not process.unseen}
-        others = serving - {incarnation}
-        require(not others, "epoch {} of replica {} begins while {} serve", incarnation, self.index, others)
+    def serves_alone(self, epoch: int) -> None:
+        serving = {process.epoch for process in self.processes if process.phase in SERVING and not process.unseen}
+        others = serving - {epoch}
+        require(not others, "epoch {} of replica {} begins while {} serve", epoch, self.index, others)
 
-    def computes(self, incarnation: str) -> bool:
+    def computes(self, epoch: int) -> bool:
         """A step needs all ranks of its epoch."""
-        return len(self._peers(incarnation)) == self.tensor
+        return len([each for each in self._peers(epoch) if each.phase in SERVING]) == self.sizes[epoch]
 
-    def _peers(self, incarnation: str) -> list[RankProcess]:
-        return [each for each in self.processes if each.incarnation == incarnation and not each.stopped]
+    def _peers(self, epoch: int) -> list[RankProcess]:
+        return [each for each in self.processes if each.epoch == epoch and not each.stopped]
 
 
 class RankProcess:
@@ -112,8 +116,9 @@ class RankProcess:
         self._coordinator = coordinator
         self._clock = site.world.clock
         self._random = site.world.random
+        self.epoch = 0  # that it forms or serves, or ends
         self._term = 0
-        self._epoch = 0
+        self._told_epoch = 0
         self._blocks = 0
         self._stream: Connection | None = None
         self._outgoing: list[RankEvent] = []
@@ -158,13 +163,31 @@ class RankProcess:
         if self.stopped:
             return
         self.phase = "ready"
-        self._site.serves_alone(self.incarnation)
+        self._site.serves_alone(self.epoch)
         self._send(Ready(self.rank, self.incarnation, self._resident()))
         if self.rank == 0:
-            fence = Fence(self._term, self._site.index, self._epoch)
+            fence = Fence(self._term, self._site.index, self.epoch)
             self.leader = Leader(self._site, self._coordinator, fence, self._blocks)
             self._site.leaders.append(self.leader)
             self.leader.dial()
+
+    def _retire(self) -> None:
+        """Told again it changes nothing; it takes its time."""
+        if self.phase == "waiting":
+            self._send(Retired(self.rank, self.incarnation, self._site.limits.kv_blocks))
+        elif self.phase != "retiring":
+            require(self.phase == "ready", "told to retire in phase {}", self.phase)
+            self.phase = "retiring"
+            self._clock.after(self._random.random() * self._random.choice((0.1, 1.0, 10.0)), self._retired)
+
+    def _retired(self) -> None:
+        if self.stopped:
+            return
+        self.epoch, self.phase = 0, "waiting"
+        if self.leader:
+            self.leader.stop()
+            self.leader = None
+        self._retire()
 
     def _resident(self) -> Resident:
         return Resident(0, self._blocks)
@@ -187,10 +210,11 @@ class RankProcess:
             phase=self.phase,
             device="cpu",
             memory_bytes=self._site.limits.kv_blocks,
-            epoch=self._epoch,
+            epoch=self._told_epoch,
+            layout=str(self._site.sizes.get(self.epoch, "")),
             resident=self._resident() if self.phase == "ready" else None,
         )
-        stream.send(SERVER, (self._epoch, hello))
+        stream.send(SERVER, (self._told_epoch, hello))
         outgoing, self._outgoing = self._outgoing, []
         for event in outgoing:
             self._send(event)
@@ -202,7 +226,7 @@ class RankProcess:
 
     def _send(self, event: RankEvent) -> None:
         if self._stream:
-            self._stream.send(SERVER, (self._epoch, event))
+            self._stream.send(SERVER, (self._told_epoch, event))
         else:
             self._outgoing.append(event)
 
@@ -220,12 +244,16 @@ class RankProcess:
             self.leader.term = self._term
         match tell.command:
             case OpenStore():
-                self._epoch, self.phase = tell.fence.epoch, "store"  # told twice, it answers the same
+                self._told_epoch, self.phase = tell.fence.epoch, "store"  # told twice, it answers the same
                 self._send(StoreOpened(self.rank, self.incarnation, f"store of {self.incarnation}"))
             case Form(_, kv_blocks):
                 require(self.phase in ("waiting", "store"), "told to form in phase {}", self.phase)
-                self._epoch, self.phase, self._blocks = tell.fence.epoch, "loading", kv_blocks
-                self._site.form(self.incarnation)
+                self._told_epoch = self.epoch = tell.fence.epoch
+                self.phase, self._blocks = "loading", kv_blocks
+                self._site.form(self.epoch)
+            case Retire():
+                self._told_epoch = tell.fence.epoch
+                self._retire()
             case Refuse():
                 self.die()
 
@@ -240,7 +268,7 @@ class Leader:
         self.term = fence.term
         self._site = site
         self._coordinator = coordinator
-        self._incarnation = str(fence.epoch)
+        self._epoch = fence.epoch
         self._clock = site.world.clock
         self._attempts = Attempts(limits.block_tokens)
         self._device = Device(limits.block_tokens, site.world.random if site.noisy else None)
@@ -298,5 +326,5 @@ class Leader:
                     self._link.send(SERVER, report)
 
     def _completed(self, event: Completed) -> None:
-        if self._site.computes(self._incarnation):
+        if self._site.computes(self._epoch):
             self._step(event)

@@ -12,6 +12,7 @@ from coordinator.placement import ReplicaPlan
 from coordinator.replica.core import ReplicaConfig, ReplicaCore
 from coordinator.replica.events import (
     Attached,
+    AwaitPersisted,
     Detached,
     Emit,
     Event,
@@ -20,8 +21,10 @@ from coordinator.replica.events import (
     Killed,
     Launch,
     LaunchFailed,
+    Persisted,
     PersistEpoch,
     RankEvent,
+    Relayout,
     ReplicaDown,
     ReplicaUp,
     Started,
@@ -54,18 +57,13 @@ class Replica:
         self._streams: dict[tuple[int, str], Connection] = {}  # by rank and incarnation
         self._unpersisted: int | None = None
         self._random = coordinator.world.random
-        limits = site.limits
-        plan = ReplicaPlan(
-            degrees=Degrees(tensor=site.tensor),
-            parameter_bytes=(0,) * site.tensor,
-            block_bytes=(1,) * site.tensor,
-            block_tokens=limits.block_tokens,
-            max_context=limits.max_context,
-            memory_fraction=1.0,
-            shared_memory=False,
-        )
         config = ReplicaConfig(
-            replica=site.index, term=coordinator.term, epoch=site.epoch, plan=plan, launch_timeout_s=20.0
+            replica=site.index,
+            term=coordinator.term,
+            epoch=site.epoch,
+            plan=self._plan(),
+            layout=str(site.tensor),
+            launch_timeout_s=20.0,
         )
         self.core = ReplicaCore(config)
         coordinator.after(self._random.random(), self._begin)
@@ -73,6 +71,22 @@ class Replica:
     def serve_rank(self, connection: Connection) -> None:
         """A rank's call, like RankControlServicer."""
         self._coordinator.accept(connection, self._take, connection)
+
+    def relayout(self) -> None:
+        """The site is to be laid out otherwise."""
+        self.post(Relayout(self._plan(), str(self._site.tensor)))
+
+    def _plan(self) -> ReplicaPlan:
+        limits, tensor = self._site.limits, self._site.tensor
+        return ReplicaPlan(
+            degrees=Degrees(tensor=tensor),
+            parameter_bytes=(0,) * tensor,
+            block_bytes=(1,) * tensor,
+            block_tokens=limits.block_tokens,
+            max_context=limits.max_context,
+            memory_fraction=1.0,
+            shared_memory=False,
+        )
 
     def tick(self) -> None:
         self.post(Tick())
@@ -90,6 +104,8 @@ class Replica:
                     self._launch(rank, incarnation)
                 case Kill(epoch):
                     self._kill(epoch)
+                case AwaitPersisted(epoch):
+                    coordinator.after(0.0, self._await_persisted, epoch)
                 case Tell(_, rank, incarnation):
                     if stream := self._streams.get((rank, incarnation)):
                         stream.send(PEER, effect)
@@ -133,6 +149,13 @@ class Replica:
         if self._unpersisted is not None and self._random.random() >= DISK_REFUSES:
             self._site.persist(self._unpersisted)
             self._unpersisted = None
+
+    def _await_persisted(self, epoch: int) -> None:
+        self._persist()
+        if self._unpersisted is None:
+            self.post(Persisted(epoch))
+        else:
+            self._coordinator.after(RETRY_S, self._await_persisted, epoch)
 
     def _launch(self, rank: int, incarnation: str) -> None:
         """An order that is out is carried out even if the coordinator dies meanwhile."""

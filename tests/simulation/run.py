@@ -32,6 +32,7 @@ FAULTS = {  # how often
     "replica": (0, 0, 1),
     "link": (0, 1, 3),
     "stream": (0, 3, 9),
+    "relayout": (0, 1, 2),
 }
 
 
@@ -40,6 +41,7 @@ MUST_HAPPEN = (
     *FAULTS,
     "coordinator.crashed within a step",
     "replica.adopted",
+    "replica.relayout",
     "request.replayed",
     "request.parked",
     "affinity hits",
@@ -223,6 +225,10 @@ class Simulation:
         match fault:
             case "coordinator" if self.coordinator.up:
                 self.coordinator.crash()
+            case "relayout":
+                site = random.choice(self.sites)
+                site.tensor = random.choice((1, 2, 3))
+                self.coordinator.act(lambda: self.coordinator.replicas[site.index].relayout())
             case "death" if processes:
                 random.choice(processes).die()
             case "hang" if processes:

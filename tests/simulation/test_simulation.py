@@ -14,6 +14,7 @@ from coordinator.jobs import events as job_events
 from coordinator.jobs.events import StoredJob
 from coordinator.jobs.runner import JobRunner
 from coordinator.replica import events as replica_events
+from coordinator.replica.attempt import Attempt, RankState
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import PersistEpoch, ReplicaDown
 from coordinator.requests import waiting
@@ -99,7 +100,7 @@ def no_credit_back(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Lives, "_forget", lambda self, life: None)
+    patch.setattr(Lives, "forget", lambda self, life: None)
 
 
 def epoch_not_persisted(patch: pytest.MonkeyPatch) -> None:
@@ -111,13 +112,33 @@ def launch_before_death(patch: pytest.MonkeyPatch) -> None:
     original = ReplicaCore._fence
 
     def fence(self: ReplicaCore, now: float, reason: str, suspect: int | None = None) -> list[replica_events.Effect]:
-        return original(self, now, reason, suspect) + self._killed(now, replica_events.Killed(self._epoch))
+        return original(self, now, reason, suspect) + self._answered(now, replica_events.Killed(self._epoch))
 
     patch.setattr(ReplicaCore, "_fence", fence)
 
 
 def any_incarnation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ReplicaCore, "_rank_of", lambda self, event: self._attempt.ranks.get(event.rank))
+    patch.setattr(Attempt, "find", lambda self, index, incarnation: self.everyone.get(index))
+
+
+def formed_before_all_retired(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RankState, "idle", property(lambda self: self.hello is not None))
+
+
+def another_layout_adopted(patch: pytest.MonkeyPatch) -> None:
+    """Its ranks would compute what they were told for the other."""
+    original = ReplicaCore._attached
+
+    def attached(
+        self: ReplicaCore, now: float, event: replica_events.Attached, rank: RankState
+    ) -> list[replica_events.Effect]:
+        return original(self, now, replace(event, layout=self._layout), rank)
+
+    patch.setattr(ReplicaCore, "_attached", attached)
+
+
+def relayout_not_told(patch: pytest.MonkeyPatch) -> None:
+    without(patch, ReplicaCore, "_relayout", ReplicaDown)
 
 
 def deaths_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -336,6 +357,9 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     epoch_not_persisted,
     launch_before_death,
     any_incarnation,
+    formed_before_all_retired,
+    another_layout_adopted,
+    relayout_not_told,
     deaths_ignored,
     never_down,
     shown_before_durable,

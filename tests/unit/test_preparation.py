@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from coordinator.placement import plan_replica
-from coordinator.supervisor.preparation import prepare, temporary_folder
+from coordinator.supervisor.preparation import prepare, prepare_change, temporary_folder
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import read_model_config
@@ -68,6 +68,38 @@ def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(mod
 def test_bad_settings_are_refused(model: Path, tmp_path: Path, values: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         prepare(config(model, **values), tmp_path)
+
+
+def test_a_change_is_settled_as_a_start_is_and_keeps_what_stays(model: Path, tmp_path: Path) -> None:
+    started = config(model)
+    serving, _ = prepare(started, tmp_path)
+    assert prepare_change(started, started, serving) == serving
+    other = make_checkpoint(tmp_path / "other", "qwen3")
+    wanted = config(other, tensor=2, max_context=64, dtype="float64")
+    changed = prepare_change(wanted, started, serving)
+    assert changed == serving.model_copy(
+        update={"model": other, "served_model_name": "other", "tensor": 2, "max_context": 64, "dtype": "float64"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tensor": 3}, "tensor=3 does not divide"),
+        ({"kv_cache_tokens": 511}, "kv-cache-tokens=511 is less than"),
+        ({"lease_s": 60}, "lease-s is 30.0 while the cluster serves and cannot become 60.0; only model, "),
+        ({"replicas": 2}, "replicas is 1 while the cluster serves"),
+        ({"model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_a_change_that_cannot_be_served_is_refused(
+    model: Path, tmp_path: Path, values: dict[str, object], expected: str
+) -> None:
+    started = config(model)
+    serving, _ = prepare(started, tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        prepare_change(config(**{"directory": values.get("model", model), **values}), started, serving)  # type: ignore[arg-type]
+    assert expected in refused.value.message
 
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.placement import RankMemory, ReplicaPlan
 from coordinator.replica.attempt import MAX_BACKOFF_S, State, backoff_s
-from coordinator.replica.core import START_ATTEMPTS, ReplicaConfig, ReplicaCore
+from coordinator.replica.core import ANOTHER_LAYOUT, START_ATTEMPTS, ReplicaConfig, ReplicaCore
 from coordinator.replica.events import (
     Accept,
     Attached,
+    AwaitPersisted,
     Beat,
     Detached,
     Died,
@@ -24,13 +27,17 @@ from coordinator.replica.events import (
     LaunchFailed,
     Loading,
     OpenStore,
+    Persisted,
     PersistEpoch,
     Progress,
     Ready,
     Refuse,
+    Relayout,
     ReplicaDown,
     ReplicaUp,
     Resident,
+    Retire,
+    Retired,
     Started,
     StartEnded,
     StoreOpened,
@@ -198,7 +205,9 @@ def test_survivors_that_dial_before_the_start_are_adopted_too() -> None:
     assert effects[-1] == ReplicaUp(Fence(2, 0, 4))
 
 
-@pytest.mark.parametrize("survivors", [frozenset(), frozenset({(0, "c-4")}), frozenset({(0, "c-3"), (1, "c-3")})])
+@pytest.mark.parametrize(
+    "survivors", [frozenset(), frozenset({(0, "c-4")}), frozenset({(0, "c-3"), (0, "c-4"), (1, "c-4")})]
+)
 def test_a_replica_with_a_rank_missing_is_not_waited_for(survivors: frozenset[tuple[int, str]]) -> None:
     core = make(epoch=4, term=2)
     assert quiet(core.step(0.0, Started(survivors))) == [PersistEpoch(5), Kill(5, None)]
@@ -302,3 +311,128 @@ def test_ranks_that_never_attach_are_started_again() -> None:
 
 def test_the_plan_decides_the_blocks() -> None:
     assert PLAN.kv_blocks([RankMemory("n", 10_000)] * 2) == 8
+
+
+def relayout(core: ReplicaCore, ranks: int, now: float = 5.0) -> list[Effect]:
+    """To a plan of so many ranks; the first effects."""
+    plan = replace(PLAN, degrees=Degrees(tensor=ranks), parameter_bytes=(100,) * ranks, block_bytes=(10,) * ranks)
+    return quiet(core.step(now, Relayout(plan, f"over {ranks}")))
+
+
+def test_another_layout_is_formed_by_the_same_processes() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    fence = Fence(1, 0, 2)
+    retire = [Tell(fence, rank, name, Retire()) for rank in (0, 1)]
+    assert relayout(core, 1) == [
+        PersistEpoch(2),
+        ReplicaDown(Fence(1, 0, 1), ANOTHER_LAYOUT),
+        *retire,
+        AwaitPersisted(2),
+    ]
+    assert core.step(5.1, Retired(0, name, 10_000)) == []
+    assert quiet(core.step(5.1, Persisted(2))) == [], "rank 1 still holds its memory"
+    assert quiet(core.step(5.2, Retired(1, name, 10_000))) == [Tell(fence, 0, name, OpenStore())]
+    assert core.step(5.3, StoreOpened(0, name, "h:2")) == [Tell(fence, 0, name, Form("h:2", 8))]
+    assert quiet(core.step(5.4, Ready(0, name, RESIDENT))) == [ReplicaUp(fence)]
+    assert [rank.pid for rank in core.ranks()] == [10]
+
+    assert Tell(Fence(1, 0, 3), 0, name, Retire()) in relayout(core, 2, 6.0)
+    core.step(6.1, Persisted(3))
+    told = core.step(6.2, Retired(0, name, 10_000))
+    assert Tell(Fence(1, 0, 3), 0, name, OpenStore()) in told, "rank 1 waited all the time"
+    assert core.step(6.3, StoreOpened(0, name, "h:2"))[1] == Tell(Fence(1, 0, 3), 1, name, Form("h:2", 8))
+
+
+def test_a_larger_layout_starts_what_it_lacks_once_its_epoch_is_on_disk() -> None:
+    core = make()
+    old = launch(core)
+    form(core)
+    assert not [effect for effect in relayout(core, 3) if isinstance(effect, Launch)]
+    assert core.step(5.1, Persisted(1)) == [], "of an earlier epoch"
+    assert quiet(core.step(5.1, Persisted(2))) == [Launch(2, "c-2")]
+    for rank in (0, 1):
+        assert core.step(5.2, Retired(rank, old, 10_000)) == []
+    assert quiet(core.step(9.0, hello(2, "c-2")))[-1] == Tell(Fence(1, 0, 2), 0, old, OpenStore())
+
+
+def test_a_rank_that_does_not_retire_is_killed_with_all_others() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    relayout(core, 1)
+    core.step(5.0, Persisted(2))
+    core.step(5.1, Retired(0, name, 10_000))
+    for now in (7.0, 9.0, 11.0, 12.9):
+        core.step(now, Beat(0, name, "waiting", 0))
+        core.step(now, Beat(1, name, "retiring", 0))
+        assert core.step(now, Tick()) == []
+    assert Kill(3, suspect=1) in core.step(13.0, Tick())
+    assert quiet(core.step(13.1, Killed(3))) == [Launch(0, "c-3")], "of the new layout"
+
+
+def test_a_rank_that_lost_its_stream_is_told_again_to_retire() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    relayout(core, 2)
+    fence = Fence(1, 0, 2)
+    again = [Tell(fence, 1, name, Accept()), Tell(fence, 1, name, Retire())]
+    assert core.step(5.1, hello(1, name, "ready", epoch=1, resident=RESIDENT)) == again
+    assert core.step(5.2, hello(1, name, "retiring", epoch=2)) == again
+    core.step(5.3, Persisted(2))
+    core.step(5.3, Retired(0, name, 10_000))
+    told = core.step(5.4, hello(1, name, "waiting", epoch=2))
+    assert told == [Tell(fence, 1, name, Accept()), Tell(fence, 0, name, OpenStore())], "it has, as its hello says"
+
+
+def test_what_befalls_a_surplus_rank_disturbs_nobody() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    relayout(core, 1)
+    core.step(5.0, Persisted(2))
+    for rank in (0, 1):
+        core.step(5.1, Retired(rank, name, 10_000))
+    core.step(5.2, StoreOpened(0, name, "h:2"))
+    core.step(5.3, Ready(0, name, RESIDENT))
+    (refuse,) = quiet(core.step(6.0, Died(1, name)))
+    assert isinstance(refuse, Tell) and isinstance(refuse.command, Refuse)
+    assert core.state is State.READY
+    relayout(core, 2, 7.0)
+    assert quiet(core.step(7.1, Persisted(3))) == [Launch(1, "c-3")]
+
+
+def test_a_layout_that_never_served_is_given_up_and_another_may_be_tried() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    relayout(core, 2)
+    core.step(5.0, Persisted(2))
+    for rank in (0, 1):
+        core.step(5.1, Retired(rank, name, 1))
+    kill, give_up = core.step(5.2, StoreOpened(0, name, "h:2"))
+    assert kill == Kill(2, None) and isinstance(give_up, GiveUp)
+    assert relayout(core, 2, 6.0) == [PersistEpoch(3), Kill(3, None)]
+    assert quiet(core.step(6.1, Killed(2))) == []
+    assert quiet(core.step(6.1, Killed(3))) == [Launch(0, "c-3"), Launch(1, "c-3")]
+
+
+def test_what_does_not_serve_starts_over_in_the_new_layout() -> None:
+    core = make()
+    launch(core)
+    assert relayout(core, 1) == [PersistEpoch(2), Kill(2, None)]
+    assert quiet(core.step(5.1, Killed(2))) == [Launch(0, "c-2")]
+
+
+def test_survivors_of_several_launches_are_adopted_if_they_serve_this_layout() -> None:
+    survivors = frozenset({(0, "c-2"), (1, "c-4"), (2, "c-2")})
+    for layout, adopted in (("a", True), ("b", False)):
+        core = ReplicaCore(ReplicaConfig(replica=0, term=2, epoch=4, plan=PLAN, layout="a"))
+        core.step(0.0, Started(survivors))
+        core.step(0.1, hello(2, "c-2", "waiting"))
+        first = core.step(0.1, hello(0, "c-2", "ready", epoch=4, resident=RESIDENT, layout=layout))
+        effects = core.step(0.2, hello(1, "c-4", "ready", epoch=4, resident=RESIDENT, layout=layout))
+        assert (ReplicaUp(Fence(2, 0, 4)) in effects) == adopted
+        assert (Kill(5, 0) in first) == (not adopted)

@@ -12,19 +12,26 @@ from coordinator.supervisor.core import (
     FIRST_BEAT_TIMEOUT_S,
     HURRY_S,
     MAX_DEATHS,
+    SupervisorCore,
+)
+from coordinator.supervisor.events import (
     Begin,
+    ConfigurationRead,
+    ConfigurationRefused,
     CoordinatorEnded,
     Exit,
     RayEnded,
     RayFailed,
     RayUp,
+    ReadConfiguration,
+    SendConfiguration,
     ShowLoading,
     ShowReady,
     SignalCoordinator,
     Signalled,
     StartCoordinator,
     StartRay,
-    SupervisorCore,
+    TakeConfiguration,
     Tick,
     Told,
     Warn,
@@ -155,3 +162,60 @@ def test_nothing_is_started_while_stopping() -> None:
     assert core.step(1.1, RayEnded()) == []
     assert core.step(1.2, Told({"failed": "late"})) == []
     assert core.step(1.3, CoordinatorEnded(1)) == [Exit(0)]
+
+
+def sent() -> SupervisorCore:
+    """A change of configuration has been read and told to the coordinator."""
+    core = SupervisorCore(False, drain_timeout_s=30.0, reads=True)
+    core.step(0.0, Begin())
+    assert core.step(1.0, Signalled(signal.SIGHUP)) == [ReadConfiguration()]
+    assert core.step(1.1, ConfigurationRead(changed=True)) == [SendConfiguration()]
+    return core
+
+
+def test_a_changed_configuration_is_taken_once_the_coordinator_begins_with_it() -> None:
+    core = sent()
+    assert core.step(1.1, Signalled(signal.SIGHUP)) == [Warn("not reconfigured: the last change is still under way")]
+    assert core.step(1.2, Told({"reconfiguring": True})) == [TakeConfiguration(read=True)]
+    assert core.step(1.3, Told({"reconfigured": True})) == [Warn("reconfigured")]
+    assert core.step(2.0, Signalled(signal.SIGHUP)) == [ReadConfiguration()]
+
+
+def test_the_same_configuration_again_hands_over() -> None:
+    core = SupervisorCore(False, drain_timeout_s=30.0, reads=True)
+    core.step(0.0, Begin())
+    core.step(1.0, Signalled(signal.SIGHUP))
+    assert core.step(1.1, ConfigurationRead(changed=False)) == [SignalCoordinator(signal.SIGHUP)]
+    assert core.step(1.2, CoordinatorEnded(0)) == [StartCoordinator()]
+
+
+def test_a_refused_change_is_told_and_changes_nothing() -> None:
+    core = SupervisorCore(False, drain_timeout_s=30.0, reads=True)
+    core.step(0.0, Begin())
+    core.step(1.0, Signalled(signal.SIGHUP))
+    assert core.step(1.1, ConfigurationRefused("no such key")) == [Warn("not reconfigured: no such key")]
+    core = sent()
+    assert core.step(1.2, Told({"not_reconfigured": "busy"})) == [Warn("not reconfigured: busy")]
+    core = sent()
+    core.step(1.2, Told({"reconfiguring": True}))
+    taken_back = [TakeConfiguration(read=False), Warn("not reconfigured: no memory")]
+    assert core.step(1.3, Told({"not_reconfigured": "no memory"})) == taken_back
+
+
+def test_a_coordinator_that_dies_in_a_change_has_begun_it_or_not() -> None:
+    core = sent()
+    effects = core.step(1.2, CoordinatorEnded(-9))
+    assert effects[0] == Warn("not reconfigured: the coordinator ended meanwhile")
+    assert effects[-1] == StartCoordinator()
+    core = sent()
+    core.step(1.2, Told({"reconfiguring": True}))
+    core.step(1.2, CoordinatorEnded(-9))
+    assert Warn("reconfigured") in core.step(9.0, Told({"ready": "h:1"})), "its successor serves the change"
+
+
+def test_what_is_read_while_it_stops_is_forgotten() -> None:
+    core = SupervisorCore(False, drain_timeout_s=30.0, reads=True)
+    core.step(0.0, Begin())
+    core.step(1.0, Signalled(signal.SIGHUP))
+    core.step(1.1, Signalled(signal.SIGTERM))
+    assert core.step(1.2, ConfigurationRead(changed=True)) == []

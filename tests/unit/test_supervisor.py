@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.supervisor.core import Exit
+from coordinator.supervisor.events import Exit
 from coordinator.supervisor.process import Supervisor
 from echelon.config import CoordinatorConfig
 

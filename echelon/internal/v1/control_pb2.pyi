@@ -15,7 +15,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class RankMessage(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -30,10 +31,11 @@ class RankMessage(_message.Message):
     progress: LoadProgress
     ready: RankReady
     fault: RankFault
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ...) -> None: ...
+    retired: RankRetired
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
-    __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready")
+    __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +45,7 @@ class RankHello(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     rank: int
     incarnation: str
@@ -52,7 +55,8 @@ class RankHello(_message.Message):
     device: str
     memory_bytes: int
     ready: RankReady
-    def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., phase: _Optional[str] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ...) -> None: ...
+    layout: str
+    def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., phase: _Optional[str] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("phase", "step")
@@ -92,19 +96,27 @@ class RankFault(_message.Message):
     error: str
     def __init__(self, phase: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
+class RankRetired(_message.Message):
+    __slots__ = ("memory_bytes",)
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    def __init__(self, memory_bytes: _Optional[int] = ...) -> None: ...
+
 class RankCommand(_message.Message):
-    __slots__ = ("fence", "accepted", "open_store", "form", "refused")
+    __slots__ = ("fence", "accepted", "open_store", "form", "refused", "retire")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     accepted: Accepted
     open_store: OpenStore
     form: FormEpoch
     refused: Refused
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., form: _Optional[_Union[FormEpoch, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+    retire: Retire
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., form: _Optional[_Union[FormEpoch, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., retire: _Optional[_Union[Retire, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()
@@ -120,8 +132,12 @@ class Refused(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
+class Retire(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FormEpoch(_message.Message):
-    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "trace_dir")
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "trace_dir", "layout")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +153,7 @@ class FormEpoch(_message.Message):
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     TRACE_DIR_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     store_address: str
     model_path: str
     dtype: str
@@ -152,4 +169,5 @@ class FormEpoch(_message.Message):
     expert: int
     pipeline_depth: int
     trace_dir: str
-    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., trace_dir: _Optional[str] = ...) -> None: ...
+    layout: str
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., trace_dir: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
