@@ -208,12 +208,12 @@ def choose(able: Sequence[Link], size: Size, prefix: Sequence[bytes] = ()) -> tu
     is known until waiting there costs more than computing it anew elsewhere. SGLang's cache-aware router weighs the
     same two, by thresholds (the longest match, unless one replica has 64 requests and half as many again more than
     another), llm-d by a sum of scores (prefix 3, queue 2, KV use 2); tokens need no weights that fit one load only.
-    Of equals the one with the most free blocks. None is waited for while another has credits.
+    Of equals the one with the most free blocks, or the first. None is waited for while another has credits.
     """
     cached = {link.fence.replica: link.cached_tokens(size, prefix) for link in able}
 
-    def cost(link: Link) -> tuple[int, int]:
-        return link.load_tokens() - cached[link.fence.replica], -link.free_blocks
+    def cost(link: Link) -> tuple[int, int, int]:
+        return link.load_tokens() - cached[link.fence.replica], -link.free_blocks, link.fence.replica
 
     chosen, longest = min(able, key=cost), max(cached.values())
     if not longest:

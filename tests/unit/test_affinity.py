@@ -65,6 +65,7 @@ def test_the_choice(first: dict[str, int], second: dict[str, int], chosen: int, 
     assert RUNNING_TOKENS == 256
     links = [link(0, **first), link(1, **second)]
     assert choose(links, Size(1000, (0,), 1008), blocks(prompt(1000))) == (links[chosen], reason)
+    assert choose(links[::-1], Size(1000, (0,), 1008), blocks(prompt(1000)))[0] is links[chosen], "in whatever order"
     mirrored = [link(0, **second), link(1, **first)]
     if first != second and (first.get("known"), second.get("known")) != (400, 400):
         assert choose(mirrored, Size(1000, (0,), 1008), blocks(prompt(1000)))[0] is mirrored[1 - chosen]

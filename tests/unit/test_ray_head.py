@@ -98,7 +98,7 @@ def free_port() -> int:
 @pytest.fixture
 def real_ray() -> Iterator[RayHeadConfig]:
     with tempfile.TemporaryDirectory(prefix="echelon-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        config = RayHeadConfig("127.0.0.1", free_port(), free_port(), num_cpus=2, folder=Path(folder))
+        config = RayHeadConfig("127.0.0.1", free_port(), free_port(), num_cpus=3, folder=Path(folder))
         head = RayHead(config)
         head.start(dict(os.environ))
         try:
@@ -119,9 +119,9 @@ def test_a_cluster_launches_finds_kills_and_removes_its_ranks(
 
 
 async def live(address: str) -> None:
-    def spec(rank: int, incarnation: str) -> RankSpec:
+    def spec(rank: int, incarnation: str, replica: int = 0) -> RankSpec:
         return RankSpec(
-            coordinator_address="127.0.0.1:1", cluster="c0ffee", replica=0, rank=rank, incarnation=incarnation,
+            coordinator_address="127.0.0.1:1", cluster="c0ffee", replica=replica, rank=rank, incarnation=incarnation,
             device="cpu", heartbeat_s=0.5, term=1,
         )  # fmt: skip
 
@@ -144,6 +144,13 @@ async def live(address: str) -> None:
     assert not alive(first)
     again = await successor.launch(spec(1, "2"))
     assert await successor.survivors(0) == {(1, "2")}
+    for replica in (1, 2):  # the second finds room where the first was
+        await successor.launch(spec(0, "1", replica))
+        await successor.end_surplus(replica + 1)
+        assert await successor.survivors(replica) == {(0, "1")}
+        await successor.end_surplus(1)
+        assert await successor.survivors(replica) == frozenset()
+        assert await successor.survivors(0) == {(1, "2")}
 
     # An agent that dies takes nothing with it: the next renewal brings another, which sees what is launched from then.
     deaths = successor.deaths()
