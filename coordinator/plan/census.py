@@ -13,8 +13,9 @@ from enum import StrEnum
 
 from models.config import ModelConfig
 from models.routing import Routing
-from models.tables import EMBEDDING, HEAD, cached_numbers, parameter_table, stage_layers, tensor_name
+from models.tables import EMBEDDING, HEAD, cached_numbers, parameter_table, tensor_name
 from parallel.degrees import Degrees
+from parallel.partition import cut
 from parallel.sharding import Placement, Shape, held_shape
 
 
@@ -89,6 +90,11 @@ class Census:
         weights = {Part.EMBEDDING: 1.0 if tied else 0.0, Part.EXPERT: share}
         return round(sum(weights.get(kind.part, 1.0) * count * math.prod(kind.shape) for kind, count in kinds))
 
+    def cut(self, pipeline: int) -> tuple[range, ...]:
+        """The layers of each stage: those of `models.tables.stage_layers`, without making the table again."""
+        numbers = [_numbers(self.patterns[pattern]) for pattern in self.of_layer]
+        return cut(numbers, pipeline, last=self.config.vocab_size * self.config.hidden_size)
+
     def held(self, degrees: Degrees, layers: range, stage: int) -> Numbers:
         """What each rank of a stage holds. Ranks of a stage hold alike many: padding makes them equal."""
         counts: Counter[Part] = Counter()
@@ -134,11 +140,6 @@ def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Ce
     patterns = tuple(dict.fromkeys(by_layer))
     of_layer = tuple(map(patterns.index, by_layer))
     return Census(config, tuple(counts[None].items()), patterns, of_layer, weight_bytes, number_bytes)
-
-
-def stage_cuts(config: ModelConfig, most: int) -> dict[int, tuple[range, ...]]:
-    """The layers of each stage, for every number of stages up to `most` that leaves each a layer."""
-    return {stages: stage_layers(config, stages) for stages in range(1, min(most, config.num_hidden_layers) + 1)}
 
 
 def _numbers(kinds: Kinds) -> int:

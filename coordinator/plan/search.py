@@ -16,7 +16,7 @@ from coordinator.plan.hardware import Machines
 from coordinator.plan.memory import Limits, Load, StageLoad, load
 from coordinator.plan.roofline import roofline
 from echelon.errors import ConfigError
-from models.tables import check_degrees, stage_layers
+from models.tables import check_degrees
 from parallel.degrees import NAMES, Degrees
 
 NEAREST = 3  # layouts that a refusal names
@@ -117,7 +117,7 @@ class Planner:
 
     def _load(self, degrees: Degrees) -> Load:
         if degrees.pipeline not in self._cuts:
-            self._cuts[degrees.pipeline] = stage_layers(self.census.config, degrees.pipeline)
+            self._cuts[degrees.pipeline] = self.census.cut(degrees.pipeline)
         return load(self.census, degrees, self._cuts[degrees.pipeline], self.machines, self.limits)
 
     def _plan(self, held: Load, simulated: bool) -> Plan:
@@ -143,7 +143,17 @@ class Planner:
         if weights > room:
             least = math.ceil(weights / machines.usable_bytes)
             return f"no layout{asked} fits: {parts}; {least} such GPUs hold the weights alone"
-        return f"no layout{asked} fits: {parts}; use more GPUs, a smaller --max-context, or other degrees"
+        sizes = range(machines.gpus, 0, -1)
+        loads = [self._load(d) for size in sizes for d in self.layouts(size, fixed) if self._divides(d)]
+        if not loads:
+            return f"no layout{asked} divides the model over {machines.gpus} GPUs; leave a degree out, or use more GPUs"
+        roomiest = max(loads, key=lambda held: held.pool_tokens)
+        if roomiest.pool_tokens:
+            return (
+                f"no layout{asked} fits: {parts}; {as_flags(roomiest.degrees)} holds requests of --max-context "
+                f"{roomiest.pool_tokens} or less"
+            )
+        return f"no layout{asked} fits: {parts}; use more GPUs"
 
 
 def no_room(stage: StageLoad, machines: Machines, limits: Limits) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,15 @@ from hypothesis import strategies as st
 from coordinator.placement import BLOCK_TOKENS as SERVED_BLOCK_TOKENS
 from coordinator.plan.census import Census, take_census
 from coordinator.plan.explain import decode_shares, rivals, why
-from coordinator.plan.forecast import Case, Forecast, closed_round, forecast, simulated_round
+from coordinator.plan.forecast import (
+    Case,
+    Forecast,
+    closed_round,
+    decode_batch,
+    forecast,
+    prefill_batch,
+    simulated_round,
+)
 from coordinator.plan.hardware import GPUS, Machines, nearest_gpu, wire
 from coordinator.plan.memory import BLOCK_TOKENS, Limits, Load, load
 from coordinator.plan.roofline import roofline
@@ -173,8 +183,9 @@ def test_shards_put_together_are_the_tensor(layout: tuple[ModelConfig, Degrees])
 @given(layouts(), st.sampled_from([1, 2, 4]))
 def test_planned_bytes_are_what_ranks_load(layout: tuple[ModelConfig, Degrees], size: int) -> None:
     config, degrees = layout
-    cut = stage_layers(config, degrees.pipeline)
-    held = load(take_census(config, size, size), degrees, cut, Machines(gpu=H200, gpus=16), Limits(max_context=16))
+    counted = take_census(config, size, size)
+    assert counted.cut(degrees.pipeline) == stage_layers(config, degrees.pipeline)
+    held = load(counted, degrees, counted.cut(degrees.pipeline), Machines(gpu=H200, gpus=16), Limits(max_context=16))
     for place in places(degrees):
         stage = held.stages[place.pipeline_rank]
         assert stage.weight_bytes == parameter_bytes(config, place, size)
@@ -235,7 +246,7 @@ def test_what_can_only_be_planned_is_not_served(tmp_path: Path, name: str) -> No
 def found_for(name: str, degrees: Degrees, case: Case, **machine: int) -> tuple[Load, Forecast]:
     machines = Machines(gpu=H200, gpus=degrees.ranks, **machine)
     limits = Limits(max_context=case.tokens, requests=case.requests)
-    held = load(census(name), degrees, stage_layers(published(name), degrees.pipeline), machines, limits)
+    held = load(census(name), degrees, census(name).cut(degrees.pipeline), machines, limits)
     return held, forecast(roofline(census(name), degrees, machines), held, limits, case)
 
 
@@ -259,6 +270,45 @@ def test_experts_are_read_when_tokens_choose_them() -> None:
     whole_s = 32 * 8 * 3 * 4096 * 14336 * 2 / 2 / 4.488e12
     assert one.experts == pytest.approx(whole_s * 2 / 8, rel=1e-3)
     assert many.experts == pytest.approx(whole_s, rel=1e-3)
+
+
+def ring_s(count: float, ranks: int) -> float:
+    return 9.3e-6 + count * (ranks - 1) / ranks / (450e9 * 0.73)
+
+
+def test_ranks_exchange_hidden_states_and_rows_of_experts() -> None:
+    """Four rows of 2,048 numbers each data rank: an all-reduce behind attention, and experts' rows there and back."""
+    degrees = Degrees(data=2, tensor=2, expert=4)
+    rates = roofline(census("qwen3-30b-a3b"), degrees, Machines(gpu=H200, gpus=4))
+    held, _ = found_for("qwen3-30b-a3b", degrees, Case(8, 64, 64))
+    hidden = 4 * 2048 * 2
+    reduce_s, restore_s = ring_s(2 * hidden, 2), ring_s(hidden, 2)
+    decode_s = 48 * (reduce_s + 2 * ring_s(2 * hidden, 4) + restore_s)
+    assert rates.slot(held.stages[0], decode_batch(4, 96)).exchange == pytest.approx(decode_s)
+    prefill_s = 48 * (reduce_s + 2 * ring_s(hidden / 2 * 4, 4) + restore_s)  # eight experts of four groups: four copies
+    assert rates.slot(held.stages[0], prefill_batch(4, 4)).exchange == pytest.approx(prefill_s)
+
+
+def test_a_dense_layer_reduces_twice_and_one_of_experts_on_one_group_too() -> None:
+    for name, layers, hidden in (("qwen3-8b", 36, 4096), ("qwen3-30b-a3b", 48, 2048)):
+        slot = found_for(name, Degrees(tensor=2), Case(4, 64, 64))[1].slots[0]
+        assert slot.exchange == pytest.approx(2 * layers * ring_s(2 * 4 * hidden * 2, 2))
+
+
+def test_a_window_bounds_what_is_read_and_multiplied() -> None:
+    seen = decode_batch(3, 640.0).windowed(64)
+    assert (seen.read_tokens, seen.pairs, seen.rows) == (64, 64, 3)
+    prompt = prefill_batch(1280, 1280)
+    assert prompt.windowed(64).pairs == pytest.approx(1280 * 64)
+    assert prompt.windowed(None) == prompt.windowed(1280) == prompt
+
+
+def test_the_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
+    held, found = found_for("qwen3-8b", Degrees(pipeline=2), Case(1, 3 * 2048, 8))
+    rates = roofline(census("qwen3-8b"), Degrees(pipeline=2), Machines(gpu=H200, gpus=2))
+    chunk = prefill_batch(2048, 3 * 2048)
+    first, last = (rates.slot(stage, chunk).total for stage in held.stages)
+    assert found.first_token_s == pytest.approx(first + last + 2 * max(first, last) + rates.way_s(chunk))
 
 
 def test_a_stage_that_spans_nodes_exchanges_over_the_network() -> None:
@@ -360,11 +410,30 @@ def test_a_model_that_nothing_holds_is_refused_with_the_number_of_gpus() -> None
         planner("mixtral-8x7b", 1, Case(16, 128, 128), gpu="h100").rank({}, False)
 
 
+def test_a_context_that_nothing_holds_is_refused_with_one_that_fits() -> None:
+    machines = Machines(gpu=replace(GPUS["h100"], memory_bytes=12e9), gpus=2)
+    with pytest.raises(ConfigError) as caught:
+        Planner(census("qwen3-8b"), machines, Limits(max_context=40960), Case(1, 64, 64)).plan(Degrees(tensor=2))
+    found = re.search(r"--tensor 2 holds requests of --max-context (\d+) or less", str(caught.value))
+    assert found, caught.value
+    most = int(found[1])
+    fitting = Planner(census("qwen3-8b"), machines, Limits(max_context=most), Case(1, 64, 64))
+    assert fitting.plan(Degrees(tensor=2)).load.requests(most) == 1
+    with pytest.raises(ConfigError):
+        replace(fitting, limits=Limits(max_context=most + 1)).plan(Degrees(tensor=2))
+
+
+def test_degrees_that_no_gpus_make_are_refused_as_such() -> None:
+    with pytest.raises(ConfigError, match="no layout with --pipeline 2 --tensor 2 divides the model over 3 GPUs"):
+        planner("qwen3-8b", 3, Case(1, 64, 64)).rank({"pipeline": 2, "tensor": 2}, False)
+
+
 def test_requests_that_the_cache_cannot_hold_wait() -> None:
     asked = planner("qwen3-8b", 1, Case(2048, 1024, 256))
     found = asked.plan(Degrees()).forecast
     assert found.running == asked.plan(Degrees()).load.requests(1280) < 2048
-    assert found.total_s > 3 * 256 * found.round_s
+    prefill_s = 2048 * 1024 / found.prefill_tokens_s
+    assert found.total_s == pytest.approx(prefill_s + math.ceil(2048 / found.running) * 256 * found.round_s)
 
 
 def test_shares_of_a_round_add_up_and_rivals_are_of_other_kinds() -> None:
