@@ -1,6 +1,7 @@
 """Puts the verbs together, and turns what they raise into one line and an exit code.
 
-Runs in the user's terminal. Knows no verb's options, and imports nothing of the server unless `serve` is named.
+Runs in the user's terminal. Knows no verb's options, and imports nothing of the server unless `serve` is named, but
+for the planner, which is arithmetic and needs none of the server's packages.
 """
 
 from __future__ import annotations

@@ -67,5 +67,11 @@ def test_the_coordinator_loads_no_torch() -> None:
     assert not loaded & {"torch", "safetensors"}
 
 
+def test_the_command_and_its_planner_need_no_package_of_the_server() -> None:
+    loaded = modules_after("import echelon.cli.app, echelon.cli.plan.command")
+    assert {"coordinator", "typer"} <= loaded
+    assert not loaded & ({*HEAVY, "safetensors", "structlog"} - {"rich", "typer"})
+
+
 def test_heavy_modules_would_be_seen() -> None:
     assert "numpy" in modules_after("import numpy")
