@@ -51,14 +51,11 @@ class Experts:
 
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
-        zeros behind the last end."""
-        if not rows.shape[0]:
-            return torch.zeros_like(rows)
-        if self._groups(rows):
+        of no use behind the last end."""
+        outputs = torch.empty_like(rows)
+        if rows.shape[0] and self._groups(rows):
             gate, up = F.grouped_mm(rows, self.gate_up.mT, offs=ends).chunk(2, dim=-1)
-            outputs = F.grouped_mm(self.activation(gate) * up, self.down.mT, offs=ends)
-            return outputs.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= ends[-1], 0)
-        outputs = torch.zeros_like(rows)
+            return F.grouped_mm(self.activation(gate) * up, self.down.mT, offs=ends)
         start = 0
         for slot, end in enumerate(ends.tolist()):
             if end > start:

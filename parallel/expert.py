@@ -182,26 +182,32 @@ class ExchangedExperts:
 
     def _copies(self, routing: Tensor, total: int | None) -> Copies:
         slots, weights = _unpacked(routing)
-        local = slots - self._first_slot
-        held = self.map.slots_per_rank
-        return Copies.of(local.masked_fill((local < 0) | (local >= held), held), weights, held, total)
+        return Copies.of_own(slots - self._first_slot, weights, self.map.slots_per_rank, total)
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Which rows are copied for which slot. order [copies]: the choices, row * k + choice, that copies serve."""
+    """Which rows are copied for which slot. order [copies]: the choices, row * k + choice, that copies serve.
+
+    surplus: order goes on behind the last end, with choices that are computed elsewhere.
+    """
 
     weights: Tensor  # [r, k]
     order: Tensor
     ends: Tensor
+    surplus: bool
 
     @classmethod
-    def of(cls, slots: Tensor, weights: Tensor, held: int, total: int | None = None) -> Copies:
-        """slots [r, k]: 0 to held - 1, or held for what is computed elsewhere. total: choices of the former, if the
-        host knows it; else the copies go on behind the last end with rows that nothing is computed for."""
-        found, order = slots.flatten().sort(stable=True)
-        ends = torch.searchsorted(found, torch.arange(held, device=slots.device), right=True, out_int32=True)
-        return cls(weights, order if total is None else order[:total], ends)
+    def of(cls, slots: Tensor, weights: Tensor, held: int) -> Copies:
+        """slots [r, k]: 0 to held - 1."""
+        return cls(weights, *_by_slot(slots, held), surplus=False)
+
+    @classmethod
+    def of_own(cls, slots: Tensor, weights: Tensor, held: int, total: int | None) -> Copies:
+        """slots [r, k]: numbered so that 0 to held - 1 are this rank's. total: how many choices those are, if the host
+        knows it; else the shape allows for all."""
+        order, ends = _by_slot(slots.masked_fill((slots < 0) | (slots >= held), held), held)
+        return cls(weights, order if total is None else order[:total], ends, surplus=total is None)
 
     def taken(self, rows: Tensor) -> Tensor:
         """rows [r, h] -> [copies, h]."""
@@ -211,9 +217,19 @@ class Copies:
         """outputs [copies, h], overwritten -> the weighted sum of each row's, [r, h]; each product is rounded to the
         dtype, as in transformers, and the sum once."""
         outputs.mul_(self.weights.flatten()[self.order].unsqueeze(-1))
-        spread = outputs.new_zeros(*self.weights.shape, outputs.shape[-1])
+        if self.surplus:
+            behind = torch.arange(len(outputs), device=outputs.device).unsqueeze(-1) >= self.ends[-1]
+            outputs.masked_fill_(behind, 0)
+        shape = (*self.weights.shape, outputs.shape[-1])
+        spread = outputs.new_empty(shape) if len(outputs) == self.weights.numel() else outputs.new_zeros(shape)
         spread.flatten(0, 1).index_copy_(0, self.order, outputs)
         return spread.sum(1)
+
+
+def _by_slot(slots: Tensor, held: int) -> tuple[Tensor, Tensor]:
+    """The choices sorted by slot, and where each of the held slots ends among them."""
+    found, order = slots.flatten().sort(stable=True)
+    return order, torch.searchsorted(found, torch.arange(held, device=slots.device), right=True, out_int32=True)
 
 
 def _packed(slots: Tensor, weights: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.batch import ForwardBatch, PrefillRow
+from parallel.expert import ExpertStep
 from worker import slot_rules
 from worker.plan import NO_LOGPROBS, NO_SAMPLE, Int32Array, PlanTables
 from worker.sampler import Path, RuledRows, SamplingPaths, SamplingRows
@@ -229,4 +230,5 @@ def _forward(
         decode_context_lens=context_lens,
         prefill=tuple(prefill),
         sample_index=sample_index,
+        experts=ExpertStep(decode=not prefill, rows_per_rank=(len(layout.positions),)),
     )

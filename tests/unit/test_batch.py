@@ -7,6 +7,7 @@ from torch import Tensor
 
 from echelon.internal.link import Fence, Sampling
 from models.batch import ForwardBatch
+from parallel.expert import ExpertStep
 from worker.batch import Share, StepBatch, apply_and_build
 from worker.plan import Admit, Row, StepPlan, Told, decode, encode
 from worker.slots import SlotState
@@ -66,6 +67,7 @@ def test_a_mixed_step_is_laid_out_with_decode_rows_first() -> None:
         "sample_index": [0, 1, 5],
     }
     assert batch.forward.num_decode_rows == 2
+    assert batch.forward.experts == ExpertStep(decode=False, rows_per_rank=(8,))
     first, second = batch.forward.prefill
     assert (first.offset, first.tokens, first.context_len, first.block_table.tolist()) == (2, 4, 10, [11, 12, 13])
     assert (second.offset, second.tokens, second.context_len, len(second.block_table)) == (6, 2, 2, 1)
@@ -78,6 +80,7 @@ def test_blocks_that_a_decode_row_does_not_use_yet_are_padded_with_zero() -> Non
     state.block_tables[:] = 99  # what earlier owners of the slots left
     rows = (decode_row(0, first=3), decode_row(1, first=8))
     batch = build(state, StepPlan(FENCE, 1, blocks=((0, 0, 5), (1, 0, 6), (1, 1, 7), (1, 2, 8)), rows=rows))
+    assert batch.forward.experts == ExpertStep(decode=True, rows_per_rank=(2,))
     assert batch.forward.decode_block_tables.tolist() == [[5, 0, 0], [6, 7, 8]]
 
 

@@ -67,17 +67,24 @@ def test_rows_that_all_choose_one_expert_are_all_computed() -> None:
 
 @pytest.mark.parametrize("total", [None, 3])
 def test_choices_of_other_ranks_add_nothing(total: int | None) -> None:
-    slots = torch.tensor([[1, 2], [2, 0], [1, 2]])  # 2 is elsewhere
+    """Whatever stands behind the last end."""
+    slots = torch.tensor([[1, 2], [-1, 0], [1, 7]])  # 0 and 1 are here
     rows = torch.tensor([[1.0], [10.0], [100.0]])
-    copies = Copies.of(slots, torch.tensor([[0.5, 9.0], [9.0, 0.25], [2.0, 9.0]]), held=2, total=total)
+    copies = Copies.of_own(slots, torch.tensor([[0.5, 9.0], [9.0, 0.25], [2.0, 9.0]]), held=2, total=total)
     assert copies.ends.tolist() == [1, 3]
     assert copies.taken(rows)[:3].flatten().tolist() == [10, 1, 100]
     assert len(copies.order) == (3 if total else 6)
-    outputs = torch.cat((copies.taken(rows)[:3], torch.zeros(len(copies.order) - 3, 1)))
+    outputs = torch.cat((copies.taken(rows)[:3], torch.full((len(copies.order) - 3, 1), torch.nan)))
     assert copies.sums(outputs).flatten().tolist() == [0.5, 2.5, 200.0]
 
 
-def test_outputs_behind_the_last_end_are_zeros() -> None:
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     experts = Experts(random(2, 4, 4), random(2, 4, 2), F.silu)
-    outputs = experts(random(5, 4), torch.tensor([1, 3], dtype=torch.int32))
-    assert (outputs[:3] != 0).any(-1).all() and (outputs[3:] == 0).all()
+    router = Router(random(2, 4, seed=1), 2, normalizes=True, rounds=False)
+    layer = MixtureOfExperts(router, experts, SplitExperts(Group(), 2))
+    hidden = random(5, 4, seed=2)
+    spoilt = hidden.clone()
+    spoilt[2] = torch.nan
+    others = [0, 1, 3, 4]
+    assert torch.equal(layer(spoilt, PREFILL)[others], layer(hidden, PREFILL)[others])
+    assert layer(spoilt, PREFILL)[2].isnan().all()
