@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from echelon.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ECHELON_"
-NOT_SUPPORTED_YET = ("data", "expert")
+NOT_SUPPORTED_YET = ("data",)
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
@@ -58,7 +58,7 @@ class ServeConfig(BaseModel):
     tensor: Count = Field(default=1, description="Ranks that split every layer.")
     pipeline: Count = Field(default=1, description="Stages that share the layers.")
     data: Count = Field(default=1, description="Attention data-parallel ranks (only 1 for now).")
-    expert: Count = Field(default=1, description="Expert-parallel ranks (only 1 for now).")
+    expert: Count = Field(default=1, description="Groups of a stage's ranks with experts of their own.")
     replicas: Count = Field(default=1, description="Copies of the model, each on ranks of its own.")
     pipeline_depth: Count | None = Field(
         default=None, description="Micro-batches in the pipeline at once; default: as many as stages."

@@ -47,6 +47,7 @@ LONGROPE: dict[str, object] = {
     "original_max_position_embeddings": 1,
     "sliding_window": 24,
 }
+MOE: dict[str, object] = {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}
 BIASED: dict[str, object] = {"attention_bias": True, "num_key_value_heads": 1, "vocab_size": 322}
 
 
@@ -89,6 +90,14 @@ LAYOUTS = {
     "gemma2-1-chunked": Layout("gemma2", 1, {}, CHUNKED, long=True),
     "gemma3-1": Layout("gemma3", 1, {}, long=True),
     "gemma3-2-chunked": Layout("gemma3", 2, {}, CHUNKED, long=True),
+    "qwen3-moe-2-expert-2-chunked": Layout("qwen3-moe", 2, MOE, CHUNKED | {"expert": 2}),
+    "qwen3-moe-2": Layout("qwen3-moe", 2, MOE, long=True),
+    "mixtral-1": Layout("mixtral", 1, {"sliding_window": 24}, long=True),
+    "mixtral-2-expert-2": Layout("mixtral", 2, {"sliding_window": 24}, {"expert": 2}, long=True),
+    "mixtral-4-expert-2": Layout("mixtral", 4, {"sliding_window": 24}, {"expert": 2}, long=True),
+    "mixtral-2-expert-2-pipeline-2": Layout(
+        "mixtral", 2, {"sliding_window": 24}, {"expert": 2, "pipeline": 2}, long=True
+    ),
     "qwen3-4": Layout("qwen3", 4, {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }
 PARAMETERS = [

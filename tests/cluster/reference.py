@@ -25,8 +25,9 @@ class Reference:
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-        # Its own choice of attention: sdpa, and eager for what sdpa cannot compute.
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+        # Its own choice of attention: sdpa, and eager for what sdpa cannot compute. Only eager experts have a float64.
+        load = AutoModelForCausalLM.from_pretrained
+        self._model = load(directory, dtype=torch.float64, experts_implementation="eager").eval()
 
         self.end_id = int(self.tokenizer.eos_token_id)
 
