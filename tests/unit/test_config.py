@@ -28,7 +28,7 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({}, "", "no model given"),
         ({"model": "m", "tensor": "0"}, "", "--tensor: .*greater than or equal to 1.*'0'"),
         ({"model": "m", "tensor": "two"}, "", "--tensor: .*'two'"),
-        ({"model": "m", "pipeline": "2"}, "", "--pipeline: is not supported yet"),
+        ({"model": "m", "data": "2"}, "", "--data: is not supported yet"),
         ({"model": "m"}, "data: 3", "data of the configuration file: is not supported yet"),
         ({"model": "m", "heartbeat_s": "nan"}, "", "--heartbeat-s: "),
         ({"model": "m", "lease_s": "inf"}, "", "--lease-s: "),
