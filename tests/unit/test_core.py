@@ -14,6 +14,7 @@ from coordinator.requests.events import (
     Deliver,
     Drain,
     LinkClosed,
+    ModelChanged,
     ReplicaEnded,
     Reported,
     Send,
@@ -520,3 +521,14 @@ def test_the_salt_of_cached_prefixes_goes_to_the_leader_and_through_the_journal(
     successor.open()
     successor.post(Submit(2, request(cache_salt="tenant", priority=3)))
     assert (successor.assigns()[0].cache_salt, successor.assigns()[0].priority) == ("tenant", 3)
+
+
+def test_another_model_remembers_nothing_of_the_last_ones_requests(shell: Shell) -> None:
+    shell.post(Submit(1, request(max_tokens=1)))
+    shell.report(runs=(TokenRun("r", 0, 1, 0, (5,), finish=Finish.LENGTH),), released=(Released("r", 1),))
+    shell.post(Submit(2, request("open")))
+    shell.post(ModelChanged())
+    assert isinstance(shell.shown[2][-1], UnavailableError), "come again"
+    assert shell.core.remembered == 0
+    shell.post(Submit(3, request(max_tokens=1)))
+    assert shell.assigns()[-1].request == "r", "computed anew"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc.aio
+import torch
 
 from echelon.internal.v1 import control_pb2, control_pb2_grpc
+from tests.tiny import make_checkpoint
 from worker.rank import RankProcess
 from worker.spec import RankSpec
 
@@ -60,3 +65,67 @@ def test_a_fault_is_told_on_every_stream() -> None:
     command.form.model_path = "/nowhere"
     heard = asyncio.run(attached(command, 2))
     assert heard == [("waiting", "fault"), ("loading", "fault")]
+
+
+class Drill(control_pb2_grpc.RankControlServicer):
+    """Has one rank serve one model after another, and hears what it says between."""
+
+    def __init__(self, models: list[Path]) -> None:
+        self._models = models
+        self.ready: list[control_pb2.RankReady] = []
+        self.threads: list[int] = []
+        self.idle_bytes: list[int] = []
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[control_pb2.RankMessage], context: object
+    ) -> AsyncIterator[control_pb2.RankCommand]:
+        async def heard(kind: str) -> control_pb2.RankMessage:
+            async for message in request_iterator:
+                assert message.WhichOneof("body") != "fault", message.fault.error
+                if message.WhichOneof("body") == kind:
+                    return message
+            raise AssertionError(f"the stream ended before {kind}")
+
+        await anext(request_iterator)
+        for number, model in enumerate(self._models, 1):
+            fence = control_pb2.Fence(term=1, replica=0, epoch=2 * number)
+            yield control_pb2.RankCommand(fence=fence, open_store=control_pb2.OpenStore())
+            opened = await heard("store_opened")
+            form = control_pb2.FormEpoch(
+                store_address=opened.store_opened.address, model_path=str(model), dtype="float32", kv_blocks=8,
+                block_tokens=16, max_running=2, max_step_tokens=16, max_context=64,
+                pipeline=1, data=1, tensor=1, expert=1, pipeline_depth=1,
+            )  # fmt: skip
+            yield control_pb2.RankCommand(fence=fence, form=form)
+            self.ready.append((await heard("ready")).ready)
+            fence.epoch += 1
+            for _ in range(2):  # told again it says so again
+                yield control_pb2.RankCommand(fence=fence, retire=control_pb2.Retire())
+                retired = await heard("retired")
+                assert retired.fence.epoch == fence.epoch
+            self.threads.append(threading.active_count())
+            self.idle_bytes.append(sum(each.nbytes for each in gc.get_objects() if isinstance(each, torch.Tensor)))
+        yield control_pb2.RankCommand(fence=fence, refused=control_pb2.Refused(reason="end"))
+
+
+def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
+    models = [make_checkpoint(tmp_path / "a"), make_checkpoint(tmp_path / "b", "qwen3", hidden_size=96)] * 2
+    drill = Drill(models)
+
+    async def attach() -> None:
+        server = grpc.aio.server()
+        control_pb2_grpc.add_RankControlServicer_to_server(drill, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        spec = RankSpec(
+            coordinator_address=f"127.0.0.1:{port}", cluster="c", replica=0, rank=0, incarnation="1", device="cpu",
+            heartbeat_s=0.2, term=1,
+        )  # fmt: skip
+        await asyncio.wait_for(RankProcess(spec).run(), 60)
+        await server.stop(0)
+
+    asyncio.run(attach())
+    first, second, *again = [ready.parameter_bytes for ready in drill.ready]
+    assert first != second and again == [first, second]
+    assert drill.threads[-1] <= drill.threads[1], "each epoch's threads end with it"
+    assert drill.idle_bytes[-1] - drill.idle_bytes[1] < first // 4, "nothing of an ended epoch is held"
