@@ -38,6 +38,8 @@ Moment = Literal["prefill", "decode"]
 class LocalCluster:
     """Ready when the constructor returns. Any flag of `echelon serve` may be given: max_running=4.
 
+    They go into a --config file, so that `reconfigure` can change them; variables ECHELON_* go before it.
+
     A victim is a Rank, the index of a rank of replica 0, or "coordinator". Use as a context manager, or close.
     """
 
