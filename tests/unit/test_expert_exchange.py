@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from parallel.expert import PREFILL, ExchangedExperts, ExpertStep
 from parallel.expert_map import ExpertMap
 from parallel.expert_moves import move_experts
 from tests.ranks import as_ranks
+from tests.reading_back import ForbidReadingBack
 
 EXPERTS, WIDTH, CHOSEN = 4, 3, 2
 PLAIN = {
@@ -117,6 +119,22 @@ def test_a_row_travels_once_to_a_rank_with_both_of_its_experts() -> None:
 
     # Rank 0 keeps its second row; the first and third go to rank 1. Rank 1 keeps its only one.
     assert as_ranks(Degrees(data=2, expert=2), as_rank, torch.float32) == [[(2, 0), (3, 3)], [(0, 2), (3, 3)]]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_decode_never_waits_for_the_device(decode: bool) -> None:
+    """Prefill does, for counts."""
+
+    def as_rank(context: ParallelContext) -> bool:
+        dispatcher, mine = exchange(context, REPLICATED[2]), Rows.random(1, 3)
+        step = ExpertStep(decode, (3, 3))
+        with contextlib.suppress(AssertionError), ForbidReadingBack():
+            dispatched = dispatcher.dispatch(mine.rows, mine.expert_ids, mine.weights, step)
+            dispatched.combine(torch.zeros_like(dispatched.rows))
+            return True
+        return False
+
+    assert as_ranks(Degrees(data=2, expert=2), as_rank) == [decode, decode]
 
 
 @settings(max_examples=50)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from echelon.internal.link import Fence, Sampling
 from models.constraints import compile_constraint
 from parallel.context import ParallelContext, solo_context
+from tests.reading_back import ForbidReadingBack
 from tests.tiny import make_checkpoint
 from tests.unit.plans import CPU, FENCE, GREEDY, Answer, Ask, answer, answers_of, as_two_ranks, new_runner, plans_of
 from worker.plan import Row, StepPlan, StepResult, Told, decode, encode
@@ -250,25 +250,6 @@ def assert_close(two: Answer, one: Answer) -> None:
             continue
         assert found.top_ids == expected.top_ids
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-6)
-
-
-class ForbidReadingBack(TorchDispatchMode):
-    """Raises where an operation has the host wait for the device: a value read, or a shape that depends on one."""
-
-    def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        names = (
-            "_local_scalar_dense",
-            "nonzero",
-            "masked_select",
-            "unique",
-            "equal",
-            "is_nonzero",
-            "repeat_interleave",
-        )
-        assert not any(name in func.name() for name in names), f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @each_kind
