@@ -15,7 +15,7 @@ class ForbidReadingBack(TorchDispatchMode):
     """Raises where an operation has the host wait for the device: a value read, or a shape that depends on one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: object, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -260,7 +260,7 @@ def test_launching_never_waits_for_the_device(asks_of: Asks, checkpoint: Path, p
     ]
     runner = new_runner(checkpoint, solo_context(CPU, torch.float64, FENCE.epoch))
     plans = [decode(encode(plan)) for plan in plans_of(asks)]
-    with ForbidReadingBack():  # type: ignore[no-untyped-call]
+    with ForbidReadingBack():
         for plan in plans:
             runner.forward(plan)
         with pytest.raises(AssertionError, match="waits for the device"):
