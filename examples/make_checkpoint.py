@@ -2,7 +2,7 @@
 
     python examples/make_checkpoint.py DIR                               a small Llama
     python examples/make_checkpoint.py DIR --family qwen3 --hidden-size 512
-    python examples/make_checkpoint.py DIR --config CONFIG_JSON --dtype bfloat16 --device cuda
+    python examples/make_checkpoint.py DIR --config CONFIG_JSON --dtype bfloat16 --device cuda --num-layers 12
 
 The tokenizer is trained on the prompts beside this file; the weights are noise, so the answers are gibberish in
 many languages. Tensor names and shapes come from the table that the server loads by.
@@ -118,6 +118,15 @@ def small_config(family: str, *, hidden_size: int, num_layers: int, dtype: str) 
     }
 
 
+def cut_config(config: Mapping[str, object], num_layers: int | None) -> dict[str, object]:
+    """The config of the first layers alone; all of them if None."""
+    if num_layers is None:
+        return dict(config)
+    kinds = config.get("layer_types")
+    cut = {"layer_types": kinds[:num_layers]} if isinstance(kinds, list) else {}
+    return {**config, "num_hidden_layers": num_layers, **cut}
+
+
 def prompt_texts(path: Path) -> list[str]:
     """Every prompt and chat message of a batch file."""
     texts: list[str] = []
@@ -195,7 +204,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llama")
     parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-layers", type=int, help="default: 4, or those of --config")
     parser.add_argument("--config", type=Path, help="a config.json whose sizes to take instead")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="where the weights are drawn")
@@ -203,10 +212,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.config is None:
         config = small_config(
-            options.family, hidden_size=options.hidden_size, num_layers=options.num_layers, dtype=options.dtype
+            options.family, hidden_size=options.hidden_size, num_layers=options.num_layers or 4, dtype=options.dtype
         )
     else:
-        config = json.loads(options.config.read_text(encoding="utf-8"))
+        config = cut_config(json.loads(options.config.read_text(encoding="utf-8")), options.num_layers)
         config.pop("torch_dtype", None)
         config["dtype"] = options.dtype
     write_checkpoint(options.directory, config, seed=options.seed, device=options.device)

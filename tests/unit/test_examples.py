@@ -10,7 +10,7 @@ import pytest
 from coordinator.jobs.batch_input import parse_batch
 from coordinator.tokenizer import Tokenizer
 from examples import make_checkpoint
-from examples.make_checkpoint import PROMPTS, small_config, write_checkpoint
+from examples.make_checkpoint import PROMPTS, cut_config, small_config, write_checkpoint
 from models.config import read_model_config
 from models.files import check_model_directory, checkpoint_index
 
@@ -48,3 +48,15 @@ def test_weights_are_split_over_files_and_keep_to_the_seed(tmp_path: Path, monke
     contents = {name: [(tmp_path / name / file).read_bytes() for file in files] for name in "abc"}
     assert contents["a"] == contents["b"] != contents["c"]
     assert json.loads((tmp_path / "a/config.json").read_text())["vocab_size"] == 5000
+
+
+def test_the_first_layers_of_a_config_make_a_smaller_model(tmp_path: Path) -> None:
+    config = {
+        **small_config("qwen3-moe", hidden_size=64, num_layers=3, dtype="float32"),
+        "layer_types": ["full_attention"] * 3,
+    }
+    assert cut_config(config, None) == config
+    write_checkpoint(tmp_path, cut_config(config, 2))
+    check_model_directory(tmp_path)
+    assert len(read_model_config(tmp_path).layers) == 2
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == ["full_attention"] * 2
