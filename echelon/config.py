@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from echelon.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ECHELON_"
-NOT_SUPPORTED_YET = ("data",)
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
@@ -57,8 +56,8 @@ class ServeConfig(BaseModel):
     served_model_name: str | None = Field(default=None, description="Name clients ask for; default: the model's own.")
     tensor: Count = Field(default=1, description="Ranks that split every layer.")
     pipeline: Count = Field(default=1, description="Stages that share the layers.")
-    data: Count = Field(default=1, description="Attention data-parallel ranks (only 1 for now).")
-    expert: Count = Field(default=1, description="Groups of a stage's ranks with experts of their own.")
+    data: Count = Field(default=1, description="Groups of ranks in a replica with requests of their own.")
+    expert: Count = Field(default=1, description="Groups of a stage's ranks that have different experts.")
     replicas: Count = Field(default=1, description="Copies of the model, each on ranks of its own.")
     pipeline_depth: Count | None = Field(
         default=None, description="Micro-batches in the pipeline at once; default: as many as stages."
@@ -69,7 +68,7 @@ class ServeConfig(BaseModel):
     )
     address: str = Field(default="127.0.0.1:50051", description="Where clients connect; port 0 takes a free one.")
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
-    max_running: Count = Field(default=64, description="Requests in one batch.")
+    max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")
     max_step_tokens: Count = Field(default=2048, description="Tokens of one step; longer prompts are chunked.")
     gpu_memory_fraction: Fraction = Field(default=0.9, description="Share of free memory for weights and KV cache.")
     kv_cache_tokens: Count | None = Field(
@@ -103,13 +102,6 @@ class ServeConfig(BaseModel):
     def _is_not_blank(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("must not be empty")
-        return value
-
-    @field_validator(*NOT_SUPPORTED_YET)
-    @classmethod
-    def _is_one_for_now(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"is not supported yet above 1, got {value}; use tensor or pipeline to spread the model")
         return value
 
     @model_validator(mode="after")

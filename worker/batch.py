@@ -17,7 +17,7 @@ from torch import Tensor
 from models.batch import ForwardBatch, PrefillRow
 from parallel.expert import ExpertStep
 from worker import slot_rules
-from worker.plan import NO_LOGPROBS, NO_SAMPLE, Int32Array, PlanTables
+from worker.plan import NO_LOGPROBS, NO_SAMPLE, Lane, PlanTables
 from worker.sampler import Path, RuledRows, SamplingPaths, SamplingRows
 from worker.slots import SlotState
 from worker.upload import upload
@@ -53,6 +53,7 @@ class StepBatch:
     slots and positions [S]: where the sampled ids go; sampled_slots [S]: those slots, on the host. logprobs: for every
     sampled row, None or how many alternatives were asked. forward.sample_index [S + C] ends with the scored tokens,
     targets [C] are the ids that follow them; scored: of each scored row, how many these are, and how many alternatives.
+    lanes: what the other data ranks return in this step, where there are any.
     """
 
     forward: ForwardBatch
@@ -67,6 +68,7 @@ class StepBatch:
     logprobs: tuple[int | None, ...]
     targets: Tensor
     scored: tuple[tuple[int, int], ...]
+    lanes: tuple[Lane, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def apply_and_build(
     state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
     _write_known_ids(tables, state, layout.decode_rows, token_slots, positions, given)
     return StepBatch(
-        forward=_forward(tables.rows, layout, state, (token_slots, positions, given, sample_index)),
+        forward=_forward(tables, layout, state, (token_slots, positions, given, sample_index)),
         slots=slots,
         positions=sample_positions,
         sampled_slots=layout.sample_slots,
@@ -132,6 +134,7 @@ def apply_and_build(
         logprobs=tuple(None if wanted == NO_LOGPROBS else wanted for wanted in layout.wanted.tolist()),
         targets=targets,
         scored=layout.scored,
+        lanes=tables.lanes,
     )
 
 
@@ -207,7 +210,7 @@ def _ruled(
 
 
 def _forward(
-    rows: Int32Array, layout: _Layout, state: SlotState, device: tuple[Tensor, Tensor, Tensor, Tensor]
+    tables: PlanTables, layout: _Layout, state: SlotState, device: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> ForwardBatch:
     """device: token_slots, positions, given and sample_index of the layout, as tensors."""
     token_slots, positions, given, sample_index = device
@@ -217,7 +220,7 @@ def _forward(
     width = -(-int(layout.positions[:count].max(initial=-1) + 1) // block_tokens)
     used = torch.arange(width, device=positions.device) * block_tokens < context_lens[:, None]
     prefill, offset = [], count
-    for slot, first, tokens in rows[count:, :3].tolist():
+    for slot, first, tokens in tables.rows[count:, :3].tolist():
         end = first + tokens
         prefill.append(PrefillRow(offset, tokens, end, state.block_tables[slot, : -(-end // block_tokens)]))
         offset += tokens
@@ -230,5 +233,13 @@ def _forward(
         decode_context_lens=context_lens,
         prefill=tuple(prefill),
         sample_index=sample_index,
-        experts=ExpertStep(decode=not prefill, rows_per_rank=(len(layout.positions),)),
+        experts=_expert_step(tables, len(layout.positions), count),
     )
+
+
+def _expert_step(tables: PlanTables, tokens: int, decode_rows: int) -> ExpertStep:
+    """Where every row of every data rank decodes, the exchange has a shape that all of them know."""
+    lanes = tables.lanes
+    if not lanes:
+        return ExpertStep(tokens == decode_rows, (tokens,))
+    return ExpertStep(all(lane.decodes for lane in lanes), tuple(lane.tokens for lane in lanes))

@@ -2,40 +2,21 @@
 
 Lives in the leader, without torch, clock or I/O. Cohorts take turns, as many as steps pass through the pipeline at
 once; slots of equal time leave no bubble, so their costs are fitted to what slots took. One stage has one cohort, and
-its steps are filled to the token budget. It knows sequences, and nothing of plans and blocks.
+its steps are filled to the token budget. It knows sequences, and nothing of requests and blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from parallel.cohorts import balance_cohorts
-from parallel.slot_cost import ChunkLimits, SlotCostModel, SlotWork, chunk_tokens, decode_work, slot_target_s
+from parallel.slot_cost import ChunkLimits, SlotCostModel, SlotWork, decode_work, slot_target_s
+from worker.draft import Draft, Slot
 from worker.limits import EngineLimits
 from worker.sequence import NO_COHORT, State
 from worker.sequence import Sequence as Choice
 
 GRANULE_TOKENS = 16
-ROW = SlotWork(tokens=1, rows=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """How long a step should take, by what steps were measured to cost."""
-
-    model: SlotCostModel
-    target_s: float
-    limits: ChunkLimits
-
-    def tokens(self, beside: SlotWork, first: int, waiting: int) -> int:
-        """Of a prompt's tokens that wait, from position first on, what still fits beside other work of the step.
-
-        0 if nothing does, unless no other prompt is in the step: one has to go on however heavy the cohort is.
-        """
-        fitting = chunk_tokens(self.model, beside, first, waiting, self.target_s, self.limits)
-        alone = beside.pairs == 0
-        return fitting if alone or self.model.tokens_within(beside, first, self.target_s) >= 1 else 0
 
 
 class Cohorts:
@@ -86,15 +67,19 @@ class Cohorts:
             self._sizes[cohort] += 1
             sequence.cohort = cohort
 
-    def slot(self, running: Sequence[Choice], prompts: Sequence[Choice]) -> Slot:
-        """The time of the next slots, while these prompts wait to be computed."""
+    def pace(self, draft: Draft, running: Sequence[Choice], prompts: Sequence[Choice]) -> None:
+        """The step is one slot of the pipeline: these prompts get the time in it that makes the next ones alike."""
+        self.balance(running)
+        draft.work = decode_work(row.first + 1 for row in draft.rows)
+        if not prompts:
+            return
         works = [SlotWork()] * len(self._sizes)
         for sequence in running:
             if sequence.cohort != NO_COHORT:
                 works[sequence.cohort] += _row(sequence)
         waiting = sum(sequence.given - sequence.planned for sequence in prompts)
-        first = prompts[0].planned if prompts else 0
-        return Slot(self._model, slot_target_s(self._model, works, first, waiting, self._chunks), self._chunks)
+        target_s = slot_target_s(self._model, works, prompts[0].planned, waiting, self._chunks)
+        draft.slot = Slot(self._model, target_s, self._chunks)
 
     def observe(self, work: SlotWork, slot_s: float) -> None:
         """What a step took, if that was measured."""

@@ -10,12 +10,29 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from echelon.internal.link import Fence
-from parallel.slot_cost import SlotWork, chunk_work
-from worker.cohorts import Slot
+from parallel.slot_cost import ChunkLimits, SlotCostModel, SlotWork, chunk_tokens, chunk_work
 from worker.plan import Admit, Row, StepPlan, Told
 from worker.sequence import Request, Sequence
 
 SCORED_STEP_TOKENS = 256  # of scored prompts in one step: each of these tokens needs its own logits
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """How long a step should take, by what steps were measured to cost."""
+
+    model: SlotCostModel
+    target_s: float
+    limits: ChunkLimits
+
+    def tokens(self, beside: SlotWork, first: int, waiting: int) -> int:
+        """Of a prompt's tokens that wait, from position first on, what still fits beside other work of the step.
+
+        0 if nothing does, unless no other prompt is in the step: one has to go on however heavy the cohort is.
+        """
+        fitting = chunk_tokens(self.model, beside, first, waiting, self.target_s, self.limits)
+        alone = beside.pairs == 0
+        return fitting if alone or self.model.tokens_within(beside, first, self.target_s) >= 1 else 0
 
 
 class Flight(NamedTuple):

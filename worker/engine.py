@@ -21,9 +21,9 @@ from echelon.internal.link import (
     Report,
     Running,
 )
+from worker.lanes import Lanes
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
-from worker.scheduler import Scheduler
 from worker.sequence import Outcome
 
 __all__ = [
@@ -74,9 +74,9 @@ Event = LinkOpened | LinkClosed | Commanded | Completed
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Send this plan to every rank."""
+    """Send each data rank its plan, in their order; the tensor ranks and stages of a data rank get the same one."""
 
-    plan: StepPlan
+    plans: tuple[StepPlan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class EngineCore:
     def __init__(self, fence: Fence, limits: EngineLimits) -> None:
         self._fence = fence
         self._limits = limits
-        self._scheduler = Scheduler(limits)
+        self._lanes = Lanes(limits)
         self._link_open = False
         self._report_seq = 0
         self._unacked: deque[Report] = deque()
@@ -124,19 +124,19 @@ class EngineCore:
             case Commanded(command):
                 self._obey(command)
             case Completed(result):
-                self._tell(self._scheduler.commit(result))
+                self._tell(self._lanes.commit(result))
         reports = self._report()
         return [*self._plan_ahead(), *hello, *reports]
 
     def stats(self) -> ReplicaStats:
         """Where the epoch stands."""
-        scheduler = self._scheduler
-        counters = {**scheduler.counters, **self._counters}
-        return ReplicaStats(counters["steps"], scheduler.blocks_referenced, counters, scheduler.blocks_cached)
+        lanes = self._lanes
+        counters = {**lanes.counters, **self._counters}
+        return ReplicaStats(counters["steps"], lanes.blocks_referenced, counters, lanes.blocks_cached)
 
     def check_integrity(self) -> None:
         """Every slot and block is free, or held by those that run."""
-        self._scheduler.check_integrity()
+        self._lanes.check_integrity()
 
     def _open_link(self, term: int) -> list[Effect]:
         """A hello, then again every report that no coordinator has acknowledged."""
@@ -153,11 +153,11 @@ class EngineCore:
         """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming."""
         last_runs = [run for report in self._unacked for run in report.runs if run.finish]
         running = {run.request: Running(run.request, run.attempt) for run in last_runs}
-        for assign in self._scheduler:
+        for assign in self._lanes:
             running[assign.request] = Running(assign.request, assign.attempt)
         return ReplicaHello(
-            slots=self._limits.max_running,
-            kv_blocks=self._limits.kv_blocks,
+            slots=self._limits.max_running * self._limits.data,
+            kv_blocks=self._limits.kv_blocks * self._limits.data,
             block_tokens=self._limits.block_tokens,
             max_context=self._limits.max_context,
             running=tuple(running.values()),
@@ -180,22 +180,22 @@ class EngineCore:
         To let go of one choice is answered if it was the last that was held; its own end is told by its run, if any.
         """
         request, attempt = abandon.request, abandon.attempt
-        if self._scheduler.held_attempt(request) == attempt:
-            self._tell(self._scheduler.release(request, abandon.choice))
+        if self._lanes.held_attempt(request) == attempt:
+            self._tell(self._lanes.release(request, abandon.choice))
         elif abandon.choice is None:
             self._tell(Outcome(released=[Released(request, attempt)]))
 
     def _assign(self, assign: Assign) -> None:
         """Hold the request, instead of an older attempt at it; one that can never fit is released with the reason."""
-        held = self._scheduler.held_attempt(assign.request)
+        held = self._lanes.held_attempt(assign.request)
         if held is not None:
             if assign.attempt <= held:
                 return
-            self._tell(self._scheduler.release(assign.request))
+            self._tell(self._lanes.release(assign.request))
         if reason := refusal(assign, self._limits):
             self._tell(Outcome(released=[Released(assign.request, assign.attempt, reason, "CONTEXT_TOO_LONG")]))
         else:
-            self._tell(self._scheduler.add(assign))
+            self._tell(self._lanes.add(assign))
 
     def _tell(self, outcome: Outcome) -> None:
         self._outcome.runs += outcome.runs
@@ -210,16 +210,16 @@ class EngineCore:
         wait for another plan before it takes in what the last has sampled.
         """
         plans: list[Effect] = []
-        while (in_flight := self._scheduler.plans_in_flight) < self._limits.depth + PLANS_AHEAD:
+        while (in_flight := self._lanes.plans_in_flight) < self._limits.depth + PLANS_AHEAD:
             room = self._limits.max_unacked_reports - len(self._unacked) - in_flight
-            plan = self._scheduler.schedule(self._fence) if room > 0 else None
-            if plan is None:
+            step = self._lanes.schedule(self._fence) if room > 0 else None
+            if step is None:
                 if in_flight and self._limits.stages > 1 and not self._draining:
                     self._draining = True
                     plans.append(Drain())
                 break
             self._draining = False
-            plans.append(RunPlan(plan))
+            plans.append(RunPlan(step))
         return plans
 
     def _report(self) -> list[Effect]:
@@ -227,8 +227,8 @@ class EngineCore:
         told, self._outcome = self._outcome, Outcome()
         if not (told.runs or told.released):
             return []
-        if told.released and self._scheduler.idle:
-            self._scheduler.check_integrity()
+        if told.released and self._lanes.idle:
+            self._lanes.check_integrity()
         self._report_seq += 1
         report = Report(
             self._fence,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +38,18 @@ MEET_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two plans always fit its socket
 
 
+SendPlans = Callable[[Sequence[bytes]], None]  # one payload for each data rank, or one for all
+
+
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """What rank 0 holds besides: the engine, and the way its plans go to every rank. send_plan raises OSError.
+    """What rank 0 holds besides: the engine, and the way its plans go to every rank. send_plans raises OSError.
 
     After end_plans every rank comes to the end of its plans behind the last that was sent.
     """
 
     core: EngineCore
-    send_plan: Callable[[bytes], None]
+    send_plans: SendPlans
     end_plans: Callable[[], None]
 
 
@@ -129,19 +132,20 @@ def _matchers(config: ModelConfig, directory: Path) -> Matchers:
 
 def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:
     """Rank 0: an engine whose plans go to the others by socket, and to itself by a queue."""
-    others = frozenset(range(1, degrees_of(command).replica_ranks))
+    degrees = degrees_of(command)
+    others = frozenset(range(1, degrees.replica_ranks))
     server = PlanServer(fence, others, private_host(spec.coordinator_address))
     mesh.publish(command.store_address, _plan_key(fence), server.address)
     server.accept(MEET_TIMEOUT_S)
     own: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-    def send(payload: bytes) -> None:
-        server.send(payload, SEND_TIMEOUT_S)
-        own.put(payload)
+    def send(payloads: Sequence[bytes]) -> None:
+        server.send(lambda rank: payloads[degrees.place(rank).data_rank % len(payloads)], SEND_TIMEOUT_S)
+        own.put(payloads[0])
 
     def end() -> None:
         with suppress(OSError):
-            send(DRAIN)  # stages take in what is on its way back
+            send([DRAIN])  # stages take in what is on its way back
         server.close()
         own.put(None)
 
@@ -153,6 +157,7 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         max_context=command.max_context,
         stages=command.pipeline,
         depth=command.pipeline_depth,
+        data=command.data,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 

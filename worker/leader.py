@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 import structlog
@@ -27,14 +27,17 @@ log = structlog.get_logger("leader")
 
 
 class Leader:
-    """Drives one EngineCore. send_plan gives a plan's wire form to every rank; term tells the current term."""
+    """Drives one EngineCore. term tells the current term.
+
+    send_plans gives each data rank the wire form of its plan, or the same to all.
+    """
 
     def __init__(
-        self, core: EngineCore, address: str, send_plan: Callable[[bytes], None], term: Callable[[], int]
+        self, core: EngineCore, address: str, send_plans: Callable[[Sequence[bytes]], None], term: Callable[[], int]
     ) -> None:
         self._core = core
         self._address = address
-        self._send_plan = send_plan
+        self._send_plans = send_plans
         self._term = term
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
 
@@ -80,9 +83,9 @@ class Leader:
     def _post(self, event: Event) -> None:
         for effect in self._core.step(time.time(), event):
             match effect:
-                case RunPlan(plan):
-                    self._send_plan(encode(plan))
+                case RunPlan(plans):
+                    self._send_plans([encode(plan) for plan in plans])
                 case Drain():
-                    self._send_plan(DRAIN)
+                    self._send_plans([DRAIN])
                 case SendReport(report):
                     self._reports.put_nowait(report)

@@ -14,7 +14,8 @@ from echelon.internal.link import Assign
 class EngineLimits:
     """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most.
 
-    stages: of its pipeline; depth: how many steps pass through it at once.
+    stages: of its pipeline; depth: how many steps pass through it at once. data: its data ranks, each of which has
+    slots, blocks and tokens of its own.
     """
 
     max_running: int
@@ -25,6 +26,7 @@ class EngineLimits:
     max_unacked_reports: int = 1024
     stages: int = 1
     depth: int = 1
+    data: int = 1
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -8,6 +8,7 @@ ids and theirs. Scored tokens make a second one, without the id. Knows no plan a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -51,33 +52,40 @@ def unpack(packed: Tensor, wanted: Sequence[int | None]) -> list[Logprob | None]
     ]
 
 
-class PendingStep:
-    """A step that was launched. outcome [sampled rows, 1 or more] and scores [scored tokens, ...], as packed above.
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step has drawn: outcome [sampled rows, 1 or more] and scores [scored tokens, ...], as packed above.
 
     logprobs: of every sampled row, None or how many alternatives it wants. scored: of every scored row, how many of
-    the scores are its, and how many alternatives it wants. constraints: of the sampled rows that have one. span: when
-    this rank computed it.
+    the scores are its, and how many alternatives it wants.
     """
 
+    outcome: Tensor
+    logprobs: tuple[int | None, ...] = ()
+    scores: Tensor | None = None
+    scored: tuple[tuple[int, int], ...] = ()
+
+
+def nothing_drawn(device: torch.device) -> Drawn:
+    """By a stage that samples nothing."""
+    return Drawn(torch.empty(0, 1, dtype=torch.float64, device=device))
+
+
+class PendingStep:
+    """A step that was launched. constraints: of the sampled rows that have one. span: when this rank computed it."""
+
     def __init__(
-        self,
-        step: int,
-        outcome: Tensor,
-        logprobs: tuple[int | None, ...] = (),
-        scores: Tensor | None = None,
-        scored: tuple[tuple[int, int], ...] = (),
-        constraints: Mapping[int, Constraint] | None = None,
-        span: Span | None = None,
+        self, step: int, drawn: Drawn, constraints: Mapping[int, Constraint] | None = None, span: Span | None = None
     ) -> None:
         self._step = step
-        self._logprobs = logprobs
-        self._scored = scored
+        self._logprobs = drawn.logprobs
+        self._scored = drawn.scored
         self._constraints = constraints or {}
         self._span = span
-        self._outcome = _to_host(outcome)
-        self._scores = None if scores is None else _to_host(scores)
+        self._outcome = _to_host(drawn.outcome)
+        self._scores = None if drawn.scores is None else _to_host(drawn.scores)
         self._copied: torch.cuda.Event | None = None
-        if outcome.device.type == "cuda":
+        if drawn.outcome.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
 

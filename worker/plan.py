@@ -88,11 +88,24 @@ class Row(NamedTuple):
     next_id: int | None = None
 
 
+class Lane(NamedTuple):
+    """Of one data rank's plan, what the others must know: its tokens, whether all of them decode, and what it returns.
+
+    wanted: the last column of its sampled rows. scored: of its scored rows, how many scores, how many alternatives.
+    """
+
+    tokens: int
+    decodes: bool
+    wanted: tuple[int, ...]
+    scored: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step of every rank. Applied in order: admits, block changes, told ids, rows; decode rows come first.
 
     after: so many steps of this epoch must have returned their ids before this one, for a decode row reads the last.
+    lanes: of all data ranks, in their order; empty where there is one.
     """
 
     fence: Fence
@@ -102,6 +115,7 @@ class StepPlan:
     rows: tuple[Row, ...] = ()
     told: tuple[Told, ...] = ()
     after: int = 0
+    lanes: tuple[Lane, ...] = ()
 
     @property
     def microbatch(self) -> int:
@@ -156,6 +170,17 @@ class PlanTables:
     scored: Int32Array
     token_ids: Int32Array
     after: int = 0
+    lanes: tuple[Lane, ...] = ()
+
+
+def lane_of(plan: StepPlan) -> Lane:
+    """What other data ranks must know of a plan."""
+    return Lane(
+        tokens=sum(row.tokens for row in plan.rows),
+        decodes=all(row.given is None for row in plan.rows),
+        wanted=tuple(NO_LOGPROBS if row.logprobs is None else row.logprobs for row in plan.rows if row.sampled),
+        scored=tuple((row.tokens - (row.next_id is None), row.scored) for row in plan.rows if row.scored is not None),
+    )
 
 
 def encode(plan: StepPlan) -> bytes:
@@ -182,6 +207,7 @@ def encode(plan: StepPlan) -> bytes:
         told_ids=np.asarray([token for told in plan.told for token in told.ids], dtype="<i4").tobytes(),
         scored=np.asarray(scored, dtype="<i4").tobytes(),
         after=plan.after,
+        lanes=[_lane_message(lane) for lane in plan.lanes],
     )
     return record.SerializeToString()
 
@@ -205,7 +231,20 @@ def decode(payload: bytes) -> PlanTables:
         scored=ids(record.scored).reshape(-1, SCORED_WIDTH),
         token_ids=ids(record.token_ids),
         after=record.after,
+        lanes=tuple(_lane_from(message) for message in record.lanes),
     )
+
+
+def _lane_message(lane: Lane) -> plan_pb2.Lane:
+    scores, alternatives = [count for count, _ in lane.scored], [wanted for _, wanted in lane.scored]
+    return plan_pb2.Lane(
+        tokens=lane.tokens, decodes=lane.decodes, wanted=lane.wanted, scores=scores, alternatives=alternatives
+    )
+
+
+def _lane_from(message: plan_pb2.Lane) -> Lane:
+    scored = tuple(zip(message.scores, message.alternatives, strict=True))
+    return Lane(message.tokens, message.decodes, tuple(message.wanted), scored)
 
 
 def _admit_table(admits: tuple[Admit, ...]) -> bytes:

@@ -11,7 +11,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from echelon.internal.link import Fence
 
@@ -51,12 +51,11 @@ class PlanServer:
             except OSError:
                 connection.close()  # it went away or sent garbage: that rank may still come
 
-    def send(self, payload: bytes, timeout_s: float | None = None) -> None:
+    def send(self, payload_of: Callable[[int], bytes], timeout_s: float | None = None) -> None:
         """One frame to every rank. A rank that reads nothing for timeout_s raises TimeoutError."""
-        frame = _LENGTH.pack(len(payload)) + payload
-        for connection in self._connections.values():
+        for rank, connection in self._connections.items():
             connection.settimeout(timeout_s)
-            connection.sendall(frame)
+            _send(connection, payload_of(rank))
 
     def close(self) -> None:
         """Ends every connection: the other ends read EOF."""

@@ -37,6 +37,10 @@ class PrefixCache:
         """Blocks that nobody holds, with content that can still be found."""
         return self._pool.cached_blocks
 
+    def known(self, hashes: Iterable[bytes]) -> int:
+        """Tokens of the blocks that can be found."""
+        return len(self._pool.find(hashes)) * self._block_tokens
+
     def begin(self, sequence: Sequence, spare: int) -> bool:
         """Blocks for all that is given, its known beginning shared. False: fewer than `spare` would be left free."""
         reusable = sequence.reusable // self._block_tokens

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
 import structlog
@@ -22,7 +22,7 @@ from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
 from parallel import mesh
 from worker.control import ControlLink
-from worker.epoch import Epoch, form_epoch, private_host
+from worker.epoch import Epoch, SendPlans, form_epoch, private_host
 from worker.leader import Leader
 from worker.plan import StepResult
 from worker.spec import RankSpec
@@ -112,7 +112,7 @@ class RankProcess:
         self._control.send(ready=self._resident())
         if epoch.lead is not None:
             address, lead = self._spec.coordinator_address, epoch.lead
-            self._leader = Leader(lead.core, address, self._guarded(lead.send_plan), lambda: self._control.term)
+            self._leader = Leader(lead.core, address, self._guarded(lead.send_plans), lambda: self._control.term)
             self._leading = self._spawn(self._leader.run())
         self._steps = Steps(epoch, self._result_taker(), self._fault_taker(epoch))
         self._steps.start()
@@ -148,12 +148,12 @@ class RankProcess:
             return None
         return control_pb2.RankReady(parameter_bytes=self._epoch.parameter_bytes, kv_bytes=self._epoch.kv_bytes)
 
-    def _guarded(self, send_plan: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    def _guarded(self, send_plans: SendPlans) -> SendPlans:
         """A rank that takes no more plans ends the epoch; the engine need not know."""
 
-        def send(payload: bytes) -> None:
+        def send(payloads: Sequence[bytes]) -> None:
             try:
-                send_plan(payload)
+                send_plans(payloads)
             except OSError as error:
                 if self._epoch is not None:
                     self._tell_fault(error)

@@ -22,10 +22,11 @@ from parallel.context import ParallelContext
 from worker import sampler
 from worker.batch import Share, StepBatch, apply_and_build
 from worker.kv_cache import KVCache
+from worker.lane_results import of_all_lanes
 from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
 from worker.op_clock import OpClock, Span
-from worker.pending import PendingStep, Queued, outcome_width, pack, scores_width
+from worker.pending import Drawn, PendingStep, Queued, nothing_drawn, outcome_width, pack, scores_width
 from worker.plan import NO_ID, PlanTables, StepResult
 from worker.sampler import RuledRows
 from worker.slots import SlotState
@@ -43,13 +44,12 @@ class RunnerLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Out:
-    """A step that has gone forward and whose sampled ids have not travelled: outcome on the last stage, else None."""
+    """A step that has gone forward and whose sampled ids have not travelled. drawn: None on the first stage."""
 
     step: int
     batch: StepBatch
     span: Span
-    outcome: Tensor | None
-    scores: Tensor | None
+    drawn: Drawn | None
 
 
 class Runner:
@@ -93,24 +93,20 @@ class Runner:
         following = self._matchers.begin(tables, constrained) if last else None
         hidden = self._receive(batch)
         started = self.clock.mark()
-        hidden = self._model(batch.forward, self._kv_cache, hidden) if len(tables.rows) else torch.empty(0, 0)
+        if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
+            hidden = self._model(batch.forward, self._kv_cache, hidden)
         if not last:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
-        masks = None if following is None else following.result()
-        outcome, scores = torch.empty(0, 1), None
-        sampled, scored = len(batch.logprobs), len(batch.targets)
-        if sampled:
-            outcome = self._sample(hidden[:sampled], batch, masks)
-            self._state.write(batch.slots, batch.positions, outcome[:, 0])
-        if scored:
-            scores = self._score(hidden[sampled:], batch.targets)
+        drawn = self._draw(hidden, batch, None if following is None else following.result())
         span = Span(started, self.clock.mark())
         constraints = self._matchers.of(batch.sampled_slots.tolist())
-        pending = PendingStep(tables.step, outcome, batch.logprobs, scores, batch.scored, constraints, span)
+        pending = PendingStep(tables.step, drawn, constraints, span)
         for row, constraint in constraints.items():
             constraint.drawn = (pending, row)
         if self._context.returned is not None:
-            self._out.append(_Out(tables.step, batch, span, outcome, scores))
+            self._out.append(_Out(tables.step, batch, span, drawn))
+        elif batch.lanes:
+            pending = PendingStep(tables.step, self._of_all_lanes(drawn, batch), span=span)
         return Queued(tables.step, span, pending)
 
     @torch.inference_mode()
@@ -131,24 +127,27 @@ class Runner:
         channel = self._context.received
         if channel is None:
             return None
-        tokens = len(batch.forward.positions)
-        return channel.receive((tokens, self._model.config.hidden_size), self._context.dtype)
+        shape = len(batch.forward.positions), self._model.config.hidden_size
+        if not shape[0]:
+            return torch.empty(shape, dtype=self._context.dtype, device=self._context.device)
+        return channel.receive(shape, self._context.dtype)
 
-    def _pass_on(self, step: int, batch: StepBatch, hidden: Tensor, span: Span) -> Queued:
+    def _pass_on(self, step: int, batch: StepBatch, hidden: Tensor | None, span: Span) -> Queued:
         assert self._context.sent is not None, "a stage that is not the last has one behind it"
-        self._context.sent.send(hidden)
+        if hidden is not None and len(hidden):
+            self._context.sent.send(hidden)
         if not self._context.place.first_stage:
-            return Queued(step, span, PendingStep(step, torch.empty(0, 1, device=hidden.device), span=span))
-        self._out.append(_Out(step, batch, span, None, None))
+            return Queued(step, span, PendingStep(step, nothing_drawn(self._context.device), span=span))
+        self._out.append(_Out(step, batch, span, None))
         return Queued(step, span)
 
     def _send_back(self, channel: Channel, out: _Out) -> None:
         """At least one row, so that the first stage knows when the step has passed them all."""
-        assert out.outcome is not None, "the last stage has sampled"
+        assert out.drawn is not None, "the last stage has sampled"
         nothing = torch.zeros(1, 1, dtype=torch.float64, device=self._context.device)
-        channel.send(out.outcome if len(out.outcome) else nothing)
-        if out.scores is not None:
-            channel.send(out.scores)
+        channel.send(out.drawn.outcome if len(out.drawn.outcome) else nothing)
+        if out.drawn.scores is not None:
+            channel.send(out.drawn.scores)
 
     def _take_back(self, channel: Channel, out: _Out) -> PendingStep:
         batch, vocabulary = out.batch, self._model.config.vocab_size
@@ -163,9 +162,24 @@ class Runner:
         else:
             rows = upload_one(np.flatnonzero(kept), outcome.device)
             self._state.write(batch.slots[rows], batch.positions[rows], outcome[rows, 0])
-        return PendingStep(out.step, outcome, batch.logprobs, scores, batch.scored, span=out.span)
+        drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
+        return PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span)
+
+    def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:
+        return of_all_lanes(drawn, batch.lanes, self._context.data, self._model.config.vocab_size)
 
     # Sampling, on the last stage.
+
+    def _draw(self, hidden: Tensor | None, batch: StepBatch, masks: Masks | None) -> Drawn:
+        """Ids of the sampled rows, which go into the history too, and scores. hidden [S + C, hidden]."""
+        drawn, scores = nothing_drawn(self._context.device).outcome, None
+        sampled, scored = len(batch.logprobs), len(batch.targets)
+        if hidden is not None and sampled:
+            drawn = self._sample(hidden[:sampled], batch, masks)
+            self._state.write(batch.slots, batch.positions, drawn[:, 0])
+        if hidden is not None and scored:
+            scores = self._score(hidden[sampled:], batch.targets)
+        return Drawn(drawn, batch.logprobs, scores, batch.scored)
 
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""

@@ -10,23 +10,19 @@ accepted if it was preempted, and dropped if it ended. Knows nothing of links, r
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
-from operator import attrgetter
 
 from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Finish, Logprob, Released, TokenRun
-from parallel.slot_cost import decode_work
 from worker import counters
 from worker.cohorts import Cohorts
 from worker.draft import Draft, Flight
 from worker.limits import EngineLimits, refusal
 from worker.plan import StepPlan, StepResult
 from worker.prefix_cache import PrefixCache
+from worker.queues import ORDER, check_queue, check_slots, dequeue, enqueue
 from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
-
-_ORDER = attrgetter("order")
 
 
 class Scheduler:
@@ -51,6 +47,9 @@ class Scheduler:
 
     def __iter__(self) -> Iterator[Assign]:
         return (request.assign for request in self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     @property
     def plans_in_flight(self) -> int:
@@ -83,12 +82,34 @@ class Scheduler:
         request.choices = {progress.choice: Sequence.of(request, progress) for progress in assign.choices}
         outcome = Outcome()
         for sequence in list(request.choices.values()):
-            insort(self._waiting, sequence, key=_ORDER)
+            enqueue(self._waiting, sequence)
             if sequence.generated and (finish := sequence.finish()):
                 run = TokenRun(assign.request, sequence.choice, assign.attempt, sequence.generated, (), finish=finish)
                 outcome.runs.append(run)
                 self._end(sequence, outcome)
         return outcome
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Given, and not planned yet."""
+        return sum(max(sequence.given - sequence.planned, 0) for sequence in (*self._waiting, *self._running))
+
+    @property
+    def awaited(self) -> tuple[int, int]:
+        """Of the oldest plan in flight: sampled rows, and scored ones."""
+        flight = self._in_flight[0]
+        return len(flight.sampled), len(flight.scored)
+
+    def cached_tokens(self, assign: Assign) -> int:
+        """Of a prompt, found in the cache now."""
+        return self._cache.known(chain(root_hash(assign.cache_salt), assign.prompt, self._limits.block_tokens))
+
+    def stand_by(self, fence: Fence) -> StepPlan:
+        """A step without anything to compute, because others have."""
+        draft = Draft(self._step + 1, 0)
+        self._step = draft.step
+        self._in_flight.append(draft.flight())
+        return draft.plan(fence)
 
     def schedule(self, fence: Fence) -> StepPlan | None:
         """The next step, or None if there is nothing to compute before another result."""
@@ -99,7 +120,8 @@ class Scheduler:
                 self._cohorts.took(cohort)
                 break
         if self._cohorts.several:
-            self._pace(draft, prefilling)
+            soon = self._waiting[: len(self._free_slots)]
+            self._cohorts.pace(draft, self._running, [*prefilling, *soon])
         self._prefill(draft, prefilling)
         if not draft.rows:
             return None
@@ -138,12 +160,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Slots and blocks are all free or held by those that run, and every sequence is where its state says."""
         sequences = [sequence for request in self._held.values() for sequence in request.choices.values()]
-        for state, queue in ((State.WAITING, self._waiting), (State.RUNNING, self._running)):
-            expected = sorted((sequence for sequence in sequences if sequence.state is state), key=_ORDER)
-            assert queue == expected, f"{state.name}: {len(queue)} queued, {len(expected)} held"
-        slots = self._free_slots + [sequence.slot for sequence in self._running]
-        assert sorted(slots) == list(range(self._limits.max_running)), f"slots {sorted(slots)}"
-        assert all(sequence.slot == NO_SLOT for sequence in sequences if sequence.state is not State.RUNNING)
+        check_queue(self._waiting, State.WAITING, sequences)
+        check_queue(self._running, State.RUNNING, sequences)
+        check_slots(self._free_slots, sequences, self._limits.max_running)
         self._cohorts.check_integrity(self._running)
         self._cache.check_integrity(sequences)
 
@@ -166,14 +185,6 @@ class Scheduler:
         self.counters["decode_rows"] += len(draft.rows)
         return prefilling
 
-    def _pace(self, draft: Draft, prefilling: list[Sequence]) -> None:
-        """The step is one slot of a pipeline: prompts get the time that makes the next ones alike."""
-        self._cohorts.balance(self._running)
-        draft.work = decode_work(row.first + 1 for row in draft.rows)
-        if prefilling or self._waiting:
-            soon = self._waiting[: len(self._free_slots)]
-            draft.slot = self._cohorts.slot(self._running, [*prefilling, *soon])
-
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
         """A block for the sequence's next position, preempting if none is free. False: it was the last itself."""
         while not self._cache.free_blocks:
@@ -190,13 +201,13 @@ class Scheduler:
         if sequence.planned >= sequence.given:
             sequence.given = sequence.planned + 1
         self._give_back(sequence, State.WAITING)
-        insort(self._waiting, sequence, key=_ORDER)
+        enqueue(self._waiting, sequence)
         self.counters["preemptions"] += 1
 
     def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
         """Chunks of prompts with what is left of the budget. Who has to wait for slot or blocks is not overtaken."""
         admitting = True
-        for sequence in heapq.merge(prefilling, tuple(self._waiting), key=_ORDER):
+        for sequence in heapq.merge(prefilling, tuple(self._waiting), key=ORDER):
             if not draft.budget:
                 break
             if sequence.request.unscored and not draft.scored_budget:
@@ -220,8 +231,8 @@ class Scheduler:
             return False
         if not self._cache.begin(sequence, spare=len(self._running)):
             return False
-        self._dequeue(self._waiting, sequence)
-        insort(self._running, sequence, key=_ORDER)
+        dequeue(self._waiting, sequence)
+        enqueue(self._running, sequence)
         sequence.state, sequence.due_at = State.RUNNING, 0
         sequence.slot = self._free_slots.pop()
         draft.admit(sequence)
@@ -240,7 +251,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence, state: State) -> None:
         """Slot and blocks of a running sequence, to those that the next plan is for."""
-        self._dequeue(self._running, sequence)
+        dequeue(self._running, sequence)
         self._cohorts.leave(sequence)
         self._cache.end(sequence)
         self._free_slots.append(sequence.slot)
@@ -280,14 +291,10 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._give_back(sequence, State.ENDED)
         elif sequence.state is State.WAITING:
-            self._dequeue(self._waiting, sequence)
+            dequeue(self._waiting, sequence)
         sequence.state = State.ENDED
         request = sequence.request
         del request.choices[sequence.choice]
         if not request.choices:
             del self._held[request.assign.request]
             outcome.released.append(Released(request.assign.request, request.assign.attempt))
-
-    @staticmethod
-    def _dequeue(queue: list[Sequence], sequence: Sequence) -> None:
-        del queue[bisect_left(queue, sequence.order, key=_ORDER)]

@@ -312,10 +312,11 @@ class Leader:
         if self.stopped:
             return
         effects = self.core.step(self._clock.now, event)
-        self._attempts.running(self.core._scheduler._running, self.core._scheduler._waiting)
+        (scheduler,) = self.core._lanes.schedulers
+        self._attempts.running(scheduler._running, scheduler._waiting)
         for effect in effects:
             match effect:
-                case RunPlan(plan):
+                case RunPlan((plan,)):
                     self._attempts.planned(plan)
                     result = self._device.run(plan)
                     self._busy_until = max(self._busy_until, self._clock.now) + self._step_s

@@ -6,7 +6,7 @@ The scheduler and the engine's rule for plans ahead are the real ones; `executed
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,7 @@ class Pipeline:
     ) -> None:
         self.core = EngineCore(FENCE, limits)
         self.outcome = Outcome()
-        self.plans: list[StepPlan | None] = []  # as they were sent; None: a drain
+        self.plans: list[StepPlan | None] = []  # of the first data rank, as they were sent; None: a drain
         self.completed = 0
         self.ranks = [Rank() for _ in range(degrees.replica_ranks)]
         self._checkpoint, self._degrees, self._limits, self._slow = checkpoint, degrees, limits, slow
@@ -96,21 +96,21 @@ class Pipeline:
     def _execute(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case RunPlan(plan):
-                    self.plans.append(plan)
-                    self._send(encode(plan))
+                case RunPlan(plans):
+                    self.plans.append(plans[0])
+                    self._send([encode(plan) for plan in plans])
                 case Drain():
                     self.plans.append(None)
-                    self._send(DRAIN)
+                    self._send([DRAIN])
                 case SendReport(report):
                     self._seq = max(self._seq, report.report_seq)
                     self.outcome.runs += report.runs
                     self.outcome.prompted += report.prompted
                     self.outcome.released += report.released
 
-    def _send(self, payload: bytes) -> None:
-        for rank in self.ranks:
-            rank.inbox.put(payload)
+    def _send(self, payloads: Sequence[bytes]) -> None:
+        for number, rank in enumerate(self.ranks):
+            rank.inbox.put(payloads[self._degrees.place(number).data_rank % len(payloads)])
 
     def _run(self, number: int) -> None:
         torch.set_num_threads(1)

@@ -28,8 +28,6 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({}, "", "no model given"),
         ({"model": "m", "tensor": "0"}, "", "--tensor: .*greater than or equal to 1.*'0'"),
         ({"model": "m", "tensor": "two"}, "", "--tensor: .*'two'"),
-        ({"model": "m", "data": "2"}, "", "--data: is not supported yet"),
-        ({"model": "m"}, "data: 3", "data of the configuration file: is not supported yet"),
         ({"model": "m", "heartbeat_s": "nan"}, "", "--heartbeat-s: "),
         ({"model": "m", "lease_s": "inf"}, "", "--lease-s: "),
         ({"model": "m", "dtype": "int8"}, "", "--dtype: .*float64"),

@@ -58,7 +58,7 @@ class Replica:
         reports: list[Report] = []
         for effect in self.engine.step(0.0, event):
             match effect:
-                case RunPlan(plan):
+                case RunPlan((plan,)):
                     self.plans.append(plan)
                 case SendReport(report):
                     reports.append(report)

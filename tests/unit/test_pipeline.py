@@ -27,8 +27,10 @@ from worker.limits import EngineLimits
 from worker.op_clock import OpClock
 
 
-def limits(stages: int, depth: int, *, kv_blocks: int = 24, max_running: int = 4, step: int = 9) -> EngineLimits:
-    return EngineLimits(max_running, kv_blocks, BLOCK_TOKENS, step, MAX_CONTEXT, stages=stages, depth=depth)
+def limits(
+    stages: int, depth: int, *, data: int = 1, kv_blocks: int = 24, max_running: int = 4, step: int = 9
+) -> EngineLimits:
+    return EngineLimits(max_running, kv_blocks, BLOCK_TOKENS, step, MAX_CONTEXT, stages=stages, depth=depth, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def alone(checkpoint: Path, assigns: list[Assign]) -> Answers:
 
 
 def check_schedule(pipeline: Pipeline, degrees: Degrees, depth: int) -> None:
-    """Each rank has done what next_op makes of the stream of plans, and nothing else."""
+    """Each rank has done what next_op makes of the stream of plans; nothing has to come back to a stage alone."""
     for number, rank in enumerate(pipeline.ranks):
         stage = degrees.place(number).pipeline_rank
         state = stage_state(stage, degrees.pipeline, depth)
@@ -53,7 +55,7 @@ def check_schedule(pipeline: Pipeline, degrees: Degrees, depth: int) -> None:
             ops = unroll(state)
             for op in ops:
                 state = state.apply(op)
-            expected += ops
+            expected += [op for op in ops if op.kind is Kind.FORWARD or degrees.pipeline > 1]
         assert [op for op, _ in rank.executed] == expected
         assert [queued.step for op, queued in rank.executed] == [op.microbatch + 1 for op in expected]
 
@@ -79,6 +81,35 @@ def test_stages_answer_as_one_rank_does(
     check_schedule(pipeline, degrees, depth)
     happened = {name for name, count in pipeline.core.stats().counters.items() if count}
     assert happened >= {"preemptions", "cache_hits", "chunked_prompts", "shared_prefix_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("family", "degrees", "depth"),
+    [
+        ("llama", Degrees(data=2), 1),
+        ("qwen3-moe", Degrees(data=2, expert=2), 1),
+        ("mixtral", Degrees(pipeline=2, data=2), 2),
+        pytest.param("qwen3-moe", Degrees(data=2, tensor=2, expert=2), 1, marks=pytest.mark.long),
+        pytest.param("mixtral", Degrees(pipeline=2, data=2, tensor=2, expert=4), 3, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_data_ranks_answer_as_one_rank_does(
+    family: str, degrees: Degrees, depth: int, tmp_path: Path, assigns: list[Assign]
+) -> None:
+    """Each with a batch and a pool of its own, in lockstep; one of them has nothing to do at the end."""
+    directory = make_checkpoint(tmp_path / family, family, num_hidden_layers=3)
+    expected = Replica(directory, kv_blocks=200, max_step_tokens=MAX_CONTEXT).answer(assigns)
+    both = limits(degrees.pipeline, depth, data=degrees.data, kv_blocks=18, max_running=3)
+    with Pipeline(directory, degrees, both) as pipeline:
+        found = Answers()
+        found.take(pipeline.answer(assigns))
+    check_same(found, expected)
+    check_schedule(pipeline, degrees, depth)
+    lanes = [lane for plan in pipeline.plans if plan is not None for lane in [plan.lanes]]
+    for data_rank in range(degrees.data):
+        assert sum(lane[data_rank].tokens for lane in lanes) > 0, "each had a part in it"
+    assert any(0 in {shape.tokens for shape in lane} for lane in lanes), "one stood by while the other had work"
 
 
 def test_a_slot_is_taken_again_while_ids_of_its_last_owner_travel(checkpoint: Path) -> None:

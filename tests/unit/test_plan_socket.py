@@ -6,7 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -39,13 +39,17 @@ def join(server: PlanServer, pool: ThreadPoolExecutor) -> list[PlanReceiver]:
     return receivers
 
 
+def everywhere(payload: bytes) -> Callable[[int], bytes]:
+    return lambda rank: payload
+
+
 def test_every_rank_gets_every_payload_in_order(server: PlanServer, pool: ThreadPoolExecutor) -> None:
     payloads = [b"", b"plan", bytes(range(256)) * 20_000]
     receivers = join(server, pool)
 
     def send() -> None:
         for payload in payloads:
-            server.send(payload, TIMEOUT_S)
+            server.send(everywhere(payload), TIMEOUT_S)
 
     sent = pool.submit(send)
 
@@ -60,7 +64,7 @@ def test_every_rank_gets_every_payload_in_order(server: PlanServer, pool: Thread
 
 def test_the_end_of_the_leader_is_an_error_at_the_ranks(server: PlanServer, pool: ThreadPoolExecutor) -> None:
     first, second = join(server, pool)
-    server.send(b"last")
+    server.send(everywhere(b"last"))
     server.close()
     for receiver in (first, second):
         assert receiver.receive() == b"last"
@@ -74,14 +78,14 @@ def test_the_end_of_a_rank_is_an_error_at_the_leader(server: PlanServer, pool: T
     first.close()
     with pytest.raises(ConnectionError):
         for _ in range(1000):
-            server.send(b"x", TIMEOUT_S)
+            server.send(everywhere(b"x"), TIMEOUT_S)
     second.close()
 
 
 def test_a_rank_that_stops_reading_does_not_block_the_leader(server: PlanServer, pool: ThreadPoolExecutor) -> None:
     receivers = join(server, pool)
     with pytest.raises(TimeoutError):
-        server.send(bytes(MAX_FRAME_BYTES), timeout_s=0.05)
+        server.send(everywhere(bytes(MAX_FRAME_BYTES)), timeout_s=0.05)
     for receiver in receivers:
         receiver.close()
 

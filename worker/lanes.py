@@ -1,0 +1,121 @@
+"""Lanes: the data ranks of a replica in lockstep, each with a scheduler, a batch and a block pool of its own.
+
+Lives in the leader, without torch, clock or I/O. One step of the replica is a plan for every lane, empty where a lane
+has nothing to do, because all of them meet at the experts. A request stays in the lane that it was put into.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from echelon.internal.link import Assign, Fence
+from worker.limits import EngineLimits
+from worker.plan import StepPlan, StepResult, lane_of
+from worker.scheduler import Scheduler
+from worker.sequence import Outcome
+
+HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prompt: it takes a row of many steps
+
+
+class Lanes:
+    """Schedulers of as many data ranks as the limits say; the limits are each one's own."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.schedulers = tuple(Scheduler(limits) for _ in range(limits.data))
+
+    def __iter__(self) -> Iterator[Assign]:
+        return (assign for scheduler in self.schedulers for assign in scheduler)
+
+    @property
+    def plans_in_flight(self) -> int:
+        """Steps."""
+        return self.schedulers[0].plans_in_flight
+
+    @property
+    def idle(self) -> bool:
+        return all(scheduler.idle for scheduler in self.schedulers)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Of all lanes together; they make their steps together."""
+        total = Counter[str]()
+        for scheduler in self.schedulers:
+            total.update(scheduler.counters)
+        return {**total, "steps": self.schedulers[0].counters["steps"]}
+
+    @property
+    def blocks_referenced(self) -> int:
+        return sum(scheduler.blocks_referenced for scheduler in self.schedulers)
+
+    @property
+    def blocks_cached(self) -> int:
+        return sum(scheduler.blocks_cached for scheduler in self.schedulers)
+
+    def held_attempt(self, request: str) -> int | None:
+        """The attempt that is held of a request, if one is."""
+        scheduler = self._holder(request)
+        return None if scheduler is None else scheduler.held_attempt(request)
+
+    def add(self, assign: Assign) -> Outcome:
+        """Put a request into the lane in which it costs least."""
+        return choose(self.schedulers, assign).add(assign)
+
+    def release(self, request: str, choice: int | None = None) -> Outcome:
+        """Let go of a choice of a request, or of all that it holds."""
+        scheduler = self._holder(request)
+        assert scheduler is not None, f"{request} is not held"
+        return scheduler.release(request, choice)
+
+    def schedule(self, fence: Fence) -> tuple[StepPlan, ...] | None:
+        """The next step, one plan a lane; None if no lane has anything to compute before another result."""
+        found = [scheduler.schedule(fence) for scheduler in self.schedulers]
+        if not any(found):
+            return None
+        plans = [plan or scheduler.stand_by(fence) for plan, scheduler in zip(found, self.schedulers, strict=True)]
+        if len(plans) == 1:  # nobody else has to know its shape
+            return tuple(plans)
+        after, shapes = max(plan.after for plan in plans), tuple(map(lane_of, plans))
+        return tuple(replace(plan, after=after, lanes=shapes) for plan in plans)
+
+    def commit(self, result: StepResult) -> Outcome:
+        """The results of all lanes, one behind the other."""
+        outcome, sampled, scored = Outcome(), 0, 0
+        for scheduler in self.schedulers:
+            ids, scores = scheduler.awaited
+            part = _part(result, slice(sampled, sampled + ids), slice(scored, scored + scores))
+            sampled, scored = sampled + ids, scored + scores
+            brought = scheduler.commit(part)
+            outcome.runs += brought.runs
+            outcome.prompted += brought.prompted
+            outcome.released += brought.released
+        return outcome
+
+    def check_integrity(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.check_integrity()
+
+    def _holder(self, request: str) -> Scheduler | None:
+        return next((lane for lane in self.schedulers if lane.held_attempt(request) is not None), None)
+
+
+def choose(lanes: Sequence[Scheduler], assign: Assign) -> Scheduler:
+    """The lane with the fewest tokens to compute before the request generates, what it has cached left out.
+
+    Requests that a lane holds count too, so that batches stay alike: a step is as long as the longest lane's.
+    """
+    if len(lanes) == 1:
+        return lanes[0]
+    prompt = len(assign.prompt)
+
+    def cost(lane: Scheduler) -> int:
+        return lane.waiting_tokens + HELD_TOKENS * len(lane) + prompt - lane.cached_tokens(assign)
+
+    return min(lanes, key=cost)
+
+
+def _part(result: StepResult, sampled: slice, scored: slice) -> StepResult:
+    faults = ((row - sampled.start, why) for row, why in result.faults if sampled.start <= row < sampled.stop)
+    ids, logprobs, scores = result.ids[sampled], result.logprobs[sampled], result.scores[scored]
+    return replace(result, ids=ids, logprobs=logprobs, scores=scores, faults=tuple(faults))
