@@ -5,7 +5,7 @@
 
 Each layout, one device first: 32 greedy requests with logprobs, compared with one device's, then the cases of serve.py
 (in the last dtype; warmed up by a few requests). A pipeline's operations are logged: the figures of the last case,
-whole and while all decode, and a picture of both. One device also answers once more, one request after the other:
+whole and while all decode, and a picture of both. One device also answers once more, fewer requests at once:
 what differs then is rounding. A layout that fails is named with its error, and the next one goes on. One JSON line a
 result in FOLDER, one table at the end.
 """
@@ -31,12 +31,13 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules beside this one, by the names tests import
 
 from benchmarks.layouts_figures import Agreement, Answer, Executed, agreement
-from benchmarks.layouts_session import WARM_UP_REQUESTS, WARM_UP_TOKENS, Layout, Session, Settings, timeline
+from benchmarks.layouts_session import REQUESTS, WARM_UP_REQUESTS, WARM_UP_TOKENS, Layout, Session, Settings, timeline
 from benchmarks.serve import Case, case_row, machine, rank_rows
 from echelon.errors import EchelonError
 from echelon.testing import LocalCluster
 from models.config import read_model_config
 
+FEW = 8
 FAILURES = (EchelonError, RuntimeError, TimeoutError, AssertionError, OSError)
 
 
@@ -68,8 +69,8 @@ def measure(session: Session, row: Row, reference: list[Answer] | None, timed: b
     """Fills the row and emits a line for everything found; the answers."""
     answers = session.answers()
     if not session.layout.flags:
-        row.agreement = agreement(session.answers(at_once=1), answers)
-        session.emit("agreement of one request at a time with all at once", dataclasses.asdict(row.agreement))
+        row.agreement = agreement(session.answers(at_once=FEW), answers)
+        session.emit(f"agreement of {FEW} requests at once with {REQUESTS}", dataclasses.asdict(row.agreement))
     elif reference is not None:
         row.agreement = agreement(answers, reference)
         session.emit("agreement with one device", dataclasses.asdict(row.agreement))
