@@ -51,8 +51,8 @@ class Cohorts:
         return iter([cohort for cohort in order if self._sizes[cohort]] or order[:1])
 
     def took(self, cohort: int) -> None:
-        """It had its turn."""
-        self._turn = (cohort + 1) % len(self._sizes)
+        """It had its turn. The last that is not empty ends the round, or empty ones would never be filled again."""
+        self._turn = cohort + 1 if any(self._sizes[cohort + 1 :]) else 0
 
     def balance(self, running: Iterable[Choice]) -> None:
         """At the end of a round: those that decode are spread such that the cohorts cost alike."""
