@@ -112,13 +112,9 @@ class Runner:
     @torch.inference_mode()
     def back(self) -> Queued:
         """The sampled ids of the oldest step that is out travel from the last stage to the first, and end it there."""
-        channel, out, started = self._context.returned, self._out.popleft(), self.clock.mark()
+        channel, out = self._context.returned, self._out.popleft()
         assert channel is not None, "a stage alone has its ids at once"
-        if self._context.place.last_stage:
-            self._send_back(channel, out)
-            return Queued(out.step, Span(started, self.clock.mark()))
-        pending = self._take_back(channel, out)
-        return Queued(out.step, Span(started, self.clock.mark()), pending)
+        return self._send_back(channel, out) if self._context.place.last_stage else self._take_back(channel, out)
 
     # Between stages.
 
@@ -141,20 +137,24 @@ class Runner:
         self._out.append(_Out(step, batch, span, None))
         return Queued(step, span)
 
-    def _send_back(self, channel: Channel, out: _Out) -> None:
+    def _send_back(self, channel: Channel, out: _Out) -> Queued:
         """At least one row, so that the first stage knows when the step has passed them all."""
+        started = self.clock.mark()
         assert out.drawn is not None, "the last stage has sampled"
         nothing = torch.zeros(1, 1, dtype=torch.float64, device=self._context.device)
         channel.send(out.drawn.outcome if len(out.drawn.outcome) else nothing)
         if out.drawn.scores is not None:
             channel.send(out.drawn.scores)
+        return Queued(out.step, Span(started, self.clock.mark()))
 
-    def _take_back(self, channel: Channel, out: _Out) -> PendingStep:
+    def _take_back(self, channel: Channel, out: _Out) -> Queued:
+        """To wait for them is no part of the operation."""
         batch, vocabulary = out.batch, self._model.config.vocab_size
         sampled, scored = len(batch.logprobs), len(batch.targets)
         width = outcome_width(batch.logprobs, vocabulary)
         outcome = channel.receive((max(sampled, 1), width), torch.float64)[:sampled]
         scores = channel.receive((scored, scores_width(vocabulary)), torch.float64) if scored else None
+        started = self.clock.mark()
         # A slot may have a new owner by now, who has written positions of his own.
         kept = self._state.admitted_at[batch.sampled_slots] <= out.step
         if kept.all():
@@ -163,7 +163,8 @@ class Runner:
             rows = upload_one(np.flatnonzero(kept), outcome.device)
             self._state.write(batch.slots[rows], batch.positions[rows], outcome[rows, 0])
         drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
-        return PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span)
+        pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span)
+        return Queued(out.step, Span(started, self.clock.mark()), pending)
 
     def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:
         return of_all_lanes(drawn, batch.lanes, self._context.data, self._model.config.vocab_size)

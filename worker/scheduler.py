@@ -1,15 +1,15 @@
 """The scheduler: continuous batching of a replica's requests into immutable step plans.
 
-Lives in the leader, without torch, clock or I/O. `schedule` fills a step's token budget with decode rows first and
-chunks of prompts after them; `commit` takes the ids of the oldest plan and says what they mean. Plans are made ahead
-of results: a decode row needs no id, because the ranks keep the last one they sampled. Ranks run plans in order, so
-what a sequence gives back serves the next plan at once, even while older plans still have rows of it; their ids are
-accepted if it was preempted, and dropped if it ended. Knows nothing of links, reports and acknowledgements.
+Lives in the leader, without torch, clock or I/O. `schedule` fills a step's token budget with decode rows, then chunks
+of prompts; `commit` takes the ids of the oldest plan. Plans are made ahead of results: a decode row needs no id, the
+ranks keep the last they sampled. As they run plans in order, what a sequence gives back serves the next plan at once;
+ids of it in older plans are accepted if it was preempted, dropped if it ended. Knows no link, report, acknowledgement.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order
         self._in_flight: deque[Flight] = deque()
         self._step = 0
-        self._arrivals = 0
+        self._arrivals = itertools.count()
         self.counters = dict.fromkeys(counters.NAMES, 0)
 
     def __iter__(self) -> Iterator[Assign]:
@@ -76,8 +76,7 @@ class Scheduler:
         assert assign.request not in self._held, f"{assign.request} is held"
         assert not (reason := refusal(assign, self._limits)), reason
         hashes = chain(root_hash(assign.cache_salt), assign.prompt, self._limits.block_tokens)
-        request = self._held[assign.request] = Request(assign, self._arrivals, hashes)
-        self._arrivals += 1
+        request = self._held[assign.request] = Request(assign, next(self._arrivals), hashes)
         self.counters["replayed_requests"] += any(progress.generated for progress in assign.choices)
         request.choices = {progress.choice: Sequence.of(request, progress) for progress in assign.choices}
         outcome = Outcome()
@@ -97,8 +96,7 @@ class Scheduler:
     @property
     def awaited(self) -> tuple[int, int]:
         """Of the oldest plan in flight: sampled rows, and scored ones."""
-        flight = self._in_flight[0]
-        return len(flight.sampled), len(flight.scored)
+        return len(self._in_flight[0].sampled), len(self._in_flight[0].scored)
 
     def cached_tokens(self, assign: Assign) -> int:
         """Of a prompt, found in the cache now."""
@@ -106,32 +104,20 @@ class Scheduler:
 
     def stand_by(self, fence: Fence) -> StepPlan:
         """A step without anything to compute, because others have."""
-        draft = Draft(self._step + 1, 0)
-        self._step = draft.step
-        self._in_flight.append(draft.flight())
-        return draft.plan(fence)
+        return self._give_out(Draft(self._step + 1, 0), fence)
 
     def schedule(self, fence: Fence) -> StepPlan | None:
         """The next step, or None if there is nothing to compute before another result."""
         draft = Draft(self._step + 1, self._limits.max_step_tokens)
-        for cohort in self._cohorts.turns():
-            prefilling = self._decode(draft, cohort)
-            if draft.rows:
-                self._cohorts.took(cohort)
-                break
+        prefilling = self._decode_next(draft, draft.step - self._limits.depth)
         if self._cohorts.several:
-            soon = self._waiting[: len(self._free_slots)]
-            self._cohorts.pace(draft, self._running, [*prefilling, *soon])
+            self._cohorts.pace(draft, self._running, prefilling + self._waiting[: len(self._free_slots)])
         self._prefill(draft, prefilling)
+        if not draft.rows:  # whatever could run reads ids that are still on their way
+            self._decode_next(draft, draft.step)
         if not draft.rows:
             return None
-        self._step = draft.step
-        self._in_flight.append(draft.flight())
-        for sequence in draft.prefilled:
-            self._cache.keep(sequence)
-        for sequence in draft.drawn:
-            self._give_back(sequence, State.DRAWN)
-        return draft.plan(fence)
+        return self._give_out(draft, fence)
 
     def commit(self, result: StepResult) -> Outcome:
         """What the oldest plan brought, without the ids of sequences that ended since."""
@@ -159,27 +145,37 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Slots and blocks are all free or held by those that run, and every sequence is where its state says."""
-        sequences = [sequence for request in self._held.values() for sequence in request.choices.values()]
+        sequences = [choice for request in self._held.values() for choice in request.choices.values()]
         check_queue(self._waiting, State.WAITING, sequences)
         check_queue(self._running, State.RUNNING, sequences)
         check_slots(self._free_slots, sequences, self._limits.max_running)
         self._cohorts.check_integrity(self._running)
         self._cache.check_integrity(sequences)
 
-    def _decode(self, draft: Draft, cohort: int) -> list[Sequence]:
+    def _decode_next(self, draft: Draft, drawn_by: int) -> list[Sequence]:
+        """The cohort whose turn it is, or the next that can, but nobody whose last id is drawn after step drawn_by:
+        it could not have come back, and the pipeline would wait for it. Returns those that prefill.
+        """
+        for cohort in self._cohorts.turns():
+            prefilling = self._decode(draft, cohort, drawn_by)
+            if draft.rows:
+                self._cohorts.took(cohort)
+                break
+        return prefilling
+
+    def _decode(self, draft: Draft, cohort: int, drawn_by: int) -> list[Sequence]:
         """One row for each sequence of the cohort that generates and can; returns those that prefill."""
         prefilling: list[Sequence] = []
-        block_tokens = self._limits.block_tokens
         for sequence in self._running:  # the last ones may leave meanwhile
-            position = sequence.planned
-            if position < sequence.given:
+            if sequence.planned < sequence.given:
                 prefilling.append(sequence)
                 continue
-            if sequence.cohort != cohort or (sequence.constrained and position >= len(sequence.ids)):
+            if sequence.cohort != cohort or sequence.drawn_step > drawn_by or sequence.awaits_id:
                 continue
             if not draft.budget:
                 break
-            if position == len(sequence.blocks) * block_tokens and not self._grow(draft, sequence):
+            full = sequence.planned == len(sequence.blocks) * self._limits.block_tokens
+            if full and not self._grow(draft, sequence):
                 break
             draft.add_decode_row(sequence)
         self.counters["decode_rows"] += len(draft.rows)
@@ -198,8 +194,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """It is to be prefilled again up to its last id, once that is committed: ids in flight are drawn already."""
-        if sequence.planned >= sequence.given:
-            sequence.given = sequence.planned + 1
+        sequence.given = max(sequence.given, sequence.planned + 1)
         self._give_back(sequence, State.WAITING)
         enqueue(self._waiting, sequence)
         self.counters["preemptions"] += 1
@@ -223,10 +218,8 @@ class Scheduler:
             self._add_chunk(draft, sequence)
 
     def _admit(self, draft: Draft, sequence: Sequence) -> bool:
-        """Give it a slot and blocks for what is given, unless ids of it are in flight or others would soon lack blocks.
-
-        One block is left for each that runs: it lasts for as many steps as a block has tokens.
-        """
+        """Give it a slot and blocks for what is given, unless ids of it are in flight or others would soon lack blocks:
+        one is left for each that runs, and lasts for as many steps as a block has tokens."""
         if not self._free_slots or len(sequence.ids) < sequence.given:
             return False
         if not self._cache.begin(sequence, spare=len(self._running)):
@@ -244,10 +237,18 @@ class Scheduler:
         row = draft.add_chunk(sequence)
         if row.sampled:
             self._cohorts.join(sequence)
-        block_tokens = self._limits.block_tokens
-        if row.first // block_tokens < (sequence.prompt_tokens - 1) // block_tokens:
+        if row.first // self._limits.block_tokens < (sequence.prompt_tokens - 1) // self._limits.block_tokens:
             sequence.request.computing_step = draft.step
         counters.count_chunk(self.counters, sequence, row)
+
+    def _give_out(self, draft: Draft, fence: Fence) -> StepPlan:
+        self._step = draft.step
+        self._in_flight.append(draft.flight())
+        for sequence in draft.prefilled:
+            self._cache.keep(sequence)
+        for sequence in draft.drawn:
+            self._give_back(sequence, State.DRAWN)
+        return draft.plan(fence)
 
     def _give_back(self, sequence: Sequence, state: State) -> None:
         """Slot and blocks of a running sequence, to those that the next plan is for."""
@@ -262,9 +263,8 @@ class Scheduler:
         assign, ids = sequence.assign, sequence.ids
         first = len(ids) - sequence.prompt_tokens
         ids.append(token_id)
-        finish = None
-        if len(ids) >= sequence.due_at or token_id in sequence.stop_ids:
-            finish = self._attend(sequence, outcome)
+        due = len(ids) >= sequence.due_at or token_id in sequence.stop_ids
+        finish = self._attend(sequence, outcome) if due else None
         logprobs = () if logprob is None else (logprob,)
         run = TokenRun(assign.request, sequence.choice, assign.attempt, first, (token_id,), logprobs, finish)
         outcome.runs.append(run)
@@ -282,9 +282,9 @@ class Scheduler:
     def _fail(self, sequence: Sequence, why: str, outcome: Outcome) -> None:
         """No id can be drawn for it: its request cannot be answered, the other choices neither."""
         if sequence.state is not State.ENDED:
-            request, attempt = sequence.assign.request, sequence.assign.attempt
-            self.release(request)
-            outcome.released.append(Released(request, attempt, why, "CONSTRAINT_FAILED"))
+            assign = sequence.assign
+            self.release(assign.request)
+            outcome.released.append(Released(assign.request, assign.attempt, why, "CONSTRAINT_FAILED"))
 
     def _end(self, sequence: Sequence, outcome: Outcome) -> None:
         """Forget a choice, and its request with its last one."""

@@ -113,6 +113,11 @@ class Sequence:
         return len(self.ids) - self.prompt_tokens
 
     @property
+    def awaits_id(self) -> bool:
+        """Constrained, and its last id is not committed: what may follow is not known yet."""
+        return self.constrained and self.planned >= len(self.ids)
+
+    @property
     def reusable(self) -> int:
         """Leading positions that need not be computed if they are in the cache.
 

@@ -142,7 +142,7 @@ def test_steps_are_under_way_on_all_stages_at_once(checkpoint: Path) -> None:
     out = [1 if op.kind is Kind.FORWARD else -1 for op, _ in first]
     assert max(sum(out[:end]) for end in range(len(out) + 1)) >= stages
     decoding = [plan for plan in pipeline.plans if plan is not None and all(row.given is None for row in plan.rows)]
-    assert [len(plan.rows) for plan in decoding[:6]] == [2] * 6, "cohorts are of equal size"
+    assert [len(plan.rows) for plan in decoding[stages : stages + 6]] == [2] * 6, "cohorts are of equal size"
     clock = OpClock(CPU)
     starts_s = [clock.at(queued.span.start) for op, queued in first if op.kind is Kind.FORWARD]
     rounds_s = [late - early for early, late in zip(starts_s, starts_s[stages:], strict=False)]
