@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -40,7 +40,8 @@ class LocalCluster:
 
     They go into a --config file, so that `reconfigure` can change them; variables ECHELON_* go before it.
 
-    A victim is a Rank, the index of a rank of replica 0, or "coordinator". Use as a context manager, or close.
+    A victim is a Rank, a rank's number in replica 0 (stage by stage, there data rank by data rank, tensor ranks being
+    neighbours), or "coordinator". Use as a context manager, or close.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class LocalCluster:
             return victim.pid
         if victim == "coordinator":
             return self.coordinator_pid
-        return next(rank.pid for rank in self.ranks() if rank.replica == 0 and rank.tensor == victim)
+        return rank_of(self.ranks(), victim).pid
 
     def _wait_moment(self, moment: Moment) -> None:
         """Until another step with such rows has run."""
@@ -257,3 +258,11 @@ class LocalCluster:
 
         before = count(self.status())
         self.wait(lambda cluster: count(cluster) > before, f"a step with {moment} rows")
+
+
+def rank_of(ranks: Iterable[Rank], number: int, replica: int = 0) -> Rank:
+    """A rank by its number in its replica, as the mesh counts. Raises IndexError where there is none."""
+    own = [rank for rank in ranks if rank.replica == replica]
+    if not 0 <= number < len(own):
+        raise IndexError(f"replica {replica} has no rank {number}: its ranks are 0 to {len(own) - 1}")
+    return sorted(own, key=lambda rank: (rank.pipeline, rank.data, rank.tensor))[number]

@@ -12,7 +12,8 @@ import pytest
 
 from echelon import ConfigError
 from echelon.testing import LocalCluster
-from tests.cluster.conftest import LAYOUTS, Case
+from tests.cluster.conftest import Case
+from tests.cluster.layouts import LAYOUTS
 from tests.cluster.reference import Reference
 from tests.cluster.streams import PROMPT, alive, assert_undisturbed, stream_through
 

@@ -1,0 +1,48 @@
+"""Victims by number: LocalCluster counts the ranks of a replica as the mesh does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from echelon.testing import rank_of
+from echelon.types import Rank
+from parallel.degrees import Degrees, Place
+
+DEGREES = Degrees(replicas=2, pipeline=3, data=2, tensor=2)
+
+
+def rank(replica: int, place: Place) -> Rank:
+    return Rank(
+        replica=replica,
+        pipeline=place.pipeline_rank,
+        data=place.data_rank,
+        tensor=place.tensor_rank,
+        expert=place.expert_rank,
+        leader=place.rank == 0,
+        pid=1000 * replica + place.rank,
+        node_id="node",
+        epoch=1,
+        state="ready",
+    )
+
+
+RANKS = [
+    rank(replica, DEGREES.place(number))
+    for replica in range(DEGREES.replicas)
+    for number in range(DEGREES.replica_ranks)
+]
+
+
+def test_a_victim_s_number_is_its_number_in_the_mesh() -> None:
+    shown = random.Random(0).sample(RANKS, len(RANKS))
+    for number in range(DEGREES.replica_ranks):
+        assert rank_of(shown, number).pid == number
+        assert rank_of(shown, number, replica=1).pid == 1000 + number
+
+
+@pytest.mark.parametrize("number", [-1, 12])
+def test_a_number_that_no_rank_has_is_refused(number: int) -> None:
+    with pytest.raises(IndexError, match=f"replica 0 has no rank {number}: its ranks are 0 to 11"):
+        rank_of(RANKS, number)
