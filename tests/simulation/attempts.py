@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from echelon.internal.link import Assign, Command, Prompted, Report, TokenRun
 from tests.simulation.checker import require
+from worker.limits import EngineLimits
 from worker.plan import StepPlan
+from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
 Attempt = tuple[str, int]  # request, attempt
@@ -20,12 +22,16 @@ Attempt = tuple[str, int]  # request, attempt
 
 @dataclass(slots=True)
 class Told:
-    """An attempt. place: its turn. ids: by choice, prompt and answer. abandoned: choices that nobody wants any more."""
+    """An attempt. place: its turn. lane: that holds it. ids: by choice, prompt and answer.
+
+    abandoned: choices that nobody wants any more.
+    """
 
     assign: Assign
     place: tuple[int, int]
     ids: dict[int, list[int]]
     abandoned: set[int] = field(default_factory=set)
+    lane: int | None = None
     begun: bool = False
     prompted: bool = False
     released: bool = False
@@ -34,11 +40,11 @@ class Told:
 class Attempts:
     """All attempts that one leader was given in its epoch."""
 
-    def __init__(self, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
+    def __init__(self, limits: EngineLimits) -> None:
+        self._block_tokens = limits.block_tokens
         self._told: dict[Attempt, Told] = {}
         self._by_seed: dict[int, Told] = {}  # the last attempt at a request, which its seed names
-        self._running: set[Sequence] = set()
+        self._running: list[set[Sequence]] = [set() for _ in range(limits.data)]
         self._last_report = 0
 
     def commanded(self, command: Command) -> None:
@@ -53,8 +59,12 @@ class Attempts:
             told = Told(assign, (assign.priority, len(self._told)), ids)
             self._told[attempt] = self._by_seed[assign.sampling.seed] = told
 
-    def planned(self, plan: StepPlan) -> None:
-        """Nobody begins while somebody waits whose turn is first."""
+    def planned(self, plans: tuple[StepPlan, ...]) -> None:
+        """In no lane does anybody begin while somebody waits there whose turn is first."""
+        for lane, plan in enumerate(plans):
+            self._planned(lane, plan)
+
+    def _planned(self, lane: int, plan: StepPlan) -> None:
         begin = [told for admit in plan.admits if not (told := self._by_seed[admit.sampling.seed]).begun]
         for told in begin:
             told.begun = True
@@ -62,16 +72,22 @@ class Attempts:
             return
         last = max(told.place for told in begin)
         for told in self._by_seed.values():
-            waits = not (told.begun or told.released or told.abandoned.issuperset(told.ids))
+            waits = told.lane == lane and not (told.begun or told.released or told.abandoned.issuperset(told.ids))
             require(not waits or told.place > last, "{} waits while {} begin", told.assign, begin)
 
-    def running(self, running: Collection[Sequence], waiting: Collection[Sequence]) -> None:
+    def running(self, lanes: Collection[Scheduler]) -> None:
         """Who holds slots and blocks after a step, and who waits for some: who had to give them back was the last."""
-        preempted = [self._place(each) for each in waiting if each in self._running]
-        if preempted:
-            kept = [self._place(each) for each in running if each in self._running]
-            require(max(kept, default=()) < min(preempted), "{} were preempted before {}", preempted, kept)
-        self._running = set(running)
+        for lane, scheduler in enumerate(lanes):
+            for assign in scheduler:
+                told = self._told[assign.request, assign.attempt]
+                require(told.lane in (None, lane), "{} has moved from lane {} to {}", assign, told.lane, lane)
+                told.lane = lane
+            before, running = self._running[lane], scheduler._running
+            preempted = [self._place(each) for each in scheduler._waiting if each in before]
+            if preempted:
+                kept = [self._place(each) for each in running if each in before]
+                require(max(kept, default=()) < min(preempted), "{} were preempted before {}", preempted, kept)
+            self._running[lane] = set(running)
 
     def _place(self, sequence: Sequence) -> tuple[int, ...]:
         assign = sequence.request.assign

@@ -25,14 +25,16 @@ from coordinator.replica.events import (
     Tell,
 )
 from echelon.internal.link import Command, Fence
+from parallel.degrees import Degrees
 from tests.simulation.attempts import Attempts
 from tests.simulation.checker import require
-from tests.simulation.device import Device
 from tests.simulation.network import Connection
+from tests.simulation.pipeline import Pipeline
 from tests.simulation.world import PEER, SERVER, World
 from worker.engine import (
     Commanded,
     Completed,
+    Drain,
     EngineCore,
     EngineLimits,
     Event,
@@ -41,6 +43,7 @@ from worker.engine import (
     RunPlan,
     SendReport,
 )
+from worker.plan import StepResult
 
 if TYPE_CHECKING:
     from tests.simulation.coordinator import Coordinator
@@ -52,14 +55,14 @@ SERVING = ("ready", "retiring")  # until it has ended, an epoch's work goes on
 class Site:
     """A replica's slots with the processes in them, its epoch on the coordinator's disk, and the layout wanted now."""
 
-    def __init__(self, world: World, index: int, tensor: int, limits: EngineLimits, noisy: bool) -> None:
+    def __init__(self, world: World, index: int, degrees: Degrees, limits: EngineLimits, noisy: bool) -> None:
         self.world = world
         self.index = index
-        self.tensor = tensor
+        self.degrees = degrees
         self.limits = limits
         self.noisy = noisy
         self.epoch = 0
-        self.sizes: dict[int, int] = {}  # ranks of each epoch
+        self.layouts: dict[int, Degrees] = {}  # of each epoch
         self.processes: list[RankProcess] = []
         self.leaders: list[Leader] = []  # of all epochs
 
@@ -71,7 +74,7 @@ class Site:
 
     def persist(self, epoch: int) -> None:
         require(epoch > self.epoch, "epoch {} after {}", epoch, self.epoch)
-        self.epoch, self.sizes[epoch] = epoch, self.tensor
+        self.epoch, self.layouts[epoch] = epoch, self.degrees
 
     def may_launch(self, incarnation: str) -> None:
         require(incarnation == str(self.epoch), "{} is launched, epoch {} is on disk", incarnation, self.epoch)
@@ -85,7 +88,7 @@ class Site:
     def form(self, epoch: int) -> None:
         """A group forms when all its ranks have come to it."""
         group = [process for process in self._peers(epoch) if process.phase == "loading"]
-        if len(group) == self.sizes[epoch]:
+        if len(group) == self.layouts[epoch].ranks:
             for process in group:
                 self.world.clock.after(self.world.random.random() * 0.5, process.serve)
 
@@ -96,7 +99,7 @@ class Site:
 
     def computes(self, epoch: int) -> bool:
         """A step needs all ranks of its epoch."""
-        return len([each for each in self._peers(epoch) if each.phase in SERVING]) == self.sizes[epoch]
+        return len([each for each in self._peers(epoch) if each.phase in SERVING]) == self.layouts[epoch].ranks
 
     def _peers(self, epoch: int) -> list[RankProcess]:
         return [each for each in self.processes if each.epoch == epoch and not each.stopped]
@@ -211,7 +214,7 @@ class RankProcess:
             device="cpu",
             memory_bytes=self._site.limits.kv_blocks,
             epoch=self._told_epoch,
-            layout=str(self._site.sizes.get(self.epoch, "")),
+            layout=str(self._site.layouts.get(self.epoch, "")),
             resident=self._resident() if self.phase == "ready" else None,
         )
         stream.send(SERVER, (self._told_epoch, hello))
@@ -262,7 +265,10 @@ class Leader:
     """The engine of one epoch, its device, and a link that it dials again and again."""
 
     def __init__(self, site: Site, coordinator: Coordinator, fence: Fence, kv_blocks: int) -> None:
-        limits = replace(site.limits, kv_blocks=kv_blocks)
+        degrees, random = site.layouts[fence.epoch], site.world.random
+        stages = degrees.pipeline
+        depth = random.randint(1, stages + 1)
+        limits = replace(site.limits, kv_blocks=kv_blocks, stages=stages, depth=depth, data=degrees.data)
         self.core = EngineCore(fence, limits)
         self.stopped = False
         self.term = fence.term
@@ -270,10 +276,9 @@ class Leader:
         self._coordinator = coordinator
         self._epoch = fence.epoch
         self._clock = site.world.clock
-        self._attempts = Attempts(limits.block_tokens)
-        self._device = Device(limits.block_tokens, site.world.random if site.noisy else None)
-        self._step_s = site.world.random.choice((0.01, 0.05, 0.2))
-        self._busy_until = 0.0
+        self._attempts = Attempts(limits)
+        self._step_s = random.choice((0.01, 0.05, 0.2)) / stages
+        self.pipeline = Pipeline(limits, random if site.noisy else None, self._slot_s, self._after)
         self._link: Connection | None = None
 
     def stop(self) -> None:
@@ -312,19 +317,25 @@ class Leader:
         if self.stopped:
             return
         effects = self.core.step(self._clock.now, event)
-        (scheduler,) = self.core._lanes.schedulers
-        self._attempts.running(scheduler._running, scheduler._waiting)
+        self._attempts.running(self.core._lanes.schedulers)
         for effect in effects:
             match effect:
-                case RunPlan((plan,)):
-                    self._attempts.planned(plan)
-                    result = self._device.run(plan)
-                    self._busy_until = max(self._busy_until, self._clock.now) + self._step_s
-                    self._clock.after(self._busy_until - self._clock.now, self._completed, Completed(result))
+                case RunPlan(plans):
+                    self._attempts.planned(plans)
+                    self.pipeline.take(self._clock.now, plans)
+                case Drain():
+                    self.pipeline.take(self._clock.now, None)
                 case SendReport(report):
                     self._attempts.reported(report)
                     assert self._link is not None
                     self._link.send(SERVER, report)
+
+    def _slot_s(self) -> float:
+        """Slots of a step differ, and a slow one comes now and then."""
+        return self._step_s * self._site.world.random.choice((0.5, 1.0, 1.0, 1.5, 4.0))
+
+    def _after(self, delay_s: float, result: StepResult) -> None:
+        self._clock.after(delay_s, self._completed, Completed(result))
 
     def _completed(self, event: Completed) -> None:
         if self._site.computes(self._epoch):

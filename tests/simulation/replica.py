@@ -33,7 +33,6 @@ from coordinator.replica.events import (
 )
 from coordinator.requests.events import ReplicaEnded
 from echelon.internal.link import Fence
-from parallel.degrees import Degrees
 from tests.simulation.checker import require
 from tests.simulation.network import Connection
 from tests.simulation.ranks import Site
@@ -62,7 +61,7 @@ class Replica:
             term=coordinator.term,
             epoch=site.epoch,
             plan=self._plan(),
-            layout=str(site.tensor),
+            layout=str(site.degrees),
             launch_timeout_s=20.0,
         )
         self.core = ReplicaCore(config)
@@ -74,14 +73,14 @@ class Replica:
 
     def relayout(self) -> None:
         """The site is to be laid out otherwise."""
-        self.post(Relayout(self._plan(), str(self._site.tensor)))
+        self.post(Relayout(self._plan(), str(self._site.degrees)))
 
     def _plan(self) -> ReplicaPlan:
-        limits, tensor = self._site.limits, self._site.tensor
+        limits, degrees = self._site.limits, self._site.degrees
         return ReplicaPlan(
-            degrees=Degrees(tensor=tensor),
-            parameter_bytes=(0,) * tensor,
-            block_bytes=(1,) * tensor,
+            degrees=degrees,
+            parameter_bytes=(0,) * degrees.ranks,
+            block_bytes=(1,) * degrees.ranks,
             block_tokens=limits.block_tokens,
             max_context=limits.max_context,
             memory_fraction=1.0,

@@ -9,6 +9,7 @@ from random import Random
 from coordinator.jobs.runner import JobConfig, item_request_id, item_seed
 from coordinator.requests.nouns import Request
 from echelon.internal.link import Sampling
+from parallel.degrees import Degrees
 from tests.simulation.checker import SEEN, Checker, require
 from tests.simulation.client import Order, User, answered
 from tests.simulation.coordinator import Coordinator, Settings
@@ -35,6 +36,15 @@ FAULTS = {  # how often
     "relayout": (0, 1, 2),
 }
 
+LAYOUTS = (  # of a replica; most are of one rank
+    *[Degrees()] * 3,
+    Degrees(tensor=2),
+    Degrees(tensor=3),
+    Degrees(pipeline=2),
+    Degrees(pipeline=3),
+    Degrees(data=2),
+    Degrees(pipeline=2, data=2),
+)
 
 ENGINE = ("preemptions", "cache_hits", "shared_prefix_tokens", "chunked_prompts", "replayed_requests")
 MUST_HAPPEN = (
@@ -45,6 +55,8 @@ MUST_HAPPEN = (
     "request.replayed",
     "request.parked",
     "affinity hits",
+    "several steps in flight",
+    "data ranks",
     "jobs.interrupted items",
     "jobs.results",
     "answers",
@@ -110,6 +122,8 @@ class Simulation:
         happened["jobs.interrupted items"] += sum(len(row.interrupted) for row in rows)
         happened["jobs.results"] += sum(len(row.results) for row in rows)
         for leader in (leader for site in self.sites for leader in site.leaders):
+            happened["several steps in flight"] += leader.pipeline.most_out > 1
+            happened["data ranks"] += len(leader.core._lanes.schedulers) > 1
             for name in ENGINE:
                 happened[f"engine.{name}"] += leader.core.stats().counters.get(name, 0)
         return happened
@@ -129,7 +143,8 @@ class Simulation:
         for site in self.sites:
             self._check_empty(site)
         # No credit was lost either: each replica still takes a request that needs all of its slots.
-        probes = [self._probe(number) for number in range(len(self.sites))]
+        sizes = sorted((site.degrees.data * self.limits.max_running for site in self.sites), reverse=True)
+        probes = [self._probe(number, size) for number, size in enumerate(sizes)]
         self.world.clock.run(self.world.clock.now + 60.0, lambda: all(probe.ended for probe in probes))
         require(all(probe.completion for probe in probes), "{} at the end", [probe.error for probe in probes])
 
@@ -140,13 +155,13 @@ class Simulation:
         leader.core.check_integrity()
         require(leader.core.stats().blocks_referenced == 0, "blocks are held: {}", leader.core.stats())
 
-    def _probe(self, number: int) -> User:
-        sampling = Sampling(1.0, 1.0, 0, max_tokens=2, seed=number, n=self.limits.max_running)
+    def _probe(self, number: int, choices: int) -> User:
+        sampling = Sampling(1.0, 1.0, 0, max_tokens=2, seed=number, n=choices)
         return User(self.world, self.coordinator, Order(f"probe{number}", (1, 2, 3), sampling, 60.0, 0.0))
 
     def _site(self, index: int) -> Site:
         random = self.random
-        return Site(self.world, index, random.choice((1, 2)), self.limits, noisy=random.random() < 0.5)
+        return Site(self.world, index, random.choice(LAYOUTS), self.limits, noisy=random.random() < 0.5)
 
     def _sometimes(self, chance: float) -> float | None:
         return self.random.uniform(0.0, 3.0) if self.random.random() < chance else None
@@ -227,7 +242,7 @@ class Simulation:
                 self.coordinator.crash()
             case "relayout":
                 site = random.choice(self.sites)
-                site.tensor = random.choice((1, 2, 3))
+                site.degrees = random.choice(LAYOUTS)
                 self.coordinator.act(lambda: self.coordinator.replicas[site.index].relayout())
             case "death" if processes:
                 random.choice(processes).die()

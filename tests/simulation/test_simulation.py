@@ -25,16 +25,19 @@ from coordinator.requests.lives import Lives
 from coordinator.requests.router import Link, Router
 from echelon.errors import OverloadedError
 from echelon.internal import block_hash
-from echelon.internal.link import Abandon, Progress, TokenRun
+from echelon.internal.link import Abandon, Fence, Progress, TokenRun
 from tests.simulation.run import MUST_HAPPEN, Simulation
-from worker import draft, prefix_cache, scheduler
+from worker import draft, lanes, prefix_cache, scheduler
 from worker.block_pool import BlockPool
-from worker.engine import EngineCore
-from worker.plan import Admit, Told
+from worker.cohorts import Cohorts
+from worker.draft import Draft
+from worker.engine import Drain, EngineCore
+from worker.lanes import Lanes
+from worker.plan import Admit, StepPlan, StepResult, Told
 from worker.scheduler import Scheduler
-from worker.sequence import Request, Sequence
+from worker.sequence import NO_COHORT, Outcome, Request, Sequence
 
-SEEDS = 2000
+SEEDS = 1200
 BATCHES = 8
 
 
@@ -345,7 +348,51 @@ def only_the_first_replica_is_asked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Router, "able", lambda self, size: [link for link in original(self, size) if link.fence.replica == 0])
 
 
-MUTANT_SEEDS = SEEDS  # most are caught within ten
+def drains_not_sent(patch: pytest.MonkeyPatch) -> None:
+    without(patch, EngineCore, "_plan_ahead", Drain)
+
+
+def steps_wait_for_no_ids(patch: pytest.MonkeyPatch) -> None:
+    original = Draft.plan
+    patch.setattr(Draft, "plan", lambda self, fence: replace(original(self, fence), after=0))
+
+
+def steps_wait_for_the_ids_before_theirs(patch: pytest.MonkeyPatch) -> None:
+    original = Draft.plan
+
+    def plan(self: Draft, fence: Fence) -> StepPlan:
+        found = original(self, fence)
+        return replace(found, after=max(found.after - 1, 0))
+
+    patch.setattr(Draft, "plan", plan)
+
+
+def lanes_wait_for_their_own_ids_alone(patch: pytest.MonkeyPatch) -> None:
+    """The stream of plans has one order of operations: that of the first lane."""
+    patch.setattr(lanes, "max", lambda afters: next(iter(afters)), raising=False)
+
+
+def results_of_another_lane(patch: pytest.MonkeyPatch) -> None:
+    """Where both lanes wait for as many, nothing but the ids shows it."""
+    original = Lanes.commit
+
+    def commit(self: Lanes, result: StepResult) -> Outcome:
+        awaited = [scheduler.awaited for scheduler in self.schedulers]
+        if len(awaited) == 2 and awaited[0] == awaited[1]:
+            half = awaited[0][0]
+            ids, logprobs = result.ids[half:] + result.ids[:half], result.logprobs[half:] + result.logprobs[:half]
+            result = replace(result, ids=ids, logprobs=logprobs)
+        return original(self, result)
+
+    patch.setattr(Lanes, "commit", commit)
+
+
+def cohorts_never_left(patch: pytest.MonkeyPatch) -> None:
+    """Nor counted: turns go to sequences that are no more."""
+    patch.setattr(Cohorts, "leave", lambda self, sequence: setattr(sequence, "cohort", NO_COHORT))
+
+
+MUTANT_SEEDS = 2000  # most are caught within ten
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     deliver_before_journal,
     any_attempt,
@@ -389,11 +436,25 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     credits_not_asked_for,
     one_s_end_loses_what_others_run,
     only_the_first_replica_is_asked,
+    drains_not_sent,
+    steps_wait_for_no_ids,
+    steps_wait_for_the_ids_before_theirs,
+    lanes_wait_for_their_own_ids_alone,
+    results_of_another_lane,
+    cohorts_never_left,
 ]
 
 
 # Of each part of the system one; the long run has them all.
-QUICK = {stop_judged_late, priority_ignored_by_the_scheduler, preempted_without_its_ids, block_hash_without_salt}
+QUICK = {
+    stop_judged_late,
+    priority_ignored_by_the_scheduler,
+    preempted_without_its_ids,
+    block_hash_without_salt,
+    drains_not_sent,
+    steps_wait_for_the_ids_before_theirs,
+    results_of_another_lane,
+}
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,19 @@ class Workbench:
             self.take(self.lanes.release(name, choice))
 
     def schedule(self) -> None:
-        if len(self.plans) < self.limits.depth + 2 and (plans := self.lanes.schedule(FENCE)):
+        if len(self.plans) >= self.limits.depth + 2:
+            return
+        if plans := self.lanes.schedule(FENCE):
             self.check_step(plans)
             self.plans.append(plans)
+        else:
+            self.check_nothing_can_run()
+
+    def check_nothing_can_run(self) -> None:
+        """Without a step, all that run wait for an id in flight."""
+        running = [sequence for scheduler in self.lanes.schedulers for sequence in scheduler._running]
+        assert all(sequence.constrained and sequence.planned >= len(sequence.ids) for sequence in running)
+        self.counted["waited for ids"] += bool(running)
 
     def complete(self) -> None:
         if self.plans:
@@ -234,7 +244,7 @@ def test_every_choice_gets_the_ids_it_gets_alone_and_nothing_is_kept() -> None:
     expected = (
         "preemptions recomputed_tokens cache_hits cached_tokens shared_prefix_tokens replayed_requests chunked_prompts"
     )
-    also = {"stood by", "admitted without a row"}
+    also = {"stood by", "admitted without a row", "waited for ids"}
     assert happened >= {*expected.split(), *also}, f"not all was tried: {counted}"
 
 
