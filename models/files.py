@@ -27,11 +27,15 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: its file, its dtype as safetensors names it, its full shape."""
+    """Where a tensor lies: its file, its dtype as safetensors names it, its full shape, its place in the file.
+
+    Its numbers lie one behind the other, the last dim fastest.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    first_byte: int
 
 
 def check_model_directory(directory: Path) -> None:
@@ -90,10 +94,14 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in entries.values()]
-        tensors = {name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        data = _LENGTH_BYTES + header_bytes
+        tensors = {
+            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(f"{path}: the safetensors header is broken: {error!r}") from error
-    expected_bytes = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    expected_bytes = data + max(ends, default=0)
     if file_bytes < expected_bytes:
         raise _truncated(path, expected_bytes, file_bytes)
     if file_bytes > expected_bytes:

@@ -11,14 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
-
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import ELEMENT_BYTES, checkpoint_index
 from models.tables import Parameter, held_parameters
 from parallel.context import ParallelContext
 from parallel.sharding import region_shape
+from worker.weight_file import WeightFile, read_buffer
 
 Progress = Callable[[int, int], None]
 
@@ -39,16 +38,15 @@ def load_weights(
         by_file[stored.file].append(parameter)
         for region in parameter.held_regions(context.place):
             total_bytes += math.prod(region_shape(region)) * ELEMENT_BYTES[stored.dtype]
-    loaded_bytes = 0
-    for file, parameters in by_file.items():
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for parameter in parameters:
+    loaded_bytes, buffer = 0, read_buffer(context.device)
+    for path, parameters in by_file.items():
+        with WeightFile(path, buffer) as file:
+            for parameter in sorted(parameters, key=lambda parameter: index[parameter.name].first_byte):
                 unfilled = model.shards[parameter.name]
                 for region in parameter.held_regions(context.place):
-                    if rows := region_shape(region)[0]:
-                        part = tensors.get_slice(parameter.name)[region]
-                        unfilled[:rows].copy_(part)
-                        unfilled = unfilled[rows:]
+                    for part in file.parts(index[parameter.name], region):
+                        unfilled[: len(part)].copy_(part)
+                        unfilled = unfilled[len(part) :]
                         loaded_bytes += part.nbytes
                 unfilled.zero_()  # the vocabulary's padding
                 progress(loaded_bytes, total_bytes)
