@@ -20,6 +20,7 @@ from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Place
 
 PUBLISH_TIMEOUT_S = 30.0
+REACH_S, COME_S = 10.0, 15.0  # who cannot reach the store says so before the others say that it has not come
 
 
 def open_store(host: str) -> tuple[TCPStore, str]:
@@ -37,16 +38,20 @@ def form_context(
     dtype: torch.dtype,
     timeout_s: float,
     depth: int = 1,
+    come_s: float = COME_S,
 ) -> ParallelContext:
     """Meets the other ranks at the store under prefix and epoch; returns when all have come.
 
-    timeout_s bounds the meeting and every later gloo collective; a peer that dies makes those raise at once.
+    timeout_s bounds each group's meeting and every later gloo collective; a peer that dies makes those raise at once.
+    Raises ConnectionError when the store cannot be reached, TimeoutError naming who has not come within come_s.
     depth: how many micro-batches are in the pipeline at once at most.
     """
     if place.degrees.replica_ranks == 1:
         return solo_context(device, dtype, epoch)
+    own_address = _address_facing(store_address)
     store = PrefixStore(f"{prefix}/epoch-{epoch}", _client(store_address, timeout_s))
-    maker = _Maker(store, _address_facing(store_address), device, timedelta(seconds=timeout_s))
+    _await_all(store, place, come_s)
+    maker = _Maker(store, own_address, device, timedelta(seconds=timeout_s))
     ranks = torch.arange(place.degrees.replica_ranks).view(place.degrees.pipeline, place.degrees.data, -1)
     stage, data_rank, tensor_rank = place.pipeline_rank, place.data_rank, place.tensor_rank
     replica = maker.on_host("replica", ranks.flatten().tolist(), place.rank)
@@ -87,6 +92,17 @@ def close(context: ParallelContext) -> None:
     backends = [group.backend for group in groups] + [channel.backend for channel in channels if channel]
     for backend in {id(backend): backend for backend in backends if backend is not None}.values():
         backend.abort()
+
+
+def _await_all(store: Store, place: Place, come_s: float) -> None:
+    """Returns when all ranks have come to the store: no group is begun that cannot be completed."""
+    keys = [f"rank-{rank}" for rank in range(place.degrees.replica_ranks)]
+    store.set(keys[place.rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=come_s))
+    except dist.DistStoreError:
+        absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        raise TimeoutError(f"after {come_s:g} s these ranks have not come to the store: {absent}") from None
 
 
 class _Maker:
@@ -177,6 +193,9 @@ def _nccl(store: Store, rank: int, size: int, device: torch.device, timeout: tim
 def _address_facing(store_address: str) -> str:
     """Our own address on the store's network: gloo listens there, whatever the host's name resolves to."""
     host, _, port = store_address.rpartition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        address: str = connection.getsockname()[0]
+    try:
+        with socket.create_connection((host, int(port)), timeout=REACH_S) as connection:
+            address: str = connection.getsockname()[0]
+    except OSError as error:
+        raise ConnectionError(f"the store of rank 0 at {store_address} cannot be reached: {error}") from error
     return address

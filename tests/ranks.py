@@ -24,7 +24,9 @@ def as_ranks(
 
     def as_rank(rank: int) -> T:
         place = degrees.place(rank)
-        context = form_context(address, "test", epoch, place, torch.device("cpu"), dtype, timeout_s=TIMEOUT_S)
+        context = form_context(
+            address, "test", epoch, place, torch.device("cpu"), dtype, timeout_s=TIMEOUT_S, come_s=TIMEOUT_S
+        )
         try:
             found = work(context)
             context.replica.barrier()

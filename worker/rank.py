@@ -59,6 +59,7 @@ class RankProcess:
             None  # kept alive: the rendezvous of all its epochs lives in this process
         )
         self._fault: control_pb2.RankFault | None = None
+        self._unformed: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -107,6 +108,7 @@ class RankProcess:
             epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, self._tell_progress())
         except Exception as error:  # noqa: BLE001 - whatever stops a rank from forming is told, never swallowed
             self._tell_fault(error)
+            self._unformed = error  # its frames hold the groups: their end would be a fault of all others
             return
         self._epoch, self._phase = epoch, "ready"
         self._control.send(ready=self._resident())

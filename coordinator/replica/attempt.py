@@ -12,12 +12,24 @@ from dataclasses import dataclass, field
 
 from coordinator.placement import RankMemory, ReplicaPlan
 from coordinator.replica import health
-from coordinator.replica.events import Accept, Attached, Command, Form, OpenStore, Refuse, Resident, Retire, Tell
+from coordinator.replica.events import (
+    Accept,
+    Attached,
+    Command,
+    Effect,
+    Form,
+    OpenStore,
+    Refuse,
+    Resident,
+    Retire,
+    Tell,
+)
 from coordinator.replica.health import HealthLimits, Observation
 from echelon.internal.link import Fence
 from echelon.types import Rank
 
 MAX_BACKOFF_S = 5.0
+FAULT_S = 1.0  # for a death to be heard of that explains a fault: who waits for a dead rank fails at once
 
 
 class State(enum.Enum):
@@ -78,7 +90,8 @@ class RankState:
 class Attempt:
     """deadline_s ends adopting and launching; while fencing and waiting it is the earliest time to launch.
 
-    surplus: ranks of an earlier, larger layout, which wait to be of use again.
+    surplus: ranks of an earlier, larger layout, which wait to be of use again. fault: the first that a rank told while
+    forming, (when, rank, reason); others follow from it.
     """
 
     fence: Fence
@@ -89,6 +102,7 @@ class Attempt:
     surplus: dict[int, RankState] = field(default_factory=dict)
     store_address: str = ""
     kv_blocks: int = 0
+    fault: tuple[float, int, str] | None = None
 
     @property
     def everyone(self) -> Mapping[int, RankState]:
@@ -118,7 +132,9 @@ class Attempt:
         return rank if rank is not None and rank.incarnation == incarnation else None
 
     def first_unfit(self, now: float, limits: HealthLimits) -> tuple[int, str] | None:
-        """A rank that is dead or wedged as far as can be heard, and why."""
+        """A rank that is dead, wedged or faulty as far as can be heard, and why."""
+        if self.fault is not None and now - self.fault[0] >= FAULT_S:
+            return self.fault[1:]
         for index, rank in self.everyone.items():
             healthy, reason = health.judge(now, rank.seen, limits) if rank.hello else (True, "")
             if healthy and rank.retiring_s is not None and now - rank.retiring_s >= limits.retire_s:
@@ -126,6 +142,11 @@ class Attempt:
             if not healthy:
                 return index, reason
         return None
+
+    def told_fault(self, now: float, index: int, reason: str) -> list[Effect]:
+        """While forming; the first counts, unless a death explains it. Nobody is told yet."""
+        self.fault = self.fault or (now, index, reason)
+        return []
 
     def first_absent(self) -> int:
         """A rank that was expected and has not attached."""

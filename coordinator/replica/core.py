@@ -21,7 +21,7 @@ from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
 
-START_ATTEMPTS = 3  # of a replica that never served; afterwards its last error is told and the start fails
+START_ATTEMPTS = 3  # then the last error is told and the start fails; a first one at once if it fails while forming
 ANOTHER_LAYOUT = "another layout"
 SETTLED_S = 10.0  # a replica that served this long has left its earlier failures behind
 
@@ -252,10 +252,11 @@ class ReplicaCore:
         return []
 
     def _died(self, now: float, event: events.Died, rank: RankState) -> list[Effect]:
-        return self._lost(now, event.rank, "its process has died")
+        return self._lost(now, event.rank, f"its process has died in phase {rank.seen.phase}")
 
     def _fault(self, now: float, event: events.Fault, rank: RankState) -> list[Effect]:
-        return self._lost(now, event.rank, f"{event.phase}: {event.error}")
+        fault = event.rank, f"{event.phase}: {event.error}"
+        return self._attempt.told_fault(now, *fault) if self._state is State.FORMING else self._lost(now, *fault)
 
     def _launch_failed(self, now: float, event: events.LaunchFailed, rank: RankState) -> list[Effect]:
         return self._lost(now, event.rank, f"could not be started: {event.error}")
@@ -282,7 +283,8 @@ class ReplicaCore:
             self._failures = 0
         self._failures += 1
         message = f"rank {index} of replica {self._config.replica}: {reason}"
-        if not self._kept and self._state is not State.ADOPTING and self._failures >= START_ATTEMPTS:
+        new = self._state is State.FORMING and self._config.epoch == 0 and self._up_s == 0
+        if not (self._kept or self._state is State.ADOPTING) and self._failures >= (1 if new else START_ATTEMPTS):
             return effects + self._give_up(InternalError(message))
         return effects + self._fence(now, message, index)
 
@@ -294,5 +296,5 @@ class ReplicaCore:
     # Telling.
 
     def _emit(self, kind: str, rank: int | None = None, **detail: object) -> Effect:
-        replica = self._config.replica
-        return events.Emit(kind, f"replica/{replica}" if rank is None else f"rank/{replica}/{rank}", detail)
+        subject = f"replica/{self._config.replica}" if rank is None else f"rank/{self._config.replica}/{rank}"
+        return events.Emit(kind, subject, detail)

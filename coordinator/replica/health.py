@@ -31,7 +31,7 @@ class HealthLimits:
         default_factory=lambda: {
             "waiting": Bounds(30.0, None),
             "store": Bounds(30.0, 60.0),
-            "loading": Bounds(60.0, 180.0),
+            "loading": Bounds(25.0, 180.0),
             "ready": Bounds(5.0, None),
             STEPPING: Bounds(5.0, 60.0),
         }

@@ -158,7 +158,7 @@ def run_ranks(job: Path, tensor: int) -> list[Arrays]:
 def run_rank(job: Path, tensor: int, address: str, rank: int) -> None:
     """Runs every case of the job as one rank, and writes its arrays, keyed "case/what", beside the job."""
     place = Degrees(tensor=tensor).place(rank)
-    context = form_context(address, "oracle", 1, place, torch.device("cpu"), torch.float64, timeout_s=120)
+    context = form_context(address, "oracle", 1, place, torch.device("cpu"), torch.float64, timeout_s=120, come_s=120)
     results: Arrays = {}
     for name, case in json.loads(job.read_text()).items():
         results |= {f"{name}/{what}": array for what, array in run_case(case, context).items()}

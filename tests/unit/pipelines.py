@@ -116,7 +116,7 @@ class Pipeline:
         torch.set_num_threads(1)
         limits, place, rank = self._limits, self._degrees.place(number), self.ranks[number]
         context = mesh.form_context(
-            self._address, "test", FENCE.epoch, place, CPU, torch.float64, timeout_s=TIMEOUT_S, depth=limits.depth
+            self._address, "test", FENCE.epoch, place, CPU, torch.float64, TIMEOUT_S, limits.depth, come_s=TIMEOUT_S
         )
         try:
             runner_limits = RunnerLimits(limits.max_running, limits.max_context, limits.block_tokens)

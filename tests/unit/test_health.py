@@ -14,7 +14,8 @@ LIMITS = HealthLimits(heartbeat_s=0.5)
     [
         (Observation("ready", 3, heard_s=100.0, moved_s=0.0), 104.9, ""),
         (Observation("ready", 3, heard_s=100.0, moved_s=0.0), 105.1, "silent for 5.1 s in phase ready"),
-        (Observation("loading", 0, heard_s=100.0, moved_s=100.0), 150.0, ""),
+        (Observation("loading", 0, heard_s=100.0, moved_s=100.0), 124.0, ""),
+        (Observation("loading", 0, heard_s=100.0, moved_s=100.0), 126.0, "silent for 26.0 s in phase loading"),
         (Observation("loading", 0, heard_s=300.0, moved_s=100.0), 300.0, "no progress for 200.0 s"),
         (
             Observation(STEPPING, 7, heard_s=200.0, moved_s=139.0),

@@ -252,15 +252,68 @@ def test_a_start_that_keeps_failing_ends_with_its_last_error() -> None:
     launch(core)
     now = 0.0
     for attempt in range(1, START_ATTEMPTS):
-        assert PersistEpoch(attempt + 1) in core.step(now, Fault(0, core.incarnation(), "loading", "first"))
+        assert PersistEpoch(attempt + 1) in core.step(now, LaunchFailed(0, core.incarnation(), "no device"))
         assert core.step(now, Killed(core.fence.epoch)) == [] or attempt == 1
         now += 10
         core.step(now, Tick())
         assert core.state is State.LAUNCHING
-    effects = quiet(core.step(now, Fault(1, core.incarnation(), "loading", "out of memory")))
+    effects = quiet(core.step(now, Fault(1, core.incarnation(), "waiting", "out of memory")))
     assert [type(effect) for effect in effects] == [Kill, GiveUp]
-    assert isinstance(effects[1], GiveUp) and "rank 1 of replica 0: loading: out of memory" in str(effects[1].error)
+    assert isinstance(effects[1], GiveUp) and "rank 1 of replica 0: waiting: out of memory" in str(effects[1].error)
     assert core.step(now + 1, Tick()) == []
+
+
+def meet(core: ReplicaCore, now: float) -> str:
+    """From launched to forming; the incarnation."""
+    name = core.incarnation()
+    for event in (hello(0, name), hello(1, name), StoreOpened(0, name, "h:1")):
+        core.step(now, event)
+    assert core.state is State.FORMING
+    return name
+
+
+def test_a_fault_while_forming_ends_the_first_start_with_the_first_error() -> None:
+    """Of what follows from it, nothing is told."""
+    core = make()
+    launch(core)
+    name = meet(core, 1.0)
+    assert core.step(2.0, Fault(1, name, "loading", "out of memory")) == []
+    assert core.step(2.1, Fault(0, name, "loading", "connection closed by peer")) == []
+    assert core.step(2.9, Tick()) == []
+    effects = quiet(core.step(3.1, Tick()))
+    assert [type(effect) for effect in effects] == [Kill, GiveUp]
+    assert isinstance(effects[1], GiveUp)
+    assert effects[1].error.message == "rank 1 of replica 0: loading: out of memory"
+
+
+def test_a_death_while_forming_is_the_reason_of_faults_that_were_told_before_it() -> None:
+    core = make()
+    launch(core)
+    name = meet(core, 1.0)
+    core.step(2.0, Progress(1, name, 1, 2))
+    assert core.step(2.0, Fault(0, name, "loading", "connection closed by peer")) == []
+    effects = quiet(core.step(2.2, Died(1, name)))
+    assert isinstance(effects[1], GiveUp)
+    assert effects[1].error.message == "rank 1 of replica 0: its process has died in phase loading"
+
+
+def test_what_fails_while_forming_is_tried_again_where_ranks_have_served() -> None:
+    """An earlier coordinator's, or in another layout."""
+    for core in (make(epoch=3, term=2), make()):
+        launch(core)
+        if core.fence.term == 1:
+            form(core)
+            core.step(2.0, Died(1, core.incarnation()))
+            core.step(2.0, Killed(core.fence.epoch))
+        failed = core.fence.epoch
+        name = meet(core, 3.0)
+        core.step(4.0, Fault(1, name, "loading", "out of memory"))
+        assert PersistEpoch(failed + 1) in core.step(5.1, Tick())
+        core.step(6.0, Killed(failed + 1))
+        core.step(6.0, Tick())
+        core.step(12.0, Tick())
+        meet(core, 12.0)
+        assert core.step(14.0, Tick()) == [], "the fault was of the epoch before"
 
 
 def test_a_replica_that_has_served_is_never_given_up_but_waits_between_attempts() -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from coordinator.events import EventLog
 from coordinator.metrics import Metrics
+from coordinator.replica import attempt as replica_attempt
 from coordinator.replica import core as replica_core
 from coordinator.replica.attempt import State
 from coordinator.replica.core import START_ATTEMPTS, ReplicaConfig, ReplicaCore
-from coordinator.replica.events import Attached, Fault, Killed, Progress, Ready, Resident, Started, StoreOpened
+from coordinator.replica.events import Attached, Fault, Killed, Progress, Ready, Resident, Started, StoreOpened, Tick
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Event, ReplicaEnded
@@ -96,7 +97,8 @@ class Site:
     def fault(self, replica: int) -> None:
         """A rank fails, and is killed."""
         service = self.replicas.services[replica]
-        service.post(Fault(0, service.core.incarnation(), "loading", "it is broken"))
+        service.post(Fault(0, service.core.incarnation(), service.core.state.value, "it is broken"))
+        service.post(Tick())
         service.post(Killed(service.core.fence.epoch))
 
 
@@ -159,26 +161,28 @@ def test_the_cluster_serves_while_one_replica_does_and_is_ready_once_all_did() -
     asyncio.run(work())
 
 
-def test_a_replica_that_cannot_be_started_ends_the_start_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes between a fault and what is made of it."""
     monkeypatch.setattr(replica_core, "backoff_s", lambda failures: 0.0)
+    monkeypatch.setattr(replica_attempt, "FAULT_S", 0.0)
 
+
+def test_a_replica_that_cannot_be_started_ends_the_start_with_its_own_error(at_once: None) -> None:
     async def work() -> None:
         site = await up(2)
         site.serve(0)
-        for _ in range(START_ATTEMPTS - 1):
-            site.fault(1)
         assert site.failures == []
         site.fault(1)
-        assert ["rank 0 of replica 1: loading: it is broken" in str(error) for error in site.failures] == [True]
+        assert ["rank 0 of replica 1: forming: it is broken" in str(error) for error in site.failures] == [True]
         assert site.ready == 0
 
     asyncio.run(work())
 
 
 @pytest.mark.parametrize("adopted", [True, False])
-def test_once_the_start_is_over_no_replica_ends_the_cluster(monkeypatch: pytest.MonkeyPatch, adopted: bool) -> None:
+def test_once_the_start_is_over_no_replica_ends_the_cluster(at_once: None, adopted: bool) -> None:
     """It is over when all have come up, or when one serves on for a new coordinator whatever became of the other."""
-    monkeypatch.setattr(replica_core, "backoff_s", lambda failures: 0.0)
 
     async def work() -> None:
         site = Site(2, epochs=3)
