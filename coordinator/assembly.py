@@ -108,6 +108,7 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
         tensor=config.tensor,
         expert=config.expert,
         pipeline_depth=config.pipeline_depth or config.pipeline,
+        rebalance_steps=config.rebalance_steps,
         trace_dir=str(config.trace_dir or ""),
         block_tokens=plan.block_tokens,
         max_running=config.max_running,

@@ -62,6 +62,9 @@ class ServeConfig(BaseModel):
     pipeline_depth: Count | None = Field(
         default=None, description="Micro-batches in the pipeline at once; default: as many as stages."
     )
+    rebalance_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Experts move between ranks, by their loads, every so many steps; 0: never."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."

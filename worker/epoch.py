@@ -158,6 +158,7 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         stages=command.pipeline,
         depth=command.pipeline_depth,
         data=command.data,
+        rebalance_steps=command.rebalance_steps,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 

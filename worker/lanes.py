@@ -24,6 +24,7 @@ class Lanes:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.schedulers = tuple(Scheduler(limits) for _ in range(limits.data))
+        self._rebalance_steps = limits.rebalance_steps
 
     def __iter__(self) -> Iterator[Assign]:
         return (assign for scheduler in self.schedulers for assign in scheduler)
@@ -74,6 +75,8 @@ class Lanes:
         if not any(found):
             return None
         plans = [plan or scheduler.stand_by(fence) for plan, scheduler in zip(found, self.schedulers, strict=True)]
+        if self._rebalance_steps and plans[0].step % self._rebalance_steps == 0:
+            plans = [replace(plan, rebalances=True) for plan in plans]
         if len(plans) == 1:  # nobody else has to know its shape
             return tuple(plans)
         after, shapes = max(plan.after for plan in plans), tuple(map(lane_of, plans))

@@ -15,7 +15,7 @@ class EngineLimits:
     """What one replica holds at once (slots, blocks), computes at once (tokens), and leaves unacknowledged at most.
 
     stages: of its pipeline; depth: how many steps pass through it at once. data: its data ranks, each of which has
-    slots, blocks and tokens of its own.
+    slots, blocks and tokens of its own. rebalance_steps: experts move every so many steps, never if 0.
     """
 
     max_running: int
@@ -27,10 +27,12 @@ class EngineLimits:
     stages: int = 1
     depth: int = 1
     data: int = 1
+    rebalance_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            assert getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            least = 0 if name == "rebalance_steps" else 1
+            assert getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}"
 
 
 def refusal(assign: Assign, limits: EngineLimits) -> str:

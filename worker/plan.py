@@ -105,7 +105,7 @@ class StepPlan:
     """One step of every rank. Applied in order: admits, block changes, told ids, rows; decode rows come first.
 
     after: so many steps of this epoch must have returned their ids before this one, for a decode row reads the last.
-    lanes: of all data ranks, in their order; empty where there is one.
+    lanes: of all data ranks, in their order; empty where there is one. rebalances: experts move before it.
     """
 
     fence: Fence
@@ -116,6 +116,7 @@ class StepPlan:
     told: tuple[Told, ...] = ()
     after: int = 0
     lanes: tuple[Lane, ...] = ()
+    rebalances: bool = False
 
     @property
     def microbatch(self) -> int:
@@ -171,6 +172,7 @@ class PlanTables:
     token_ids: Int32Array
     after: int = 0
     lanes: tuple[Lane, ...] = ()
+    rebalances: bool = False
 
 
 def lane_of(plan: StepPlan) -> Lane:
@@ -198,7 +200,7 @@ def encode(plan: StepPlan) -> bytes:
     record = plan_pb2.StepPlan(
         fence=control_pb2.Fence(term=plan.fence.term, replica=plan.fence.replica, epoch=plan.fence.epoch),
         step=plan.step,
-        admits=_admit_table(plan.admits),
+        admits=np.array([_admit_record(admit) for admit in plan.admits], dtype=ADMIT).tobytes(),
         blocks=np.asarray(plan.blocks, dtype="<i4").tobytes(),
         rows=np.asarray(rows, dtype="<i4").tobytes(),
         token_ids=np.asarray(given, dtype="<i4").tobytes(),
@@ -208,6 +210,7 @@ def encode(plan: StepPlan) -> bytes:
         scored=np.asarray(scored, dtype="<i4").tobytes(),
         after=plan.after,
         lanes=[_lane_message(lane) for lane in plan.lanes],
+        rebalances=plan.rebalances,
     )
     return record.SerializeToString()
 
@@ -232,6 +235,7 @@ def decode(payload: bytes) -> PlanTables:
         token_ids=ids(record.token_ids),
         after=record.after,
         lanes=tuple(_lane_from(message) for message in record.lanes),
+        rebalances=record.rebalances,
     )
 
 
@@ -245,10 +249,6 @@ def _lane_message(lane: Lane) -> plan_pb2.Lane:
 def _lane_from(message: plan_pb2.Lane) -> Lane:
     scored = tuple(zip(message.scores, message.alternatives, strict=True))
     return Lane(message.tokens, message.decodes, tuple(message.wanted), scored)
-
-
-def _admit_table(admits: tuple[Admit, ...]) -> bytes:
-    return np.array([_admit_record(admit) for admit in admits], dtype=ADMIT).tobytes()
 
 
 def _admit_record(admit: Admit) -> tuple[float, ...]:

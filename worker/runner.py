@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import DecoderModel
+from models.expert_balance import rebalance_experts
 from parallel.comm import Channel
 from parallel.context import ParallelContext
 from worker import sampler
@@ -63,7 +64,7 @@ class Runner:
         limits: RunnerLimits,
         matchers: Matchers,
     ) -> None:
-        self._model = model
+        self.model = model
         self._kv_cache = kv_cache
         self._context = context
         self._matchers = matchers
@@ -88,13 +89,15 @@ class Runner:
         """
         assert tables.fence.epoch == self._context.epoch, "a plan of another epoch"
         tensor, last = self._context.tensor, self._context.place.last_stage
+        if tables.rebalances:
+            rebalance_experts(self.model, self._context)
         batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last)
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
         following = self._matchers.begin(tables, constrained) if last else None
         hidden = self._receive(batch)
         started = self.clock.mark()
         if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
-            hidden = self._model(batch.forward, self._kv_cache, hidden)
+            hidden = self.model(batch.forward, self._kv_cache, hidden)
         if not last:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
         drawn = self._draw(hidden, batch, None if following is None else following.result())
@@ -123,7 +126,7 @@ class Runner:
         channel = self._context.received
         if channel is None:
             return None
-        shape = len(batch.forward.positions), self._model.config.hidden_size
+        shape = len(batch.forward.positions), self.model.config.hidden_size
         if not shape[0]:
             return torch.empty(shape, dtype=self._context.dtype, device=self._context.device)
         return channel.receive(shape, self._context.dtype)
@@ -149,7 +152,7 @@ class Runner:
 
     def _take_back(self, channel: Channel, out: _Out) -> Queued:
         """To wait for them is no part of the operation."""
-        batch, vocabulary = out.batch, self._model.config.vocab_size
+        batch, vocabulary = out.batch, self.model.config.vocab_size
         sampled, scored = len(batch.logprobs), len(batch.targets)
         width = outcome_width(batch.logprobs, vocabulary)
         outcome = channel.receive((max(sampled, 1), width), torch.float64)[:sampled]
@@ -167,7 +170,7 @@ class Runner:
         return Queued(out.step, Span(started, self.clock.mark()), pending)
 
     def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:
-        return of_all_lanes(drawn, batch.lanes, self._context.data, self._model.config.vocab_size)
+        return of_all_lanes(drawn, batch.lanes, self._context.data, self.model.config.vocab_size)
 
     # Sampling, on the last stage.
 
@@ -185,7 +188,7 @@ class Runner:
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
         share = batch.share
-        logits = self._model.row_logits(hidden)[: share.size]
+        logits = self.model.row_logits(hidden)[: share.size]
         ids = sampler.sample(logits, batch.sampling, batch.paths, _masked(batch.ruled, masks, logits.device))
         width = outcome_width(batch.logprobs, logits.shape[-1])
         outcome = torch.zeros(share.padded // self._context.tensor.size, width, dtype=torch.float64, device=ids.device)
@@ -204,7 +207,7 @@ class Runner:
         pieces, together = [], self._piece_rows * group.size
         for piece, wanted in zip(hidden.split(together), targets.split(together), strict=True):
             share = Share.of(len(wanted), group.rank, group.size)
-            logits = self._model.row_logits(piece)[: share.size]
+            logits = self.model.row_logits(piece)[: share.size]
             rows = torch.arange(share.size, device=logits.device)
             packed = pack(*sampler.logprobs(logits, wanted[share.rows], rows))
             padded = F.pad(packed, (0, 0, 0, share.padded // group.size - share.size))

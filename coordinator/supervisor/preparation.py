@@ -40,6 +40,7 @@ CHANGEABLE = (
     "data",
     "expert",
     "pipeline_depth",
+    "rebalance_steps",
     "dtype",
     "max_context",
     "max_running",

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from echelon.internal.link import Assign, Command
+from models.decoder import DecoderModel
 from parallel import mesh
 from parallel.degrees import Degrees
 from parallel.schedule import Op
@@ -37,6 +38,7 @@ class Rank:
 
     inbox: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     executed: list[tuple[Op, Queued]] = field(default_factory=list)
+    model: DecoderModel | None = None
 
 
 class Pipeline:
@@ -121,7 +123,7 @@ class Pipeline:
         try:
             runner_limits = RunnerLimits(limits.max_running, limits.max_context, limits.block_tokens)
             runner = new_runner(self._checkpoint, context, runner_limits, limits.kv_blocks)
-            stage = Stage(runner, place, limits.depth)
+            stage, rank.model = Stage(runner, place, limits.depth), runner.model
             while (payload := rank.inbox.get()) is not None:
                 for op, queued in stage.take(None if payload == DRAIN else decode(payload)):
                     self._slow(op)

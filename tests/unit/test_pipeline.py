@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,25 @@ def test_data_ranks_answer_as_one_rank_does(
     for data_rank in range(degrees.data):
         assert sum(lane[data_rank].tokens for lane in lanes) > 0, "each had a part in it"
     assert any(0 in {shape.tokens for shape in lane} for lane in lanes), "one stood by while the other had work"
+
+
+def test_experts_move_while_requests_run(tmp_path: Path, assigns: list[Assign]) -> None:
+    """Every five steps, by loads that random routers make uneven: no answer changes."""
+    directory = make_checkpoint(tmp_path / "moe", "qwen3-moe")
+    expected = Replica(directory, kv_blocks=200, max_step_tokens=MAX_CONTEXT).answer(assigns)
+    moving = replace(limits(1, 1, data=2, kv_blocks=18, max_running=3), rebalance_steps=5)
+    with Pipeline(directory, Degrees(data=2, expert=2), moving) as pipeline:
+        found = Answers()
+        found.take(pipeline.answer(assigns))
+    check_same(found, expected)
+    assert [plan.step for plan in pipeline.plans if plan and plan.rebalances] == list(
+        range(5, pipeline.completed + 1, 5)
+    )
+    model = pipeline.ranks[0].model
+    assert model is not None
+    placements = [layer.mlp.dispatcher.map.placement for layer in model.layers]  # type: ignore[attr-defined]
+    in_order = tuple(tuple(range(first, first + 4)) for first in (0, 4))
+    assert any(placement.slots != in_order for placement in placements), "some expert has moved"
 
 
 def test_a_slot_is_taken_again_while_ids_of_its_last_owner_travel(checkpoint: Path) -> None:

@@ -137,7 +137,7 @@ class Retire(_message.Message):
     def __init__(self) -> None: ...
 
 class FormEpoch(_message.Message):
-    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "trace_dir", "layout")
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "trace_dir", "layout")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class FormEpoch(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    REBALANCE_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRACE_DIR_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     store_address: str
@@ -168,6 +169,7 @@ class FormEpoch(_message.Message):
     data: int
     expert: int
     pipeline_depth: int
+    rebalance_steps: int
     trace_dir: str
     layout: str
-    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., trace_dir: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., trace_dir: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
