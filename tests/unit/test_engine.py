@@ -33,6 +33,7 @@ from tests.unit.paged_device import STOP_ID, PagedDevice, answer, prompt_scores,
 from worker.engine import (
     Commanded,
     Completed,
+    Drain,
     EngineCore,
     EngineLimits,
     Event,
@@ -273,6 +274,42 @@ def test_without_acknowledgements_it_pauses_and_goes_on_with_them() -> None:
     while replica.plans or replica.command(acked=reports[-1].report_seq) or replica.plans:
         reports += replica.finish()
     assert ids_of(kept + reports, "a") == answer(asked)
+
+
+def effects_of(engine: EngineCore, event: Event, plans: deque[StepPlan]) -> str:
+    """P and D for each plan and drain of one event, in their order."""
+    told = ""
+    for effect in engine.step(0.0, event):
+        if isinstance(effect, RunPlan):
+            plans.append(effect.plans[0])
+        told += {RunPlan: "P", Drain: "D"}.get(type(effect), "")
+    return told
+
+
+@pytest.mark.parametrize(("stages", "expected"), [(1, ["P", "P", "P", ""]), (2, ["PD", "PD", "PD", ""])])
+def test_stages_are_told_once_when_no_plan_comes_before_results(stages: int, expected: list[str]) -> None:
+    """A constrained request alone: each step needs the id of the one before, and the last has nothing after it."""
+    engine, device = EngineCore(FENCE, EngineLimits(4, 32, 4, 16, 64, stages=stages, depth=stages)), PagedDevice(4)
+    plans: deque[StepPlan] = deque()
+    asked = request("a", [5, 6], 3, grammar="digits")
+    effects_of(engine, LinkOpened(1), plans)
+    told = [effects_of(engine, Commanded(Command(FENCE, 0, (asked,))), plans)]
+    while plans:
+        again = effects_of(engine, Commanded(Command(FENCE, 0)), plans)
+        assert again == "", "told once"
+        told.append(effects_of(engine, Completed(device.run(plans.popleft())), plans))
+    assert told == expected
+
+
+def test_a_pause_for_want_of_acknowledgements_drains_too() -> None:
+    engine, device = EngineCore(FENCE, EngineLimits(4, 32, 4, 16, 64, 2, stages=2, depth=2)), PagedDevice(4)
+    plans: deque[StepPlan] = deque()
+    effects_of(engine, LinkOpened(1), plans)
+    assert effects_of(engine, Commanded(Command(FENCE, 0, (request("a", [5], 9),))), plans) == "PPD"
+    told = [effects_of(engine, Completed(device.run(plans.popleft())), plans) for _ in range(2)]
+    assert told == ["", ""] and not plans, "two reports may be unacknowledged"
+    assert effects_of(engine, Commanded(Command(FENCE, 1)), plans) == "PD"
+    assert effects_of(engine, Commanded(Command(FENCE, 2)), plans) == "PD"
 
 
 @dataclass
