@@ -118,11 +118,6 @@ class StepPlan:
     lanes: tuple[Lane, ...] = ()
     rebalances: bool = False
 
-    @property
-    def microbatch(self) -> int:
-        """Its number in the pipeline's schedule, from 0 on."""
-        return self.step - 1
-
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
