@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,11 @@ from tests.cluster.streams import PROMPT
 pytestmark = pytest.mark.cluster
 
 FLOAT64_BYTES = 8
-# Six requests of 60 tokens want more blocks than there are, and prompts come in chunks beside what is decoded.
-SMALL = {"max_running": 6, "max_step_tokens": 24, "max_context": 128, "kv_cache_tokens": 160}
+# Six choices of one request begin together and want more blocks than there are; prompts come in chunks beside that.
+SMALL = {"max_running": 6, "max_step_tokens": 24, "max_context": 128, "kv_cache_tokens": 128}
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True, logprobs=0)
 TEXTS = [f"{number} {PROMPT}"[: 12 + 5 * number] for number in range(8)]
+CHOICES = [1] * (len(TEXTS) - 1) + [6]
 
 
 def parameters() -> Iterator[object]:
@@ -66,7 +68,8 @@ def test_answers_bytes_and_operations(
     laid_out_s = time.monotonic() - begun_s
     answers = answer_all(case)
     sys.stdout.write(f"{layout}: laid out in {laid_out_s:.2f} s, answered in {time.monotonic() - begun_s:.2f} s\n")
-    for text, answer in zip(TEXTS, answers, strict=True):
+    for text, choices, answer in zip(TEXTS, CHOICES, answers, strict=True):
+        assert len(answer.choices) == choices
         assert_equals_transformers(case, text, answer)
     counters = case.counters()
     happened = {name for name in ("preemptions", "chunked_prompts", "decode_rows") if counters[name]}
@@ -92,17 +95,20 @@ def answer_all(case: Case) -> list[Completion]:
 
     with ThreadPoolExecutor(len(TEXTS) + 2) as pool:
         dropped = [pool.submit(cancelled, number) for number in range(2)]
-        answers = list(pool.map(lambda text: client.generate(text, sampling=GREEDY), TEXTS))
+        asked = [replace(GREEDY, n=choices) for choices in CHOICES]
+        answers = list(pool.map(lambda text, sampling: client.generate(text, sampling=sampling), TEXTS, asked))
         for one in dropped:
             one.result()
     return answers
 
 
 def assert_equals_transformers(case: Case, text: str, answer: Completion) -> None:
-    assert len(answer.token_ids) == GREEDY.max_tokens
+    """Every choice of the answer: greedy ones are alike."""
     expected = case.reference.after_each(text, answer.token_ids)
-    assert answer.token_ids == expected.ids
-    assert [one.logprob for one in answer.logprobs] == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
+    for choice in answer.choices:
+        assert len(choice.token_ids) == GREEDY.max_tokens
+        assert choice.token_ids == expected.ids
+        assert [one.logprob for one in choice.logprobs] == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
 
 
 def assert_bytes(cluster: LocalCluster, config: ModelConfig, degrees: Degrees) -> None:
