@@ -82,8 +82,8 @@ class Cohorts:
         draft.slot = Slot(self._model, target_s, self._chunks)
 
     def observe(self, work: SlotWork, slot_s: float) -> None:
-        """What a step took, if that was measured."""
-        if self.several and slot_s > 0:
+        """What a step took, if that was measured; one that stood by while others computed tells nothing."""
+        if self.several and slot_s > 0 and work.tokens:
             self._model = self._model.observe(work, slot_s)
 
     def check_integrity(self, running: Iterable[Choice]) -> None:

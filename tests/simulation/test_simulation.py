@@ -37,7 +37,7 @@ from worker.plan import Admit, StepPlan, StepResult, Told
 from worker.scheduler import Scheduler
 from worker.sequence import NO_COHORT, Outcome, Request, Sequence
 
-SEEDS = 1200
+SEEDS = 2000
 BATCHES = 8
 
 
