@@ -22,6 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 _LENGTH_BYTES = 8
+_REMEDY = "the weights are not those of this config.json: download both again"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -49,14 +50,21 @@ def check_model_directory(directory: Path) -> None:
     for parameter in parameter_table(config):
         stored = index.get(parameter.name)
         if stored is None:
-            raise ConfigError(f"{directory}: no file holds {parameter.name}, expected with shape {parameter.shape}")
+            raise ConfigError(
+                f"{directory}: no file holds {parameter.name}, expected with shape {parameter.shape}; {_REMEDY}",
+                field="model",
+            )
         if stored.shape != parameter.shape:
             raise ConfigError(
-                f"{stored.file}: {parameter.name} has shape {stored.shape}, expected {parameter.shape} from config.json"
+                f"{stored.file}: {parameter.name} has shape {stored.shape}, expected {parameter.shape} from "
+                f"config.json; {_REMEDY}",
+                field="model",
             )
         if stored.dtype not in ELEMENT_BYTES:
             raise ConfigError(
-                f"{stored.file}: {parameter.name} is stored as {stored.dtype}; supported: {', '.join(ELEMENT_BYTES)}"
+                f"{stored.file}: {parameter.name} is stored as {stored.dtype}; supported: "
+                f"{', '.join(ELEMENT_BYTES)}; convert the checkpoint to one of them",
+                field="model",
             )
 
 

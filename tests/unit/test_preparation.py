@@ -56,6 +56,11 @@ def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(mod
     ("values", "expected"),
     [
         ({"tensor": 3}, "tensor=3 does not divide"),
+        (
+            {"pipeline": 3},
+            "pipeline=3 stages for num_hidden_layers=2: each stage needs a layer; pipeline may be 1 to 2",
+        ),
+        ({"data": 2, "expert": 2}, "expert=2: LlamaForCausalLM has no experts; expert may be 1"),
         ({"max_context": 10**9}, "max-context=1000000000 is more than the model's max_position_embeddings"),
         ({"kv_cache_tokens": 511}, "kv-cache-tokens=511 is less than one request of max-context=512 "),
         ({"state_dir": "/proc/nope"}, "state-dir /proc/nope cannot be made"),
