@@ -31,7 +31,7 @@ def balance_cohorts(
        the gap moves from one to the other; none moves that costs as much as the gap. At most max_moves move.
 
     Unless max_moves ends it, the heaviest then exceeds the lightest by at most tolerance * mean, or by less than every
-    cost in the heaviest. Requests of equal cost move as few times as any rule could.
+    cost in the heaviest, the first of several. Requests of equal cost move as few times as any rule could.
     """
     assert cohorts >= 1, f"{cohorts} cohorts"
     assert len(costs) == len(current), f"{len(costs)} costs of {len(current)} requests"
