@@ -108,6 +108,7 @@ def form_epoch(
     log = None
     if command.trace_dir:
         log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
+        resources.callback(log.close)
     held = model.resident_bytes, kv_cache.resident_bytes
     return Epoch(fence, stage, plans, lead, *held, log, command.layout, resources)
 

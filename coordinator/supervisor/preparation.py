@@ -84,7 +84,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "address": public,
             "internal_address": join_address(internal_host, _claim(internal_host, 0, "internal address")),
             "ray_address": config.ray_address or join_address(LOCAL_HOST, _claim(LOCAL_HOST, 0, "Ray")),
-            "state_dir": _state_folder(config.state_dir, folder),
+            "state_dir": _writable("state-dir", config.state_dir or folder / "state"),
+            "trace_dir": config.trace_dir and _writable("trace-dir", config.trace_dir),
         }
     )
     plan_replica(settled, model)
@@ -174,18 +175,20 @@ def _max_context(config: ServeConfig, model: ModelConfig) -> int:
     return config.max_context or limit
 
 
-def _state_folder(given: Path | None, folder: Path) -> Path:
-    state = (given or folder / "state").resolve()
+def _writable(flag: str, given: Path) -> Path:
+    """The folder, made if it is missing, by a path that means the same in every process."""
+    folder = given.resolve()
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"state-dir {state} cannot be made: {error.strerror}", field="state_dir") from None
+        raise ConfigError(f"{flag} {folder} cannot be made: {error.strerror}", field=flag.replace("-", "_")) from None
     try:
-        with tempfile.TemporaryFile(dir=state) as probe:  # permissions alone do not tell of a read-only disk
+        with tempfile.TemporaryFile(dir=folder) as probe:  # permissions alone do not tell of a read-only disk
             probe.write(b"x")
     except OSError as error:
-        raise ConfigError(f"state-dir {state} cannot be written: {error.strerror}", field="state_dir") from None
-    return state
+        message = f"{flag} {folder} cannot be written: {error.strerror}"
+        raise ConfigError(message, field=flag.replace("-", "_")) from None
+    return folder
 
 
 def _claim(host: str, port: int, what: str) -> int:

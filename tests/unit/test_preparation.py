@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,10 +38,11 @@ def test_everything_open_is_settled(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_given_is_kept(model: Path, tmp_path: Path) -> None:
-    given = config(model, served_model_name="x", dtype="float64", max_context=32, state_dir=tmp_path / "s")
+    here = {"state_dir": tmp_path / "s", "trace_dir": os.path.relpath(tmp_path / "t")}
+    given = config(model, served_model_name="x", dtype="float64", max_context=32, **here)
     settled, _ = prepare(given, tmp_path)
     assert (settled.served_model_name, settled.dtype, settled.max_context) == ("x", "float64", 32)
-    assert settled.state_dir == tmp_path / "s"
+    assert (settled.state_dir, settled.trace_dir) == (tmp_path / "s", tmp_path / "t")
 
 
 def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(model: Path, tmp_path: Path) -> None:
@@ -65,6 +67,7 @@ def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(mod
         ({"kv_cache_tokens": 511}, "kv-cache-tokens=511 is less than one request of max-context=512 "),
         ({"state_dir": "/proc/nope"}, "state-dir /proc/nope cannot be made"),
         ({"state_dir": "/sys/kernel"}, "state-dir /sys/kernel cannot be written: "),
+        ({"trace_dir": "/proc/nope"}, "trace-dir /proc/nope cannot be made"),
         ({"model": "/nowhere"}, "model directory /nowhere does not exist"),
         ({"model": "/proc/self/status"}, "is not a directory"),
         ({"address": "127.0.0.1:9", "metrics_address": "127.0.0.1:9"}, "address and metrics-address are both"),
