@@ -129,6 +129,10 @@ class Streams(RuleBasedStateMachine):
             exact &= not rivals  # whichever the cluster hears last has it
             for stream in rivals:
                 stream.exact = False
+        elif request != self.requests[request.request_id] and not all(stream.messages for stream in rivals):
+            # Prompts are tokenized side by side, so that the cluster may hear of the other one first.
+            self.answers.distrust(request.request_id)
+            self.meddled.add(request.request_id)
         message = generation_pb2.GenerateRequest()
         message.CopyFrom(request)
         message.resume.received.extend(generation_pb2.TokenIds(ids=ids) for ids in held)
