@@ -107,6 +107,7 @@ def test_what_cannot_be_served_is_refused_and_disturbs_nothing(
     assert [rank.pid for rank in after.ranks] == [rank.pid for rank in before.ranks]
 
 
+@pytest.mark.long
 def test_a_layout_that_does_not_come_up_is_taken_back(cluster: LocalCluster, references: dict[str, Reference]) -> None:
     """What memory there is, ranks say only once they have begun."""
     with pytest.raises(ConfigError, match="no memory for the KV cache"):
@@ -116,6 +117,7 @@ def test_a_layout_that_does_not_come_up_is_taken_back(cluster: LocalCluster, ref
     assert_answers(cluster, references["llama-2"])
 
 
+@pytest.mark.long
 def test_a_changed_layout_outlives_coordinator_and_ranks(
     cluster: LocalCluster, references: dict[str, Reference]
 ) -> None:

@@ -105,6 +105,7 @@ def test_streams_of_a_killed_replica_go_on_on_the_other(twins: Case) -> None:
     assert any("replica 1: its process has died" in str(event.detail) for event in events)
 
 
+@pytest.mark.long
 def test_a_new_coordinator_adopts_both(twins: Case) -> None:
     cluster = twins.cluster
     before = idle(cluster)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from models.families import FULL, SLIDING
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE
 
@@ -141,3 +143,10 @@ CASES: dict[str, Case] = {
     "gemma3-multimodal": Case("gemma3-multimodal"),
 }
 LAYOUTS = [(name, tensor) for name, case in CASES.items() for tensor in case.tensor]
+# Keys that older files have, and sizes that other cases have too: for the long run.
+LONG = {"llama-5-heads-of-1", "llama-3-heads-of-3", "qwen2-yarn", "qwen3-layer-types", "phi3-one-kv-head", "phi3-short"}
+LONG |= {"phi3-old-keys", "gemma2-one-kv-head", "gemma2-layer-types", "gemma3-old-keys"}
+PARAMETERS = [
+    pytest.param(name, tensor, id=f"{name}-{tensor}", marks=[pytest.mark.long] if name in LONG else [])
+    for name, tensor in LAYOUTS
+]

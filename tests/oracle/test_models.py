@@ -16,7 +16,7 @@ import transformers
 from models.config import ModelConfig, read_model_config
 from models.tables import kv_bytes_per_block, parameter_bytes
 from parallel.degrees import Degrees
-from tests.oracle.cases import CASES, GREEDY_TOKENS, LAYOUTS, PROMPT_TOKENS
+from tests.oracle.cases import CASES, GREEDY_TOKENS, LAYOUTS, PARAMETERS, PROMPT_TOKENS
 from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
 from tests.tiny import make_checkpoint
 
@@ -96,7 +96,7 @@ def ranks(
 
 
 @pytest.mark.parametrize("way", ["whole", "chunked"])
-@pytest.mark.parametrize(("name", "tensor"), LAYOUTS)
+@pytest.mark.parametrize(("name", "tensor"), PARAMETERS)
 def test_logprobs_equal_transformers(
     name: str, tensor: int, way: str, oracle: dict[str, dict[str, Any]], ranks: dict[int, list[Arrays]]
 ) -> None:
@@ -108,7 +108,7 @@ def test_logprobs_equal_transformers(
             assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
-@pytest.mark.parametrize(("name", "tensor"), LAYOUTS)
+@pytest.mark.parametrize(("name", "tensor"), PARAMETERS)
 def test_resident_bytes_equal_the_table(
     name: str, tensor: int, oracle: dict[str, dict[str, Any]], ranks: dict[int, list[Arrays]]
 ) -> None:
@@ -120,7 +120,7 @@ def test_resident_bytes_equal_the_table(
         assert rank[f"{name}/kv_bytes"] == NUM_BLOCKS * block_bytes
 
 
-@pytest.mark.parametrize(("name", "tensor"), LAYOUTS)
+@pytest.mark.parametrize(("name", "tensor"), PARAMETERS)
 def test_ranks_read_their_slices_and_no_more(
     name: str, tensor: int, oracle: dict[str, dict[str, Any]], ranks: dict[int, list[Arrays]]
 ) -> None:
