@@ -21,7 +21,7 @@ from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
 
-START_ATTEMPTS = 3  # then the last error is told and the start fails; a first one at once if it fails while forming
+START_ATTEMPTS = 3  # then the last error is told and the start fails; a first one at once if a rank tells an error
 ANOTHER_LAYOUT = "another layout"
 SETTLED_S = 10.0  # a replica that served this long has left its earlier failures behind
 
@@ -282,9 +282,9 @@ class ReplicaCore:
         if self._state is State.READY and now - self._up_s >= SETTLED_S:
             self._failures = 0
         self._failures += 1
-        message = f"rank {index} of replica {self._config.replica}: {reason}"
-        new = self._state is State.FORMING and self._config.epoch == 0 and self._up_s == 0
-        if not (self._kept or self._state is State.ADOPTING) and self._failures >= (1 if new else START_ATTEMPTS):
+        message, fault = f"rank {index} of replica {self._config.replica}: {reason}", self._attempt.fault
+        hopeless = fault and fault[1:] == (index, reason) and self._config.epoch == 0 and self._up_s == 0
+        if not (self._kept or self._state is State.ADOPTING) and (hopeless or self._failures >= START_ATTEMPTS):
             return effects + self._give_up(InternalError(message))
         return effects + self._fence(now, message, index)
 
