@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.plan.memory import BLOCK_TOKENS
 from echelon.config import CoordinatorConfig, ServeConfig
 from echelon.errors import ConfigError
 from models.config import DTYPE_BYTES, ModelConfig
 from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes
 from parallel.degrees import Degrees
-
-BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)

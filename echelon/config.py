@@ -111,6 +111,11 @@ class ServeConfig(BaseModel):
     def _fits_together(self) -> Self:
         if self.dtype == "float64" and self.device == "cuda":
             raise ValueError("dtype=float64 is for device=cpu only; use bfloat16 or float32 on cuda")
+        if self.pipeline == 1 and (self.pipeline_depth or 1) > 1:
+            raise ValueError(
+                f"pipeline-depth={self.pipeline_depth} with pipeline=1: one stage has one micro-batch at a time; leave "
+                "pipeline-depth out, or raise pipeline"
+            )
         if self.heartbeat_s * 3 > self.lease_s:
             raise ValueError(f"heartbeat-s={self.heartbeat_s:g} must be at most a third of lease-s={self.lease_s:g}")
         return self

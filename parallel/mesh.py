@@ -130,14 +130,14 @@ class _Maker:
         """From the stage before, to the stage behind, and from the last to the first; in this order everywhere.
 
         Two hidden states may be on their way to a stage, so that one travels while another is computed. What returns
-        never has to wait: there is not more of it than micro-batches.
+        never has to wait, or two stages could wait for each other: ids and scores of each micro-batch have room.
         """
         stages, stage = place.degrees.pipeline, place.pipeline_rank
         received = self._channel(place.on_stage(stage - 1), place, place, 2) if not place.first_stage else None
         sent = self._channel(place, place.on_stage(stage + 1), place, 2) if not place.last_stage else None
         returned = None
         if stages > 1 and (place.first_stage or place.last_stage):
-            returned = self._channel(place.on_stage(stages - 1), place.on_stage(0), place, depth)
+            returned = self._channel(place.on_stage(stages - 1), place.on_stage(0), place, 2 * depth)
         return received, sent, returned
 
     def _channel(self, sender: Place, receiver: Place, own: Place, room: int) -> Channel:

@@ -55,9 +55,7 @@ class RankProcess:
         self._steps: Steps | None = None
         self._leader: Leader | None = None
         self._leading: asyncio.Task[None] | None = None
-        self._store: tuple[object, str] | None = (
-            None  # kept alive: the rendezvous of all its epochs lives in this process
-        )
+        self._store: tuple[object, str] | None = None  # kept alive: the rendezvous of all epochs lives in this process
         self._fault: control_pb2.RankFault | None = None
         self._unformed: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

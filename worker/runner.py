@@ -158,13 +158,9 @@ class Runner:
         outcome = channel.receive((max(sampled, 1), width), torch.float64)[:sampled]
         scores = channel.receive((scored, scores_width(vocabulary)), torch.float64) if scored else None
         started = self.clock.mark()
-        # A slot may have a new owner by now, who has written positions of his own.
-        kept = self._state.admitted_at[batch.sampled_slots] <= out.step
-        if kept.all():
-            self._state.write(batch.slots, batch.positions, outcome[:, 0])
-        else:
-            rows = upload_one(np.flatnonzero(kept), outcome.device)
-            self._state.write(batch.slots[rows], batch.positions[rows], outcome[rows, 0])
+        # A slot may have a new owner by now. What is written here is the id that its next decode row reads, and steps
+        # come back in order, so what an earlier owner still had on the way is overwritten before it is read.
+        self._state.write(batch.slots, batch.positions, outcome[:, 0])
         drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
         pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span)
         return Queued(out.step, Span(started, self.clock.mark()), pending)

@@ -33,7 +33,6 @@ class SlotState:
         self.block_tables = torch.zeros(max_running, -(-max_context // block_tokens), dtype=torch.int64, device=device)
         self.sampling = torch.zeros(max_running, _SAMPLING_COLUMNS, dtype=torch.int64, device=device)
         self.paths = np.full(max_running, Path.GREEDY, dtype=np.int8)
-        self.admitted_at = np.zeros(max_running, dtype=np.int64)  # the step that gave each slot to its owner
         self.rules: dict[int, SlotRules] = {}
 
     def admit(self, tables: PlanTables) -> npt.NDArray[np.int64]:
@@ -43,7 +42,6 @@ class SlotState:
         assert len(np.unique(slots)) == len(slots), "a slot is admitted twice in one plan"
         if len(slots):
             self.paths[slots] = _paths(admits)
-            self.admitted_at[slots] = tables.step
             for slot in slots.tolist():
                 self.rules.pop(slot, None)
             self.rules |= slot_rules.admitted(admits, tables.rules)

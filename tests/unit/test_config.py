@@ -28,6 +28,7 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({}, "", "no model given"),
         ({"model": "m", "tensor": "0"}, "", "--tensor: .*greater than or equal to 1.*'0'"),
         ({"model": "m", "tensor": "two"}, "", "--tensor: .*'two'"),
+        ({"model": "m", "pipeline_depth": "2"}, "", "pipeline-depth=2 with pipeline=1: one stage has one micro-batch"),
         ({"model": "m", "heartbeat_s": "nan"}, "", "--heartbeat-s: "),
         ({"model": "m", "lease_s": "inf"}, "", "--lease-s: "),
         ({"model": "m", "dtype": "int8"}, "", "--dtype: .*float64"),

@@ -148,6 +148,16 @@ def test_a_slot_is_taken_again_while_ids_of_its_last_owner_travel(checkpoint: Pa
     assert found.ids["waiting", 0] == expected.ids["waiting", 0]
 
 
+def test_scores_on_their_way_back_block_nobody(checkpoint: Path) -> None:
+    """Each step brings two tensors back, and far more steps are in flight than two stages need."""
+    prompts = [request(f"r{number}", list(range(2, 42)), 4, prompt_logprobs=1) for number in range(6)]
+    deep = limits(2, 8, kv_blocks=200, max_running=6, step=8)
+    with Pipeline(checkpoint, Degrees(pipeline=2), deep) as pipeline:
+        found = Answers()
+        found.take(pipeline.answer(prompts))
+    assert [len(found.prompts[prompt.request]) for prompt in prompts] == [39] * 6
+
+
 def test_steps_are_under_way_on_all_stages_at_once(checkpoint: Path) -> None:
     """With slots of 50 ms a round of p cohorts takes little more than p slots, where one by one it would be p * p."""
     stages, slot_s = 3, 0.05

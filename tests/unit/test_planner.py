@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.placement import BLOCK_TOKENS as SERVED_BLOCK_TOKENS
 from coordinator.plan.census import Census, take_census
 from coordinator.plan.explain import decode_shares, rivals, why
 from coordinator.plan.forecast import (
@@ -28,7 +27,7 @@ from coordinator.plan.forecast import (
     simulated_round,
 )
 from coordinator.plan.hardware import GPUS, Machines, nearest_gpu, wire
-from coordinator.plan.memory import BLOCK_TOKENS, Limits, Load, load
+from coordinator.plan.memory import Limits, Load, load
 from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
 from echelon.errors import ConfigError
@@ -190,10 +189,6 @@ def test_planned_bytes_are_what_ranks_load(layout: tuple[ModelConfig, Degrees], 
         stage = held.stages[place.pipeline_rank]
         assert stage.weight_bytes == parameter_bytes(config, place, size)
         assert stage.kv_bytes_per_token * 16 == kv_bytes_per_block(config, place, 16, size)
-
-
-def test_a_block_is_the_one_that_is_served() -> None:
-    assert BLOCK_TOKENS == SERVED_BLOCK_TOKENS
 
 
 @pytest.mark.parametrize(
