@@ -21,6 +21,7 @@ from coordinator.placement import ReplicaPlan, plan_replica
 from coordinator.requests.core import CoordinatorCore, CoreConfig
 from coordinator.service import Parts, Service
 from coordinator.settle import Served
+from coordinator.spares import Spares
 from coordinator.tokenizer import Tokenizer
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
@@ -32,8 +33,9 @@ from worker.spec import RankSpec
 class RankLauncher:
     """RankProcesses over Ray: what every rank of this coordinator is told, filled in."""
 
-    def __init__(self, cluster: Cluster, config: CoordinatorConfig, fences: Fences) -> None:
+    def __init__(self, cluster: Cluster, spares: Spares, config: CoordinatorConfig, fences: Fences) -> None:
         self._cluster = cluster
+        self._spares = spares
         self._config = config
         self._fences = fences
 
@@ -48,7 +50,8 @@ class RankLauncher:
             heartbeat_s=self._config.heartbeat_s,
             term=self._fences.term,
         )
-        await self._cluster.launch(spec)
+        if not await self._spares.start_rank(spec):
+            await self._cluster.launch(spec)
 
     async def kill(self, replica: int, suspect: int | None) -> None:
         await self._cluster.kill(replica, suspect)

@@ -13,27 +13,38 @@ import functools
 import logging
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 import structlog
-from ray.util import scheduling_strategies
-from ray.util.placement_group import PlacementGroup
 
+from coordinator.slots import SLOT_TIMEOUT_S, create_agent, create_rank, discard_actors, take_slot
 from echelon.errors import InternalError
-from worker.actor import AgentActor, RankActor, remove_slots, slot_name
-from worker.spec import RankSpec, parse_rank_name, replica_prefix
+from worker.actor import remove_slots
+from worker.spec import RankSpec, parse_name, replica_prefix, spare_name, spares_prefix
 
 NAMESPACE = "echelon"
 JOIN_TIMEOUT_S = 25.0
-SLOT_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 30.0
 DEATH_POLL_S = 10.0
 
 Result = TypeVar("Result")
 Agent = Any  # Ray's actor handles have no static type
+Actor = Any
 
 log = structlog.get_logger("cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class SpareProcess:
+    """A process that waits in the slot of a rank."""
+
+    replica: int
+    rank: int
+    name: str
+    node_id: str
+    actor: Actor
 
 
 class Cluster:
@@ -72,36 +83,81 @@ class Cluster:
 
     async def survivors(self, replica: int) -> frozenset[tuple[int, str]]:
         """(rank, incarnation) of a replica's processes that live and have a master: an agent that answers."""
-        living = await self._living()
-        return frozenset((rank, incarnation) for index, rank, incarnation in living if index == replica)
+        living = [process for _, process in await self._living()]
+        return frozenset(
+            (rank, incarnation) for kind, of, rank, incarnation in living if (kind, of) == ("rank", replica)
+        )
 
     async def end_surplus(self, replicas: int) -> None:
         """End what a predecessor left of replicas beyond so many, and give their slots back."""
-        for replica in {index for index, _, _ in await self._living() if index >= replicas}:
+        for replica in {index for _, (_, index, _, _) in await self._living() if index >= replicas}:
             await self.kill(replica)
+            await self.end_all(spares_prefix(self._cluster, replica))
             await self._call(remove_slots, self._cluster, replica)
 
-    async def _living(self) -> list[tuple[int, int, str]]:
-        """(replica, rank, incarnation) of every process of this cluster whose agent answers."""
-        asked = (self._ask(agent.living) for agent in self._agents.values())
+    async def spares(self) -> list[SpareProcess]:
+        """The processes that a predecessor has left waiting in slots."""
+        found = []
+        for node_id, (kind, replica, rank, serial) in await self._living():
+            if kind == "spare":
+                name = spare_name(self._cluster, replica, rank, serial)
+                with contextlib.suppress(ValueError):  # it went by itself meanwhile
+                    actor = await self._call(ray.get_actor, name)
+                    found.append(SpareProcess(replica, rank, name, node_id, actor))
+        return found
+
+    async def _living(self) -> list[tuple[str, tuple[str, int, int, str]]]:
+        """Node, and (kind, replica, rank, incarnation or serial), of every process of ours whose agent answers."""
+        nodes = list(self._agents)
+        asked = (self._ask(self._agents[node].living) for node in nodes)
         found = await asyncio.gather(*asked, return_exceptions=True)
-        living = [parse_rank_name(name) for part in found if not isinstance(part, BaseException) for name in part]
-        return [(replica, rank, incarnation) for of, replica, rank, incarnation in living if of == self._cluster]
+        parts = [(node, part) for node, part in zip(nodes, found, strict=True) if not isinstance(part, BaseException)]
+        living = [(node, parse_name(name)) for node, part in parts for name in part]
+        return [
+            (node, (kind, replica, rank, last))
+            for node, (kind, cluster, replica, rank, last) in living
+            if cluster == self._cluster
+        ]
 
     async def launch(self, spec: RankSpec) -> int:
         """Start a rank in its slot; its pid. Raises InternalError when Ray has no room or the process does not come."""
+        node_id, actor = await self._create(spec.name, spec.replica, spec.rank, spec.device)
+        return int(await self.ask(actor.start, spec.to_json(), self._agents[node_id]))
+
+    async def launch_spare(self, name: str, replica: int, rank: int, device: str) -> SpareProcess:
+        """Start a process that waits in a rank's slot and warms up there. Raises as `launch`."""
+        node_id, actor = await self._create(name, replica, rank, device)
+        await self.ask(actor.warm, name, device, self._agents[node_id])
+        return SpareProcess(replica, rank, name, node_id, actor)
+
+    async def start_spare(self, spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
+        """It is this rank from now on. Raises InternalError if it is not up to it; then it has been ended."""
+        try:
+            await self.ask(spare.actor.start, spec.to_json(), self._agents.get(spare.node_id), timeout_s=timeout_s)
+        except InternalError:
+            await self.end_all(spare.name)
+            await self.end_all(spec.name)
+            raise
+
+    async def _create(self, name: str, replica: int, rank: int, device: str) -> tuple[str, Actor]:
+        """A process in the slot of a rank, and its node, which has an agent."""
         try:
             async with asyncio.timeout(SLOT_TIMEOUT_S + CALL_TIMEOUT_S):
-                slot = await self._call(self._slot, spec)
-                actor = await self._call(self._create_rank, spec, slot)
+                slot = await self._call(take_slot, self._cluster, replica, rank, device)
+                actor = await self._call(create_rank, name, slot, device)
                 node_id = await _result(actor.node_id.remote())
                 if node_id not in self._agents:
                     await self._find_agents()
-                pid = await _result(actor.start.remote(spec.to_json(), self._agents[node_id]))
         except (TimeoutError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().splitlines()[-1:] or [f"no answer within {CALL_TIMEOUT_S:g} s"]
-            raise InternalError(f"Ray did not start {spec.name}: {reason[0]}") from error
-        return int(pid)
+            raise _not_done(f"Ray did not start {name}", error) from error
+        return node_id, actor
+
+    async def ask(self, method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """An actor's answer. Raises InternalError when it is gone or does not answer in time."""
+        try:
+            return await self._ask(method, *arguments, timeout_s=timeout_s)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            raise _not_done("a process did not do as it was told", error) from error
 
     async def kill(self, replica: int, suspect: int | None = None) -> None:
         """End every process of a replica, of whatever incarnation, and return once that is confirmed.
@@ -111,11 +167,18 @@ class Cluster:
         """
         prefix = replica_prefix(self._cluster, replica)
         first = "" if suspect is None else f"{prefix}{suspect}/"
-        await asyncio.gather(*(self._kill_on(node, agent, prefix, first) for node, agent in self._agents.items()))
-        await self._call(self._discard_actors, prefix)
+        await self.end_all(prefix, first)
+        # Ray knows a rank that was a spare by its first name, and must end it where the agent has died.
+        waiting = {spare.name for spare in await self.spares()}
+        await self._call(discard_actors, spares_prefix(self._cluster, replica), waiting)
 
-    async def deaths(self) -> AsyncGenerator[tuple[int, int, str], None]:
-        """(replica, rank, incarnation) of each process that ended unordered, as the agents see them, without end."""
+    async def end_all(self, prefix: str, first: str = "") -> None:
+        """End every process whose name begins so, those that begin with `first` ahead of the others."""
+        await asyncio.gather(*(self._kill_on(node, agent, prefix, first) for node, agent in self._agents.items()))
+        await self._call(discard_actors, prefix)
+
+    async def deaths(self) -> AsyncGenerator[tuple[str, int, int, str], None]:
+        """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end."""
         polls: dict[asyncio.Future[list[str]], str] = {}
         try:
             while True:
@@ -134,7 +197,8 @@ class Cluster:
                         self._agents.pop(node, None)
                         continue
                     for name in poll.result():
-                        yield parse_rank_name(name)[1:]
+                        kind, _, replica, rank, last = parse_name(name)
+                        yield kind, replica, rank, last
         finally:
             for poll in polls:
                 poll.cancel()
@@ -155,7 +219,7 @@ class Cluster:
         nodes = await self._call(ray.nodes)
         for node_id in [node["NodeID"] for node in nodes if node["Alive"]]:
             if node_id not in self._agents:
-                self._agents[node_id] = await self._call(self._create_agent, node_id)
+                self._agents[node_id] = await self._call(create_agent, self._cluster, node_id, self._lease_s)
         await self._renew_known()
 
     async def _renew_known(self) -> None:
@@ -163,78 +227,24 @@ class Cluster:
         await asyncio.gather(*lease, return_exceptions=True)
 
     async def remove(self) -> None:
-        """End all ranks and agents, a predecessor's too, give the slots back, and leave Ray."""
+        """End all ranks, spares and agents, a predecessor's too, give the slots back, and leave Ray."""
         try:
             await self.connect()
         except InternalError as error:
             log.warning("nothing is ended", error=error.message)
             return
         for node, agent in list(self._agents.items()):
-            await self._kill_on(node, agent, "rank/", "")
+            await self._kill_on(node, agent, "", "")
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._call(self._discard_actors, f"rank/{self._cluster}/")
-            await self._call(self._discard_actors, f"agent/{self._cluster}/")
+            for kind in ("rank", "spare", "agent"):
+                await self._call(discard_actors, f"{kind}/{self._cluster}/")
             await self._call(remove_slots, self._cluster)
         await self.disconnect()
 
     async def disconnect(self) -> None:
-        """Leave Ray; ranks, agents and slots stay for a successor."""
+        """Leave Ray; all processes and slots stay for a successor."""
         await self._call(ray.shutdown)
         self._threads.shutdown(wait=False)
-
-    # Blocking, each in a thread.
-
-    def _slot(self, spec: RankSpec) -> PlacementGroup:
-        name = slot_name(self._cluster, spec.replica, spec.rank)
-        slot: PlacementGroup
-        try:
-            slot = ray.util.get_placement_group(name)
-        except ValueError:
-            resource = "GPU" if spec.device == "cuda" else "CPU"
-            slot = ray.util.placement_group([{resource: 1}], name=name, lifetime="detached")
-        if not slot.wait(timeout_seconds=SLOT_TIMEOUT_S):
-            free = ", ".join(f"{name} {count:g}" for name, count in sorted(_free().items()))
-            raise InternalError(
-                f"Ray has no room for {spec.name} within {SLOT_TIMEOUT_S:g} s: it needs 1 "
-                f"{'GPU' if spec.device == 'cuda' else 'CPU'}, free are {free or 'none'}"
-            )
-        return slot
-
-    def _create_rank(self, spec: RankSpec, slot: PlacementGroup) -> Any:
-        return (
-            ray.remote(RankActor)
-            .options(
-                name=spec.name,
-                lifetime="detached",
-                max_restarts=0,
-                num_cpus=0 if spec.device == "cuda" else 1,
-                num_gpus=1 if spec.device == "cuda" else 0,
-                scheduling_strategy=scheduling_strategies.PlacementGroupSchedulingStrategy(slot, 0),
-            )
-            .remote()
-        )
-
-    def _create_agent(self, node_id: str) -> Agent:
-        return (
-            ray.remote(AgentActor)
-            .options(
-                name=f"agent/{self._cluster}/{node_id}",
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=0,
-                num_cpus=0,
-                max_concurrency=16,
-                scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False),
-            )
-            .remote(self._cluster, self._lease_s)
-        )
-
-    def _discard_actors(self, prefix: str) -> None:
-        """Let Ray forget actors whose processes are gone, and ones that it was still starting."""
-        for name in ray.util.list_named_actors():
-            if name.startswith(prefix):
-                with contextlib.suppress(ValueError):  # it went by itself meanwhile
-                    ray.kill(ray.get_actor(name))
 
     async def _kill_on(self, node: str, agent: Agent, prefix: str, first: str) -> None:
         while True:
@@ -260,9 +270,9 @@ class Cluster:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
-def _free() -> dict[str, float]:
-    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return {name: count for name, count in resources.items() if name in ("CPU", "GPU")}
+def _not_done(what: str, error: Exception) -> InternalError:
+    reason = str(error).strip().splitlines()[-1:] or ["no answer in time"]
+    return InternalError(f"{what}: {reason[0]}")
 
 
 def _result(reference: Any) -> asyncio.Future[Any]:

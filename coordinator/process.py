@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc.aio
@@ -34,6 +34,7 @@ from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
+from coordinator.spares import Spares
 from echelon import types
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
@@ -58,6 +59,8 @@ class Coordinator:
         layout = read_layout(config)
         self._service = build_service(layout, self._fences)
         self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
+        identity = self._fences.cluster, self._fences.term
+        self._spares = Spares(self._cluster, identity, config.device, self._need_of_spares, self._service.events)
         self._replicas = self._build_replicas(layout)
         self._reconfiguration = Reconfiguration(layout, self._service, self._replicas.services, tell)
         self._health = health.aio.HealthServicer()
@@ -83,9 +86,15 @@ class Coordinator:
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         await self._cluster.end_surplus(self._config.replicas)
+        await self._spares.adopt()
         survivors = [await self._cluster.survivors(replica) for replica in range(self._config.replicas)]
         await self._watch(
-            self._replicas.run(survivors), self._service.tick(), self._jobs.run(), self._deaths(), self._renew()
+            self._replicas.run(survivors),
+            self._spares.run(),
+            self._service.tick(),
+            self._jobs.run(),
+            self._deaths(),
+            self._renew(),
         )
 
     async def drain(self) -> None:
@@ -144,6 +153,7 @@ class Coordinator:
             models=(model,),
             replicas=self._replicas.describe(),
             ranks=self._replicas.ranks(),
+            spares=self._spares.describe(),
         )
 
     # Bringing up.
@@ -172,7 +182,7 @@ class Coordinator:
                 limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
         )
-        launcher = RankLauncher(self._cluster, config, fences)
+        launcher = RankLauncher(self._cluster, self._spares, config, fences)
         return ReplicaService(replica, core, launcher, self._service, callbacks)
 
     async def _serve_public(self, jobs: JobService) -> None:
@@ -218,13 +228,20 @@ class Coordinator:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _deaths(self) -> None:
-        async for replica, rank, incarnation in self._cluster.deaths():
-            self._replicas.died(replica, rank, incarnation)
+        async for kind, replica, rank, incarnation in self._cluster.deaths():
+            if kind == "spare":
+                self._spares.died(replica, rank)
+            else:
+                self._replicas.died(replica, rank, incarnation)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._config.lease_s / 6)
             await self._cluster.renew()
+
+    def _need_of_spares(self) -> tuple[Sequence[types.Rank], int, float | None, int]:
+        config, queued = self._reconfiguration.layout.config, self._service.core.counts.queued
+        return self._replicas.ranks(), config.spares, self._replicas.all_serving_s, queued
 
     def _on_serving(self, replicas: int) -> None:
         self._spawn(self._set_serving(replicas > 0))

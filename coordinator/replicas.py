@@ -7,6 +7,7 @@ one replica serves, the cluster does; it is ready once all have served. Knows no
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Replicas:
         self._service = service
         self._edges = edges
         self._ready = False
+        self._all_since_s: float | None = None  # monotonic
         self._loading: dict[int, tuple[int, int]] = {}  # loaded and total bytes, of those that load or have just done
         self._services = {index: make(index, self._callbacks(index)) for index in range(count)}
         service.metrics.replicas.set(count)
@@ -49,6 +51,11 @@ class Replicas:
     def serving(self) -> int:
         """How many serve now."""
         return sum(each.serving is not None for each in self._services.values())
+
+    @property
+    def all_serving_s(self) -> float | None:
+        """For how long all of them have served, None while one does not."""
+        return None if self._all_since_s is None else time.monotonic() - self._all_since_s
 
     async def run(self, survivors: Sequence[frozenset[tuple[int, str]]]) -> None:
         """Start them all, each with what lives of it, and keep them going."""
@@ -108,6 +115,7 @@ class Replicas:
             self._loading.pop(index, None)
         if serving and (count == of or self._services[index].core.adopted):
             self._end_start()
+        self._all_since_s = time.monotonic() if count == of else None
         if count == of:
             self._loading.clear()
             if not self._ready:

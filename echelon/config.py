@@ -59,6 +59,9 @@ class ServeConfig(BaseModel):
     data: Count = Field(default=1, description="Groups of ranks in a replica with requests of their own.")
     expert: Count = Field(default=1, description="Groups of a stage's ranks that have different experts.")
     replicas: Count = Field(default=1, description="Copies of the model, each on ranks of its own.")
+    spares: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Warm processes on each node that take over for its ranks, at most one a device."
+    )
     pipeline_depth: Count | None = Field(
         default=None, description="Micro-batches in the pipeline at once; default: as many as stages."
     )

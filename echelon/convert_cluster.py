@@ -8,11 +8,12 @@ from __future__ import annotations
 from google.protobuf import json_format
 
 from echelon.convert import timestamp_from_proto, timestamp_to_proto
-from echelon.types import Cluster, ClusterEvent, Model, Rank, Replica
+from echelon.types import Cluster, ClusterEvent, Model, Rank, Replica, Spare
 from echelon.v1 import cluster_pb2
 
 _RANK_FIELDS = tuple(field.name for field in cluster_pb2.Rank.DESCRIPTOR.fields)
 _REPLICA_FIELDS = tuple(field.name for field in cluster_pb2.Replica.DESCRIPTOR.fields)
+_SPARE_FIELDS = tuple(field.name for field in cluster_pb2.Spare.DESCRIPTOR.fields)
 _CLUSTER_FIELDS = ("version", "term", "coordinator_pid", "queued", "running", "parked")
 _MODEL_FIELDS = ("name", "source", "dtype", "architecture", "max_context")
 
@@ -23,6 +24,14 @@ def rank_to_proto(rank: Rank) -> cluster_pb2.Rank:
 
 def rank_from_proto(message: cluster_pb2.Rank) -> Rank:
     return Rank(**{name: getattr(message, name) for name in _RANK_FIELDS})
+
+
+def spare_to_proto(spare: Spare) -> cluster_pb2.Spare:
+    return cluster_pb2.Spare(**{name: getattr(spare, name) for name in _SPARE_FIELDS})
+
+
+def spare_from_proto(message: cluster_pb2.Spare) -> Spare:
+    return Spare(**{name: getattr(message, name) for name in _SPARE_FIELDS})
 
 
 def replica_to_proto(replica: Replica) -> cluster_pb2.Replica:
@@ -55,6 +64,7 @@ def cluster_to_proto(cluster: Cluster) -> cluster_pb2.Cluster:
         nodes=nodes.values(),
         models=[model_to_proto(model) for model in cluster.models],
         replicas=[replica_to_proto(replica) for replica in cluster.replicas],
+        spares=[spare_to_proto(spare) for spare in cluster.spares],
     )
 
 
@@ -65,6 +75,7 @@ def cluster_from_proto(message: cluster_pb2.Cluster) -> Cluster:
         **{name: getattr(message, name) for name in _CLUSTER_FIELDS},
         models=tuple(model_from_proto(model) for model in message.models),
         replicas=tuple(replica_from_proto(replica) for replica in message.replicas),
+        spares=tuple(spare_from_proto(spare) for spare in message.spares),
         ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.pipeline, rank.data, rank.tensor))),
     )
 

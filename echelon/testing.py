@@ -22,7 +22,7 @@ from typing import Literal, Self
 
 from echelon.client import Client
 from echelon.errors import ConfigError, EchelonError
-from echelon.types import Cluster, ClusterEvent, Rank
+from echelon.types import Cluster, ClusterEvent, Rank, Spare
 
 READY_PREFIX = "echelon: ready "
 CHANGED, NOT_CHANGED = "echelon: reconfigured", "echelon: not reconfigured: "
@@ -31,7 +31,7 @@ SHOWN_LINES = 40
 STOP_TIMEOUT_S = 90.0
 STATUS_TIMEOUT_S = 5.0
 
-Victim = Rank | int | Literal["coordinator"]
+Victim = Rank | Spare | int | Literal["coordinator"]
 Moment = Literal["prefill", "decode"]
 
 
@@ -40,8 +40,8 @@ class LocalCluster:
 
     They go into a --config file, so that `reconfigure` can change them; variables ECHELON_* go before it.
 
-    A victim is a Rank, a rank's number in replica 0 (stage by stage, there data rank by data rank, tensor ranks being
-    neighbours), or "coordinator". Use as a context manager, or close.
+    A victim is a Rank, a Spare, "coordinator", or a rank's number in replica 0 (stage by stage, there data rank by data
+    rank, tensor ranks being neighbours). Use as a context manager, or close.
     """
 
     def __init__(
@@ -112,6 +112,18 @@ class LocalCluster:
     def ranks(self) -> tuple[Rank, ...]:
         """The processes of all replicas."""
         return self.status().ranks
+
+    def spares(self) -> tuple[Spare, ...]:
+        """The processes that wait to become ranks, as --spares says how many."""
+        return self.status().spares
+
+    def wait_spares(self, count: int, timeout_s: float = 60.0) -> tuple[Spare, ...]:
+        """Until so many spares are warm."""
+
+        def warm(cluster: Cluster) -> bool:
+            return sum(spare.state == "warm" for spare in cluster.spares) >= count
+
+        return self.wait(warm, f"{count} warm spares", timeout_s).spares
 
     @property
     def coordinator_pid(self) -> int:
@@ -243,7 +255,7 @@ class LocalCluster:
             time.sleep(POLL_S)
 
     def _pid_of(self, victim: Victim) -> int:
-        if isinstance(victim, Rank):
+        if isinstance(victim, Rank | Spare):
             return victim.pid
         if victim == "coordinator":
             return self.coordinator_pid

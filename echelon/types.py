@@ -193,6 +193,17 @@ class Rank:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Spare:
+    """A process that waits to become a rank of a replica. state: warming or warm."""
+
+    replica: int
+    rank: int
+    pid: int
+    node_id: str
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
     """One copy of the model over its ranks; counters count since its epoch began."""
 
@@ -231,6 +242,7 @@ class Cluster:
     models: tuple[Model, ...]
     replicas: tuple[Replica, ...]
     ranks: tuple[Rank, ...]
+    spares: tuple[Spare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The two kinds of actors that Ray runs for a cluster: RankActor, a rank's process, and AgentActor, a node's agent.
 
 Thin shells: Ray gives them a process, a node and a device, and nothing else goes through it. torch is imported only
-once a rank starts. A rank registers with its node's agent before it runs, so none is ever without a master.
+once a rank starts, or a spare warms up. Both register with their node's agent first, so none is ever without a master.
 """
 
 from __future__ import annotations
@@ -18,21 +18,53 @@ from worker.agent import NodeAgent
 from worker.spec import RankSpec
 
 LEASE_CHECK_S = 0.5
+WARM_NICENESS = 10
 
 
 class RankActor:
     """One device's process. Its actor only starts it: the rank itself dials the coordinator."""
 
+    def __init__(self) -> None:
+        self._spare_name = ""
+        self._warming: threading.Thread | None = None
+
     def node_id(self) -> str:
         """Where Ray has put it."""
         return str(ray.get_runtime_context().get_node_id())
 
+    def warm(self, name: str, device: str, agent: Any) -> int:
+        """Be a spare: register, then get ready beside those who work. Returns the pid."""
+        ray.get(agent.register.remote(name, os.getpid()))
+        self._spare_name = name
+        self._warming = threading.Thread(target=_warm, args=(device,), name="warm", daemon=True)
+        self._warming.start()
+        return os.getpid()
+
+    def spare(self) -> tuple[int, bool]:
+        """(pid, whether it is warm)."""
+        assert self._warming is not None, "asked of one that is no spare"
+        return os.getpid(), not self._warming.is_alive()
+
     def start(self, spec_json: str, agent: Any) -> int:
         """Register with the node's agent, then run the rank in a thread; the process ends with it. Returns the pid."""
         spec = dataclasses.replace(RankSpec.from_json(spec_json), node_id=self.node_id(), pid=os.getpid())
-        ray.get(agent.register.remote(spec.name, spec.pid))
+        if self._spare_name:
+            ray.get(agent.rename.remote(self._spare_name, spec.name))
+        else:
+            ray.get(agent.register.remote(spec.name, spec.pid))
         threading.Thread(target=_run_rank, args=(spec,), name="rank", daemon=True).start()
         return spec.pid
+
+
+def _warm(device: str) -> None:
+    """Niced by itself: the threads that a rank starts later are not. Who cannot get ready is no spare."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WARM_NICENESS)
+    try:
+        from worker.warm import warm
+
+        warm(device)
+    except Exception:  # noqa: BLE001 - the agent tells its end
+        os._exit(1)
 
 
 def _run_rank(spec: RankSpec) -> None:
@@ -56,6 +88,10 @@ class AgentActor:
     def register(self, name: str, pid: int) -> None:
         """See NodeAgent."""
         self._agent.register(name, pid)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """See NodeAgent."""
+        self._agent.rename(name, new_name)
 
     def living(self) -> list[str]:
         """See NodeAgent."""

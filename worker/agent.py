@@ -34,6 +34,14 @@ class NodeAgent:
             assert name not in self._fds, f"{name} is registered twice"
             self._fds[name] = fd
 
+    def rename(self, name: str, new_name: str) -> None:
+        """A registered process goes by another name. Raises ProcessLookupError if its end has been told."""
+        with self._lock:
+            if name not in self._fds:
+                raise ProcessLookupError(f"{name} has ended")
+            assert new_name not in self._fds, f"{new_name} is registered twice"
+            self._fds[new_name] = self._fds.pop(name)
+
     def living(self) -> list[str]:
         """Names of the registered processes that have not ended."""
         with self._lock:

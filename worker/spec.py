@@ -45,12 +45,22 @@ def rank_name(cluster: str, replica: int, rank: int, incarnation: str) -> str:
     return f"rank/{cluster}/{replica}/{rank}/{incarnation}"
 
 
-def parse_rank_name(name: str) -> tuple[str, int, int, str]:
-    """(cluster, replica, rank, incarnation) of `rank_name`."""
-    _, cluster, replica, rank, incarnation = name.split("/")
-    return cluster, int(replica), int(rank), incarnation
+def parse_name(name: str) -> tuple[str, str, int, int, str]:
+    """(rank or spare, cluster, replica, rank, incarnation or serial) of `rank_name` and `spare_name`."""
+    kind, cluster, replica, rank, last = name.split("/")
+    return kind, cluster, int(replica), int(rank), last
+
+
+def spare_name(cluster: str, replica: int, rank: int, serial: str) -> str:
+    """The name of a process that waits in a rank's slot. serial: unlike that of any other in the slot."""
+    return f"spare/{cluster}/{replica}/{rank}/{serial}"
 
 
 def replica_prefix(cluster: str, replica: int) -> str:
     """Begins the name of every rank of a replica, whatever its incarnation."""
     return f"rank/{cluster}/{replica}/"
+
+
+def spares_prefix(cluster: str, replica: int) -> str:
+    """Begins the name of every spare of a replica."""
+    return f"spare/{cluster}/{replica}/"

@@ -41,6 +41,7 @@ CHANGEABLE = (
     "expert",
     "pipeline_depth",
     "rebalance_steps",
+    "spares",
     "dtype",
     "max_context",
     "max_running",

@@ -63,4 +63,5 @@ def rank_table(cluster: Cluster) -> Table:
         )
         for r in cluster.ranks
     ]
+    ranks += [(f"{s.replica}/{s.rank} spare", s.state, "", s.pid, s.node_id[:12], "", "") for s in cluster.spares]
     return output.grid("", ("rank", "state", "device", "pid", "node", "parameters", "KV cache"), ranks)

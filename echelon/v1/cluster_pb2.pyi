@@ -43,7 +43,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked")
+    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked", "spares")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Cluster(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_PID_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
+    SPARES_FIELD_NUMBER: _ClassVar[int]
     version: str
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -62,7 +63,8 @@ class Cluster(_message.Message):
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     coordinator_pid: int
     parked: int
-    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ...) -> None: ...
+    spares: _containers.RepeatedCompositeFieldContainer[Spare]
+    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("index", "epoch", "state", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "step", "counters")
@@ -134,6 +136,20 @@ class Rank(_message.Message):
     planned_parameter_bytes: int
     planned_kv_bytes: int
     def __init__(self, replica: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., tensor: _Optional[int] = ..., expert: _Optional[int] = ..., leader: bool = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., planned_parameter_bytes: _Optional[int] = ..., planned_kv_bytes: _Optional[int] = ...) -> None: ...
+
+class Spare(_message.Message):
+    __slots__ = ("replica", "rank", "pid", "node_id", "state")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    rank: int
+    pid: int
+    node_id: str
+    state: str
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

@@ -54,7 +54,7 @@ def branches_on_degree(tree: ast.AST) -> bool:
 # The rule, the folders it holds in, and the only files it does not hold for.
 RULES: dict[str, tuple[Rule, tuple[str, ...], frozenset[str]]] = {
     "process groups": (names_process_groups, PACKAGES, frozenset({"parallel/mesh.py", "parallel/comm.py"})),
-    "ray": (imports_ray, PACKAGES, frozenset({"coordinator/cluster.py", "worker/actor.py"})),
+    "ray": (imports_ray, PACKAGES, frozenset({"coordinator/cluster.py", "coordinator/slots.py", "worker/actor.py"})),
     "pickle": (unpickles, PACKAGES, frozenset()),
     "global": (declares_global, PACKAGES, frozenset()),
     "environment": (

@@ -56,6 +56,20 @@ def test_a_process_registered_while_another_thread_waits_is_watched(sleepers: li
     assert told == ["late"]
 
 
+def test_a_renamed_process_dies_under_its_new_name(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    agent = NodeAgent(lease_s=30.0)
+    agent.register("spare/c/0/1/1", sleepers[0].pid)
+    agent.register("spare/c/0/2/1", sleepers[1].pid)
+    agent.rename("spare/c/0/1/1", "rank/c/0/1/7")
+    assert agent.living() == ["spare/c/0/2/1", "rank/c/0/1/7"]
+    assert agent.kill("rank/c/0/") == []
+    assert (sleepers[0].wait(), sleepers[1].poll()) == (-9, None)
+    sleepers[1].kill()
+    assert agent.deaths(30.0) == ["spare/c/0/2/1"]
+    with pytest.raises(ProcessLookupError, match="has ended"):
+        agent.rename("spare/c/0/2/1", "rank/c/0/2/7")
+
+
 def test_an_ended_process_cannot_be_registered(sleepers: list[subprocess.Popen[bytes]]) -> None:
     sleepers[0].kill()
     sleepers[0].wait()

@@ -36,6 +36,7 @@ from echelon.types import (
     Model,
     Rank,
     Replica,
+    Spare,
     Usage,
 )
 from echelon.v1 import generation_pb2, jobs_pb2
@@ -182,6 +183,7 @@ def cluster() -> Cluster:
         models=(model,),
         replicas=(replica,),
         ranks=(rank,),
+        spares=(Spare(replica=0, rank=0, pid=4343, node_id="node-a", state="warming"),),
     )
 
 
@@ -196,6 +198,9 @@ def test_status_shows_models_replicas_and_ranks(server: ScriptedServer) -> None:
         "2/9",
         "0/p0-d0-t1",
         "4242",
+        "0/0 spare",
+        "4343",
+        "warming",
         "1.5 GiB",
         "1/1 replicas ready",
     ):

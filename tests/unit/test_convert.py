@@ -23,6 +23,7 @@ from echelon.types import (
     Model,
     Rank,
     Replica,
+    Spare,
     StreamEvent,
     Timing,
     TokenLogprob,
@@ -218,6 +219,7 @@ def test_cluster_keeps_ranks_in_mesh_order_over_nodes() -> None:
         models=(model,),
         replicas=(replica,),
         ranks=(rank(0, "a"), rank(1, "b"), rank(2, "a")),
+        spares=(Spare(replica=0, rank=1, pid=43, node_id="b", state="warming"),),
     )
     assert convert_cluster.cluster_from_proto(convert_cluster.cluster_to_proto(cluster)) == cluster
 

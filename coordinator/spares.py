@@ -1,0 +1,211 @@
+"""Spares: warm processes that wait in the slots of ranks, so that an epoch after a fault need not import or warm up.
+
+On the coordinator's loop. `next_move` decides, purely: which slots are to have a spare, and when one is started or
+ended. The shell keeps the processes, hands one over when its rank is to be started, and starts another once the
+replicas serve again. Who is no longer up to it is ended, and the rank starts cold: a spare is never waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from coordinator.cluster import Cluster, SpareProcess
+from coordinator.events import EventLog
+from echelon.errors import InternalError
+from echelon.types import Rank, Spare
+from worker.spec import RankSpec, spare_name
+
+TICK_S = 0.5
+SETTLED_S = 3.0  # after the replicas serve again: streams that were interrupted come first
+ASK_S, ANSWER_S = 5.0, 10.0  # how often a warm one is asked whether it lives, and how long it may take to say so
+HAND_OVER_S = 2.0
+RETRY_S = 10.0
+
+Slot = tuple[int, int]  # replica and rank
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What there is to decide on. serving_s: for how long all replicas have, None while one does not."""
+
+    wanted: Sequence[Slot]
+    held: Collection[Slot]
+    warming: bool
+    serving_s: float | None
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A spare for this slot."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The spare of this slot is of no use any more."""
+
+    slot: Slot
+
+
+def wanted_slots(ranks: Sequence[Rank], spares_per_node: int) -> list[Slot]:
+    """The first so many slots of each node. ranks: in the order of the mesh, replica by replica."""
+    taken: Counter[str] = Counter()
+    numbers: Counter[int] = Counter()
+    wanted = []
+    for rank in ranks:
+        slot = rank.replica, numbers[rank.replica]
+        numbers[rank.replica] += 1
+        if taken[rank.node_id] < spares_per_node:
+            taken[rank.node_id] += 1
+            wanted.append(slot)
+    return wanted
+
+
+def next_move(now: Situation) -> tuple[Start | End | None, str]:
+    """One at a time, and only while nobody waits: what starts takes the processor from those who work."""
+    if now.serving_s is None:
+        return None, "a replica does not serve"
+    for slot in now.held:
+        if slot not in now.wanted:
+            return End(slot), "its slot is to have none"
+    if now.warming:
+        return None, "another is getting warm"
+    missing = [slot for slot in now.wanted if slot not in now.held]
+    if not missing:
+        return None, "every slot has what it is to have"
+    if now.serving_s < SETTLED_S:
+        return None, f"replicas serve for {now.serving_s:.1f} s, {SETTLED_S:g} s are for what was interrupted"
+    if now.queued:
+        return None, f"{now.queued} requests wait"
+    return Start(missing[0]), "its slot has none"
+
+
+@dataclass(slots=True)
+class _Held:
+    process: SpareProcess
+    pid: int
+    warm: bool
+    asked_s: float
+
+
+class Spares:
+    """situation tells what is wanted: (ranks, spares a node, seconds that all replicas serve or None, queued)."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        identity: tuple[str, int],
+        device: str,
+        situation: Callable[[], tuple[Sequence[Rank], int, float | None, int]],
+        events: EventLog,
+    ) -> None:
+        self._cluster = cluster
+        self._name, self._term = identity
+        self._device = device
+        self._situation = situation
+        self._events = events
+        self._held: dict[Slot, _Held] = {}
+        self._serials = itertools.count(1)
+        self._not_before_s = 0.0
+
+    async def adopt(self) -> None:
+        """Keep what a predecessor has left."""
+        for process in await self._cluster.spares():
+            await self._ask(process, time.monotonic())
+
+    async def run(self) -> None:
+        """Have them, for as long as the coordinator lives."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            for held in list(self._held.values()):
+                if now - held.asked_s >= (ASK_S if held.warm else TICK_S):
+                    await self._ask(held.process, now)
+            if now >= self._not_before_s:
+                await self._move()
+
+    def describe(self) -> tuple[Spare, ...]:
+        """Each of them, for GetCluster."""
+        return tuple(
+            Spare(replica=slot[0], rank=slot[1], pid=held.pid, node_id=held.process.node_id, state=_state(held.warm))
+            for slot, held in sorted(self._held.items())
+        )
+
+    def died(self, replica: int, rank: int) -> None:
+        """A node's agent saw one end."""
+        if self._held.pop((replica, rank), None):
+            self._emit("spare.lost", (replica, rank), reason="its process has died")
+
+    async def start_rank(self, spec: RankSpec) -> bool:
+        """Have the spare of its slot be this rank; False if there is none that is up to it."""
+        slot = spec.replica, spec.rank
+        held = self._held.get(slot)
+        if held is None or not held.warm:
+            return False
+        del self._held[slot]
+        try:
+            await self._cluster.start_spare(held.process, spec, HAND_OVER_S)
+        except InternalError as error:
+            self._emit("spare.lost", slot, reason=error.message)
+            return False
+        self._emit("spare.started", slot, pid=held.pid)
+        return True
+
+    async def _move(self) -> None:
+        ranks, spares_per_node, serving_s, queued = self._situation()
+        warming = not all(held.warm for held in self._held.values())
+        wanted = wanted_slots(ranks, spares_per_node)
+        move, reason = next_move(Situation(wanted, tuple(self._held), warming, serving_s, queued))
+        match move:
+            case Start(slot):
+                await self._start(slot)
+            case End(slot):
+                await self._end(slot, reason)
+            case None:
+                pass
+
+    async def _start(self, slot: Slot) -> None:
+        name = spare_name(self._name, *slot, f"{self._term}-{next(self._serials)}")
+        try:
+            process = await self._cluster.launch_spare(name, *slot, self._device)
+        except InternalError as error:
+            self._not_before_s = time.monotonic() + RETRY_S
+            self._emit("spare.failed", slot, error=error.message)
+            return
+        await self._ask(process, time.monotonic())
+
+    async def _ask(self, process: SpareProcess, now: float) -> None:
+        slot = process.replica, process.rank
+        before = self._held.get(slot)
+        try:
+            pid, warm = await self._cluster.ask(process.actor.spare, timeout_s=ANSWER_S)
+        except InternalError as error:
+            if before is None or self._held.get(slot) is before:
+                self._held.pop(slot, None)
+                await self._cluster.end_all(process.name)
+                self._emit("spare.lost", slot, reason=error.message)
+            return
+        if before is not None and self._held.get(slot) is not before:
+            return  # it has become a rank meanwhile, or its death was told
+        self._held[slot] = _Held(process, pid, warm, now)
+        if before is None or before.warm != warm:
+            self._emit(f"spare.{_state(warm)}", slot, pid=pid)
+
+    async def _end(self, slot: Slot, reason: str) -> None:
+        held = self._held.pop(slot)
+        await self._cluster.end_all(held.process.name)
+        self._emit("spare.ended", slot, pid=held.pid, reason=reason)
+
+    def _emit(self, kind: str, slot: Slot, **detail: object) -> None:
+        self._events.emit(kind, f"spare/{slot[0]}/{slot[1]}", detail)
+
+
+def _state(warm: bool) -> str:
+    return "warm" if warm else "warming"

@@ -1,0 +1,197 @@
+"""Spares: where they are wanted, when one is started or ended, and that nobody waits for one that is not up to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+
+from coordinator.cluster import Cluster, SpareProcess
+from coordinator.events import EventLog
+from coordinator.spares import SETTLED_S, End, Situation, Slot, Spares, Start, next_move, wanted_slots
+from echelon.errors import InternalError
+from echelon.types import Rank
+from worker.spec import RankSpec
+
+BOTH: tuple[Slot, ...] = ((0, 0), (0, 1))
+QUIET = Situation(wanted=BOTH, held=(), warming=False, serving_s=60.0, queued=0)
+
+
+def rank(replica: int, tensor: int, node_id: str) -> Rank:
+    return Rank(
+        replica=replica, pipeline=0, data=0, tensor=tensor, expert=0, leader=tensor == 0, pid=1, node_id=node_id,
+        epoch=1, state="ready",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spares", "wanted"),
+    [(0, []), (1, [(0, 0), (0, 1)]), (2, [(0, 0), (0, 1), (1, 0)]), (9, [(0, 0), (0, 1), (1, 0), (1, 1)])],
+)
+def test_each_node_has_so_many_at_most_one_a_slot(spares: int, wanted: list[Slot]) -> None:
+    ranks = [rank(0, 0, "a"), rank(0, 1, "b"), rank(1, 0, "b"), rank(1, 1, "b")]
+    assert wanted_slots(ranks, spares) == wanted
+
+
+@pytest.mark.parametrize(
+    ("situation", "move", "reason"),
+    [
+        (QUIET, Start((0, 0)), "its slot has none"),
+        (replace(QUIET, held=((0, 0),)), Start((0, 1)), "its slot has none"),
+        (replace(QUIET, held=BOTH), None, "every slot has"),
+        (replace(QUIET, held=((0, 0),), warming=True), None, "another is getting warm"),
+        (replace(QUIET, serving_s=None), None, "a replica does not serve"),
+        (replace(QUIET, serving_s=SETTLED_S / 2), None, "for what was interrupted"),
+        (replace(QUIET, queued=3), None, "3 requests wait"),
+        (replace(QUIET, held=((0, 2), *BOTH)), End((0, 2)), "its slot is to have none"),
+        (replace(QUIET, wanted=(), held=((0, 0),), queued=3), End((0, 0)), "its slot is to have none"),
+        (replace(QUIET, wanted=(), held=((0, 0),), serving_s=None), None, "a replica does not serve"),
+    ],
+)
+def test_one_at_a_time_while_nobody_waits(situation: Situation, move: Start | End | None, reason: str) -> None:
+    decided, why = next_move(situation)
+    assert decided == move
+    assert reason in why
+
+
+@dataclass
+class ScriptedCluster:
+    """Ray's part, for one slot. answers: of a process that is asked how it is, or told to be a rank."""
+
+    answers: list[object] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    launched: list[str] = field(default_factory=list)
+    left: list[SpareProcess] = field(default_factory=list)
+
+    async def spares(self) -> list[SpareProcess]:
+        return self.left
+
+    async def launch_spare(self, name: str, replica: int, rank: int, device: str) -> SpareProcess:
+        self.launched.append(name)
+        return SpareProcess(replica, rank, name, "a", self)
+
+    async def ask(self, method: object, timeout_s: float) -> object:
+        return self._answer()
+
+    async def start_spare(self, spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
+        self._answer()
+
+    async def end_all(self, prefix: str) -> None:
+        self.ended.append(prefix)
+
+    def spare(self) -> object:
+        raise AssertionError("asked through the cluster")
+
+    def _answer(self) -> object:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@dataclass
+class Shell:
+    spares: Spares
+    cluster: ScriptedCluster
+    events: EventLog
+
+    def told(self) -> list[str]:
+        return [event.kind for event in self.events._events]
+
+
+def shell(answers: Sequence[object], wanted: int = 1, serving_s: float = 60.0) -> Shell:
+    cluster, events = ScriptedCluster(list(answers)), EventLog(3)
+    ranks = [rank(0, 0, "a")]
+    spares = Spares(cast(Any, cluster), ("c", 3), "cpu", lambda: (ranks, wanted, serving_s, 0), events)
+    return Shell(spares, cluster, events)
+
+
+SPEC = RankSpec(
+    coordinator_address="a:1", cluster="c", replica=0, rank=0, incarnation="7", device="cpu", heartbeat_s=1, term=3
+)
+
+
+def test_a_warm_one_becomes_the_rank_and_is_held_no_more() -> None:
+    async def live() -> None:
+        made = shell([(43, False), (43, True), None])
+        await made.spares._move()
+        (spare,) = made.spares.describe()
+        assert (spare.replica, spare.rank, spare.pid, spare.node_id, spare.state) == (0, 0, 43, "a", "warming")
+        assert not await made.spares.start_rank(SPEC), "one that is not warm is left alone"
+        await made.spares._ask(made.spares._held[0, 0].process, 1.0)
+        assert [spare.state for spare in made.spares.describe()] == ["warm"]
+        assert await made.spares.start_rank(SPEC)
+        assert made.spares.describe() == ()
+        assert made.told() == ["spare.warming", "spare.warm", "spare.started"]
+        assert made.cluster.launched == ["spare/c/0/0/3-1"]
+
+    asyncio.run(live())
+
+
+def test_one_that_does_not_take_over_is_given_up_at_once() -> None:
+    async def live() -> None:
+        made = shell([(43, True), InternalError("no answer in time")])
+        await made.spares._move()
+        assert not await made.spares.start_rank(SPEC)
+        assert not await made.spares.start_rank(SPEC), "and not asked again"
+        assert made.told() == ["spare.warm", "spare.lost"]
+
+    asyncio.run(live())
+
+
+def test_one_that_no_longer_answers_is_ended() -> None:
+    async def live() -> None:
+        made = shell([(43, True), InternalError("no answer in time")])
+        await made.spares._move()
+        await made.spares._ask(made.spares._held[0, 0].process, 1.0)
+        assert made.spares.describe() == ()
+        assert made.cluster.ended == ["spare/c/0/0/3-1"]
+        assert made.told() == ["spare.warm", "spare.lost"]
+
+    asyncio.run(live())
+
+
+def test_a_death_is_told_once_and_one_that_became_a_rank_is_not_taken_back() -> None:
+    async def live() -> None:
+        made = shell([(43, True), (43, True)])
+        await made.spares._move()
+        process = made.spares._held[0, 0].process
+        asking = asyncio.ensure_future(made.spares._ask(process, 1.0))
+        made.spares.died(0, 0)
+        made.spares.died(0, 0)
+        await asking
+        assert made.told()[:2] == ["spare.warm", "spare.lost"]
+
+    asyncio.run(live())
+
+
+def test_what_a_predecessor_left_is_kept() -> None:
+    async def live() -> None:
+        made = shell([(43, True)])
+        made.cluster.left = [SpareProcess(0, 0, "spare/c/0/0/2-9", "a", made.cluster)]
+        await made.spares.adopt()
+        await made.spares._move()
+        assert [spare.pid for spare in made.spares.describe()] == [43]
+        assert made.cluster.launched == [], "the slot has one"
+
+    asyncio.run(live())
+
+
+def test_fewer_are_wanted() -> None:
+    async def live() -> None:
+        made = shell([(43, True)], wanted=0)
+        made.cluster.left = [SpareProcess(0, 0, "spare/c/0/0/2-9", "a", made.cluster)]
+        await made.spares.adopt()
+        await made.spares._move()
+        assert made.cluster.ended == ["spare/c/0/0/2-9"]
+        assert made.told() == ["spare.warm", "spare.ended"]
+
+    asyncio.run(live())
+
+
+def test_the_shell_asks_of_a_cluster_what_a_cluster_can() -> None:
+    for name in ("spares", "launch_spare", "ask", "start_spare", "end_all"):
+        assert callable(getattr(Cluster, name)), name
