@@ -182,7 +182,8 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
     """A rank's later message as the core's event; None for a kind this coordinator does not know."""
     match message.WhichOneof("body"):
         case "heartbeat":
-            return Beat(rank, incarnation, message.heartbeat.phase, message.heartbeat.step)
+            beat = message.heartbeat
+            return Beat(rank, incarnation, beat.phase, beat.step, beat.kind, beat.slowest_s)
         case "store_opened":
             return StoreOpened(rank, incarnation, message.store_opened.address)
         case "progress":

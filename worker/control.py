@@ -66,6 +66,10 @@ class ControlLink:
         """Queue one message; the keyword is the field of RankMessage.body that is set."""
         self._outgoing.put_nowait(control_pb2.RankMessage(fence=self._fence(), **body))  # type: ignore[arg-type]
 
+    async def flush(self) -> None:
+        """Return when all that was queued has been given to the stream, or was lost with it."""
+        await self._outgoing.join()
+
     async def run(self) -> None:
         """Attach, and attach again, until the coordinator refuses this rank."""
         while True:
@@ -117,7 +121,11 @@ class ControlLink:
 
     async def _write(self, call: grpc.aio.StreamStreamCall[control_pb2.RankMessage, control_pb2.RankCommand]) -> None:
         while True:
-            await call.write(await self._outgoing.get())
+            message = await self._outgoing.get()
+            try:
+                await call.write(message)
+            finally:
+                self._outgoing.task_done()
 
     async def _beat(self) -> None:
         while True:

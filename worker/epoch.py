@@ -9,11 +9,12 @@ from __future__ import annotations
 import queue
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 
 from echelon.internal.link import Fence
 from echelon.internal.v1 import control_pb2
@@ -78,8 +79,12 @@ def form_epoch(
     command: control_pb2.FormEpoch,
     device: torch.device,
     progress: Callable[[int, int], None],
+    compiling: Callable[[], AbstractContextManager[None]],
 ) -> Epoch:
-    """Meet the other ranks and load. progress(loaded_bytes, total_bytes) is called after each tensor."""
+    """Meet the other ranks and load. progress(loaded_bytes, total_bytes) is called after each tensor.
+
+    compiling: entered, in any thread, before what holds the interpreter for long while the epoch serves.
+    """
     config = read_model_config(Path(command.model_path), command.max_context)
     context = mesh.form_context(
         store_address=command.store_address,
@@ -95,7 +100,7 @@ def form_epoch(
     resources.callback(mesh.close, context)
     model = build_model(config, context)
     load_weights(model, config, Path(command.model_path), context, progress)
-    matchers = _matchers(config, Path(command.model_path))
+    matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
@@ -126,9 +131,14 @@ def private_host(coordinator_address: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _matchers(config: ModelConfig, directory: Path) -> Matchers:
+def _matchers(config: ModelConfig, directory: Path, compiling: Callable[[], AbstractContextManager[None]]) -> Matchers:
     """Constraints over the model's vocabulary, which is read when the first of them comes."""
-    return Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), torch.get_num_threads())
+
+    def make_tokenizer() -> LLTokenizer:
+        with compiling():
+            return constraint_tokenizer(directory, config.vocab_size, config.end_ids)
+
+    return Matchers(make_tokenizer, torch.get_num_threads())
 
 
 def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:

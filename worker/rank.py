@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from worker.spec import RankSpec
 from worker.steps import Steps
 
 PROGRESS_INTERVAL_S = 0.1
+TELL_S = 1.0  # for a heartbeat to be on its way, where it has to be
 DRAIN_S, ABORT_S = 1.5, 1.5  # for the steps of an epoch that ends: to run to their end, then to fail in closed groups
 THREADS_ON_CPU, THREADS_BESIDE_CUDA = 1, 4
 
@@ -53,6 +54,7 @@ class RankProcess:
         self._phase = "waiting"
         self._epoch: Epoch | None = None
         self._steps: Steps | None = None
+        self._compiling = False
         self._leader: Leader | None = None
         self._leading: asyncio.Task[None] | None = None
         self._store: tuple[object, str] | None = None  # kept alive: the rendezvous of all epochs lives in this process
@@ -81,9 +83,13 @@ class RankProcess:
         )
 
     def beat(self) -> control_pb2.Heartbeat:
+        phase = "compiling" if self._compiling else self._phase
         if self._steps is None:
-            return control_pb2.Heartbeat(phase=self._phase)
-        return control_pb2.Heartbeat(phase="stepping" if self._steps.stepping else self._phase, step=self._steps.step)
+            return control_pb2.Heartbeat(phase=phase)
+        kind, slowest_s = self._steps.times.current()
+        if self._steps.stepping and not self._compiling:
+            phase = "stepping"
+        return control_pb2.Heartbeat(phase=phase, step=self._steps.step, kind=kind, slowest_s=slowest_s)
 
     def accepted(self, term: int) -> None:
         log.info("accepted", rank=self._spec.rank, term=term)
@@ -103,7 +109,8 @@ class RankProcess:
 
     async def _form(self, fence: Fence, command: control_pb2.FormEpoch) -> None:
         try:
-            epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, self._tell_progress())
+            told = self._tell_progress(), self._tell_compiling
+            epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, *told)
         except Exception as error:  # noqa: BLE001 - whatever stops a rank from forming is told, never swallowed
             self._tell_fault(error)
             self._unformed = error  # its frames hold the groups: their end would be a fault of all others
@@ -186,6 +193,23 @@ class RankProcess:
                 self._on_loop(lambda: self._control.send(progress=progress))
 
         return tell
+
+    @contextlib.contextmanager
+    def _tell_compiling(self) -> Iterator[None]:
+        """No heartbeat comes while the interpreter is held, so the coordinator must have heard why before it is."""
+        assert self._loop is not None
+        self._compiling = True
+        told = asyncio.run_coroutine_threadsafe(self._beat_now(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            told.result(TELL_S)
+        try:
+            yield
+        finally:
+            self._compiling = False
+
+    async def _beat_now(self) -> None:
+        self._control.send(heartbeat=self.beat())
+        await self._control.flush()
 
     def _on_loop(self, call: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -15,6 +15,7 @@ from parallel.schedule import Op
 from worker.epoch import Epoch
 from worker.pending import Queued
 from worker.plan import DRAIN, StepResult, decode
+from worker.step_times import StepTimes
 
 
 class Steps:
@@ -23,6 +24,7 @@ class Steps:
     def __init__(
         self, epoch: Epoch, on_result: Callable[[StepResult], None], on_fault: Callable[[Exception], None]
     ) -> None:
+        self.times = StepTimes()
         self._epoch = epoch
         self._on_result = on_result
         self._on_fault = on_fault
@@ -61,7 +63,9 @@ class Steps:
         try:
             for payload in self._epoch.plans:
                 tables = None if payload == DRAIN else decode(payload)
-                self._begun = self._begun if tables is None else tables.step
+                if tables is not None:
+                    self._begun = tables.step
+                    self.times.begin(tables)
                 for queued in self._epoch.stage.take(tables):
                     self._queued.put(queued)
         finally:
@@ -73,6 +77,7 @@ class Steps:
             if queued.pending is not None:
                 result = queued.pending.result()
                 self._done = result.step
+                self.times.end()
                 self._on_result(result)
             if self._epoch.op_log is not None:
                 self._epoch.op_log.write(op, queued)

@@ -15,6 +15,7 @@ from coordinator.replica import health
 from coordinator.replica.events import (
     Accept,
     Attached,
+    Beat,
     Command,
     Effect,
     Form,
@@ -74,6 +75,11 @@ class RankState:
         moved = (phase, step, loaded_bytes) != (self.seen.phase, self.seen.step, self.loaded_bytes)
         self.seen = Observation(phase, step, now, now if moved else self.seen.moved_s, self.seen.detached_s)
         self.loaded_bytes = loaded_bytes
+
+    def beat(self, now: float, beat: Beat) -> None:
+        """A heartbeat came."""
+        self.heard(now, beat.phase, beat.step, self.loaded_bytes)
+        self.seen = self.seen.in_step(beat.kind, beat.slowest_s)
 
     def detached(self, now: float) -> None:
         """Its stream ended; a new hello replaces the observation."""
@@ -135,12 +141,12 @@ class Attempt:
         """A rank that is dead, wedged or faulty as far as can be heard, and why."""
         if self.fault is not None and now - self.fault[0] >= FAULT_S:
             return self.fault[1:]
+        attached = {index: rank.seen for index, rank in self.everyone.items() if rank.hello}
+        if unfit := health.first_unfit(now, attached, limits):
+            return unfit
         for index, rank in self.everyone.items():
-            healthy, reason = health.judge(now, rank.seen, limits) if rank.hello else (True, "")
-            if healthy and rank.retiring_s is not None and now - rank.retiring_s >= limits.retire_s:
-                healthy, reason = False, f"did not end its epoch within {limits.retire_s:g} s"
-            if not healthy:
-                return index, reason
+            if rank.retiring_s is not None and now - rank.retiring_s >= limits.retire_s:
+                return index, f"did not end its epoch within {limits.retire_s:g} s"
         return None
 
     def told_fault(self, now: float, index: int, reason: str) -> list[Effect]:

@@ -244,7 +244,7 @@ class ReplicaCore:
     # What goes wrong.
 
     def _beat(self, now: float, event: events.Beat, rank: RankState) -> list[Effect]:
-        rank.heard(now, event.phase, event.step, rank.loaded_bytes)
+        rank.beat(now, event)
         return []
 
     def _detached(self, now: float, event: events.Detached, rank: RankState) -> list[Effect]:

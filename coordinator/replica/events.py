@@ -63,12 +63,14 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A heartbeat."""
+    """A heartbeat. kind: of the step that runs; slowest_s: the slowest of that kind of late, 0 if none was measured."""
 
     rank: int
     incarnation: str
     phase: str
     step: int
+    kind: str = ""
+    slowest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

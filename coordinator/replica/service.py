@@ -130,7 +130,7 @@ class ReplicaService:
         """One event through the core; its effects in order."""
         if self._closing:
             return
-        for effect in self.core.step(time.time(), event):
+        for effect in self.core.step(time.monotonic(), event):  # a clock that is set must not end a rank
             match effect:
                 case Launch(rank, incarnation):
                     self._spawn(self._launch(rank, incarnation))

@@ -129,3 +129,56 @@ def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
     assert first != second and again == [first, second]
     assert drill.threads[-1] <= drill.threads[1], "each epoch's threads end with it"
     assert drill.idle_bytes[-1] - drill.idle_bytes[1] < first // 4, "nothing of an ended epoch is held"
+
+
+class Listener(control_pb2_grpc.RankControlServicer):
+    """Hears heartbeats until it is told to end."""
+
+    def __init__(self) -> None:
+        self.attached = asyncio.Event()
+        self.phases: list[str] = []
+        self.end = asyncio.Event()
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[control_pb2.RankMessage], context: object
+    ) -> AsyncIterator[control_pb2.RankCommand]:
+        await anext(request_iterator)
+        self.attached.set()
+        reading = asyncio.create_task(self._read(request_iterator))
+        await self.end.wait()
+        yield control_pb2.RankCommand(refused=control_pb2.Refused(reason="end"), fence=control_pb2.Fence(term=1))
+        await reading
+
+    async def _read(self, messages: AsyncIterator[control_pb2.RankMessage]) -> None:
+        async for message in messages:
+            self.phases.append(message.heartbeat.phase)
+            self.end.set()
+
+
+def test_a_rank_tells_that_it_compiles_before_it_does() -> None:
+    """Its next heartbeat by itself would come after a minute."""
+
+    async def scenario() -> list[str]:
+        server, listener = grpc.aio.server(), Listener()
+        control_pb2_grpc.add_RankControlServicer_to_server(listener, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        spec = RankSpec(
+            coordinator_address=f"127.0.0.1:{port}", cluster="c", replica=0, rank=0, incarnation="1", device="cpu",
+            heartbeat_s=60.0, term=1,
+        )  # fmt: skip
+        rank = RankProcess(spec)
+        running = asyncio.create_task(rank.run())
+        await asyncio.wait_for(listener.attached.wait(), 30)
+
+        def compile_something() -> str:
+            with rank._tell_compiling():
+                pass
+            return rank.beat().phase
+
+        assert await asyncio.to_thread(compile_something) == "waiting"
+        await asyncio.wait_for(running, 30)
+        await server.stop(0)
+        return listener.phases
+
+    assert asyncio.run(scenario()) == ["compiling"]

@@ -150,12 +150,32 @@ def test_a_stopped_rank_is_found_by_its_silence_and_a_late_coordinator_blames_it
     core = make()
     name = launch(core)
     form(core, 1.0)
-    core.step(5.0, Beat(0, name, "ready", 1))
-    assert core.step(5.5, Tick()) == []
-    assert core.step(25.0, Tick(lag_s=19.5)) == [], "nobody listened for 19.5 s"
-    core.step(25.2, Beat(0, name, "ready", 1))
-    effects = quiet(core.step(26.2, Tick()))
+    core.step(3.0, Beat(0, name, "ready", 1))
+    assert core.step(3.5, Tick()) == []
+    assert core.step(23.0, Tick(lag_s=19.5)) == [], "nobody listened for 19.5 s"
+    core.step(23.2, Beat(0, name, "ready", 1))
+    assert core.step(23.4, Tick()) == []
+    effects = quiet(core.step(23.7, Tick()))
     assert Kill(2, suspect=1) in effects
+
+
+def test_a_wedged_rank_is_found_by_the_deadline_of_its_kind_of_step() -> None:
+    core = make()
+    name = launch(core)
+    form(core, 1.0)
+
+    def beat(now: float, steps: tuple[int, int], slowest_s: float) -> list[Effect]:
+        for rank, step in enumerate(steps):
+            core.step(now, Beat(rank, name, "stepping", step, "decode of 8 tokens", slowest_s))
+        return quiet(core.step(now, Tick()))
+
+    assert beat(2.0, (1, 1), 0.2) == []
+    for now in range(3, 6):
+        assert beat(now, (2, 1), 0.2) == [], "it may take 4 s"
+    effects = beat(6.5, (2, 1), 0.2)
+    assert Kill(2, suspect=1) in effects
+    (down,) = [effect for effect in effects if isinstance(effect, ReplicaDown)]
+    assert "no progress for 4.5 s in phase stepping at step 1, decode of 8 tokens, allowed 4 s" in down.reason
 
 
 def test_a_broken_stream_gets_a_moment_to_come_back() -> None:

@@ -59,12 +59,16 @@ class RankHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., phase: _Optional[str] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("phase", "step")
+    __slots__ = ("phase", "step", "kind", "slowest_s")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_S_FIELD_NUMBER: _ClassVar[int]
     phase: str
     step: int
-    def __init__(self, phase: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    kind: str
+    slowest_s: float
+    def __init__(self, phase: _Optional[str] = ..., step: _Optional[int] = ..., kind: _Optional[str] = ..., slowest_s: _Optional[float] = ...) -> None: ...
 
 class StoreOpened(_message.Message):
     __slots__ = ("address",)
