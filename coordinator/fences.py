@@ -6,6 +6,8 @@ lock lets one coordinator alone write here; it goes with the process, however th
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +21,12 @@ from echelon.errors import ConfigError
 
 LOCK_FILE = "lock"
 TERM_FILE = "term"
+RESERVED_BYTES = 4096  # a block: the next number finds room on a disk that has become full
 LOCK_PATIENCE_S = 5.0  # a predecessor that was killed may still be ending
+
+
+class SupersededError(OSError):
+    """Another coordinator has a later term, so nothing of ours counts: the lock was lost, or its file removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +85,45 @@ class Fences:
         assert epoch > self.epoch(replica), f"epoch {epoch} of replica {replica} after {self.epoch(replica)}"
         self._write(replace(self._numbers, epochs={**self._numbers.epochs, str(replica): epoch}))
 
+    def check(self) -> None:
+        """Raises SupersededError."""
+        later = _read(self._directory).term
+        if later > self.term:
+            message = f"another coordinator has taken term {later}; this one, of term {self.term}, may do nothing more"
+            raise SupersededError(errno.ESTALE, message)
+
     def close(self) -> None:
         """Release the lock."""
         os.close(self._lock)
 
     def _write(self, numbers: Numbers) -> None:
         """Replace the file as a whole: a crash leaves the old or the new one."""
+        self.check()
         fresh = self._directory / f"{TERM_FILE}.new"
-        with fresh.open("w") as file:
-            json.dump(asdict(numbers), file)
-            file.flush()
-            os.fsync(file.fileno())
+        _overwrite(fresh, json.dumps(asdict(numbers)).encode())
         fresh.replace(self._directory / TERM_FILE)
+        with contextlib.suppress(OSError):
+            _overwrite(fresh, b"")
         folder = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
         self._numbers = numbers
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """In place, so that where the file is as large already no block is asked for; JSON may end with empty lines."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        padded = content.ljust(RESERVED_BYTES, b"\n")
+        written = os.pwrite(descriptor, padded, 0)
+        if written < len(padded):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        os.ftruncate(descriptor, len(padded))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(lock: int, directory: Path, patience_s: float) -> None:

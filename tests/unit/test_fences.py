@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fences import Fences
+from coordinator.fences import Fences, SupersededError
 from echelon.errors import ConfigError
 
 
@@ -38,6 +38,35 @@ def test_an_epoch_never_falls(tmp_path: Path) -> None:
     fences.persist_epoch(0, 3)
     with pytest.raises(AssertionError):
         fences.persist_epoch(0, 3)
+    fences.close()
+
+
+def test_one_that_was_replaced_can_take_no_number(tmp_path: Path) -> None:
+    """Its lock file was removed, so a successor could begin beside it."""
+    old = Fences.open(tmp_path)
+    old.persist_epoch(0, 1)
+    (tmp_path / "lock").unlink()
+    new = Fences.open(tmp_path)
+    new.persist_epoch(0, 2)
+    with pytest.raises(SupersededError, match="taken term 2; this one, of term 1"):
+        old.persist_epoch(0, 3)
+    with pytest.raises(SupersededError):
+        old.check()
+    new.check()
+    assert json.loads((tmp_path / "term").read_text())["epochs"] == {"0": 2}
+    for fences in (old, new):
+        fences.close()
+
+
+def test_the_next_number_finds_its_room_reserved(tmp_path: Path) -> None:
+    """On a disk that is full since, it is written over blocks that are there already."""
+    fences = Fences.open(tmp_path)
+    for epoch in (1, 2, 3):
+        reserve = (tmp_path / "term.new").stat()
+        fences.persist_epoch(0, epoch)
+        written = (tmp_path / "term").stat()
+        assert (written.st_ino, written.st_size, written.st_blocks) == (reserve.st_ino, 4096, reserve.st_blocks)
+        assert reserve.st_size == 4096
     fences.close()
 
 
