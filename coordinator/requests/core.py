@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from coordinator.journal.state import Assigned, JournalState
 from coordinator.journal.state import Prompted as PromptedRecord
+from coordinator.requests.config import CoreConfig as CoreConfig
 from coordinator.requests.events import (
     Cancel,
     Drain,
@@ -28,8 +29,8 @@ from coordinator.requests.events import (
     Submit,
     Tick,
 )
+from coordinator.requests.kept import Kept
 from coordinator.requests.life import Life, NewText, Phase
-from coordinator.requests.lives import CoreConfig as CoreConfig
 from coordinator.requests.lives import Lives
 from coordinator.requests.nouns import Request
 from coordinator.requests.router import NOTHING, Link, Reason, Router, choose, too_large
@@ -65,6 +66,7 @@ class CoordinatorCore:
             self._lives.restore(now)
             self._restored = True
         self._lives.look_at_due(now)  # first, so that nothing is shown to a stream in the step that forgets it
+        self._lives.make_room()
         match event:
             case Reported(report):
                 self._take_report(now, report)
@@ -99,6 +101,11 @@ class CoordinatorCore:
     def remembered(self) -> int:
         """Requests known by their id, ended ones included."""
         return len(self._lives)
+
+    @property
+    def kept(self) -> Kept:
+        """What requests take that are only remembered."""
+        return self._lives.kept
 
     def affinity_hits(self, replica: int) -> int:
         """Requests that came to a replica for their prefix, since its epoch began or this coordinator did."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from coordinator.journal.state import Finished, Forgotten, JournalState, Opened, Record, Tokens
 from coordinator.requests.admission import Queue, refuse_attach, refuse_open
+from coordinator.requests.config import CoreConfig
 from coordinator.requests.events import Append, Deliver, Effect, Emit, Submit
+from coordinator.requests.kept import Kept
 from coordinator.requests.life import Due, Life, NewText, Phase
 from coordinator.requests.nouns import Outcome, Received, Request, Shown
 from coordinator.requests.router import Router
@@ -25,19 +26,7 @@ from echelon.internal.link import TokenRun
 
 # A new coordinator lets replicas go on this long with requests whose clients have not come back yet.
 REATTACH_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """This coordinator's term; how long a lost or answered request is remembered; prompt tokens that may wait.
-
-    replicas: how many there are to choose from.
-    """
-
-    term: int
-    resume_window_s: float
-    max_queue_tokens: int
-    replicas: int = 1
+TERM_SHIFT = 32
 
 
 class Lives:
@@ -46,6 +35,7 @@ class Lives:
     def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState, router: Router) -> None:
         self.draining = False
         self.phases: Counter[Phase] = Counter()
+        self.kept = Kept(config.max_kept_bytes)
         self._config = config
         self._new_text = new_text
         self._state = state
@@ -88,8 +78,8 @@ class Lives:
         self._appends.append(Append(record))
 
     def next_attempt(self) -> int:
-        """A number that no attempt at any request has had."""
-        return self._state.last_attempt + 1
+        """A number that no attempt at any request has had, even if the journal has lost some: terms are never lost."""
+        return max(self._state.last_attempt, (self._config.term - 1) << TERM_SHIFT) + 1
 
     def emit(self, kind: str, subject: str, **detail: object) -> None:
         self._told.append(Emit(kind, subject, detail))
@@ -103,6 +93,7 @@ class Lives:
             self.phases[phase] += 1
             if life.ended and not entry.finished:  # the last tokens were written, their end was not
                 self._finish(now, life)
+            self.kept.moved(life.entry, life.phase in (Phase.ENDED, Phase.PARKED))
             self._look_at(life, now)
 
     # Streams
@@ -235,6 +226,7 @@ class Lives:
         self.record(Forgotten(life.request_id))
         self.phases[life.phase] -= 1
         self._timers.discard(life.request_id)
+        self.kept.discard(life.request_id)
         del self._lives[life.request_id]
 
     def _withdraw(self, life: Life) -> None:
@@ -247,6 +239,7 @@ class Lives:
         self.phases[life.phase] -= 1
         self.phases[phase] += 1
         life.phase = phase
+        self.kept.moved(life.entry, life.phase in (Phase.ENDED, Phase.PARKED))
 
     def accept(self, now: float, life: Life, run: TokenRun) -> None:
         """Journal and deliver what a run of the current attempt adds to a choice that goes on; no gap is before it."""
@@ -273,6 +266,13 @@ class Lives:
             self._finish(now, life)
 
     # Time
+
+    def make_room(self) -> None:
+        """Forget what takes more memory than it may. Told once, until there is room again."""
+        while request_id := self.kept.excess():
+            if self.kept.forget_early():
+                self.emit("requests.forgotten_early", "coordinator", first=request_id, limit_bytes=self.kept.max_bytes)
+            self.forget(self._lives[request_id])
 
     def look_at_due(self, now: float) -> None:
         """What time alone does: deadlines, the resume window, clients that did not come back to a new coordinator."""
