@@ -9,12 +9,14 @@ import hashlib
 from dataclasses import dataclass
 
 from coordinator.answer_text import AnswerText, Stops
+from coordinator.clock import ClockOrigin, SteadyClock
 from coordinator.cluster import Cluster
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.fences import Fences
 from coordinator.grammars import Grammars
 from coordinator.journal.file import JournalFile
+from coordinator.journal.memory import NoJournal
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts
 from coordinator.placement import ReplicaPlan, plan_replica
@@ -79,12 +81,8 @@ def read_layout(config: CoordinatorConfig) -> Layout:
 
 def build_service(layout: Layout, fences: Fences) -> Service:
     """The service over the state directory's journal."""
-    config = layout.config
-    folder = config.state_dir / "journal"
-    try:
-        journal = JournalFile(folder, fences.term, fsync=config.journal == "fsync")
-    except OSError as error:
-        raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
+    config, clock = layout.config, SteadyClock()
+    journal = _open_journal(config, fences, clock.origin)
 
     def new_text(stops: Stops) -> AnswerText:
         return AnswerText(Detokenizer(service.served.tokenizer.decode), stops)
@@ -96,9 +94,20 @@ def build_service(layout: Layout, fences: Fences) -> Service:
         events=EventLog(fences.term),
         metrics=Metrics.create(),
         served=layout.served,
+        clock=clock,
     )
     service = Service(parts)
     return service
+
+
+def _open_journal(config: CoordinatorConfig, fences: Fences, origin: ClockOrigin) -> JournalFile | NoJournal:
+    if config.journal == "off":
+        return NoJournal()
+    folder = config.state_dir / "journal"
+    try:
+        return JournalFile(folder, fences.term, fsync=config.journal == "fsync", origin=origin)
+    except OSError as error:
+        raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
 
 
 def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2.FormEpoch:

@@ -7,7 +7,6 @@ loop meanwhile. Checks no more than the nouns themselves do.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,10 +28,9 @@ async def off_loop(message: Message, read: Callable[[], T]) -> T:
 
 
 async def read_generation(
-    message: generation_pb2.GenerateRequest, remaining_s: float | None
+    message: generation_pb2.GenerateRequest, deadline_unix_s: float | None
 ) -> tuple[GenerateFields, Received | None]:
-    """What is asked for, and the ids that a re-attaching client holds. remaining_s: until its deadline, or None."""
-    deadline_unix_s = None if remaining_s is None else time.time() + remaining_s
+    """What is asked for, and the ids that a re-attaching client holds."""
     return await off_loop(message, lambda: (_fields(message, deadline_unix_s), _received(message)))
 
 

@@ -32,7 +32,10 @@ class Metrics:
     open_streams: Gauge
     kept_events: Gauge
     tasks: Gauge
+    kept_bytes: Gauge
+    forgotten_early: Gauge
     journal_bytes: Gauge
+    journal_damaged_bytes: Gauge
     time_to_first_token: Histogram
     inter_token: Histogram
     kv_cache_usage: Gauge
@@ -71,8 +74,11 @@ class Metrics:
             open_streams=gauge("open_streams", "Clients and job items that read a request's tokens now."),
             kept_events=gauge("kept_events", "Events that can still be listed."),
             tasks=gauge("asyncio_tasks", "Tasks on the coordinator's event loop."),
-            journal_bytes=gauge(
-                "journal_bytes", "The journal's size; at 64 MiB it is written anew, without the ended."
+            kept_bytes=gauge("kept_request_bytes", "Memory of ended and parked requests, about."),
+            forgotten_early=gauge("forgotten_early", "Requests forgotten within the resume window, for want of room."),
+            journal_bytes=gauge("journal_bytes", "The journal's size on disk; at 32 MiB it is begun anew."),
+            journal_damaged_bytes=gauge(
+                "journal_damaged_bytes", "Of the predecessor's journal, what this coordinator could not read."
             ),
             time_to_first_token=seconds("time_to_first_token_seconds", "From arrival to the first token."),
             inter_token=seconds("inter_token_latency_seconds", "Between deltas of one request, per token."),
@@ -84,7 +90,7 @@ class Metrics:
             ),
             epoch=gauge("replica_epoch", "The replica's epoch.", "replica"),
             term=gauge("coordinator_term", "The coordinator's term."),
-            journal_durable=gauge("journal_durable", "1 while tokens are journaled before delivery."),
+            journal_durable=gauge("journal_durable", "1 while what is delivered is in the journal before."),
         )
 
     def serve(self, address: str) -> None:

@@ -44,6 +44,7 @@ from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation
 
 STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
+JOURNAL_HEALTH = "journal"  # a name to ask the health service for: whether what is delivered is durable
 LARGE_METHODS = ("/echelon.v1.BatchJobService/CreateBatchJob",)  # a whole batch file in one request
 
 log = structlog.get_logger("coordinator")
@@ -80,6 +81,8 @@ class Coordinator:
         if config.metrics_address:
             self._service.metrics.serve(config.metrics_address)
         await self._set_serving(False)
+        await self._set_durable()
+        self._service.recorder.on_change = lambda: self._spawn(self._set_durable())
         await self._serve_public(self._jobs)
         await self._serve_internal()
         await self._cluster.connect()
@@ -153,6 +156,7 @@ class Coordinator:
             models=(model,),
             replicas=self._replicas.describe(),
             ranks=self._replicas.ranks(),
+            journal=self._service.recorder.state,
             spares=self._spares.describe(),
         )
 
@@ -237,6 +241,7 @@ class Coordinator:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._config.lease_s / 6)
+            self._fences.check()  # no lease from one that was replaced, and that only now wakes
             await self._cluster.renew()
 
     def _need_of_spares(self) -> tuple[Sequence[types.Rank], int, float | None, int]:
@@ -248,9 +253,11 @@ class Coordinator:
         self._reconfiguration.serving()
 
     async def _set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
         for name in ("", *service_names()):
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+            await self._health.set(name, _serving(serving))
+
+    async def _set_durable(self) -> None:
+        await self._health.set(JOURNAL_HEALTH, _serving(self._service.recorder.durable))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -267,6 +274,11 @@ class Coordinator:
             return
         if not self._failed.done():
             self._failed.set_exception(error)
+
+
+def _serving(serves: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
+    status = health_pb2.HealthCheckResponse
+    return status.SERVING if serves else status.NOT_SERVING
 
 
 def service_names() -> tuple[str, ...]:

@@ -134,7 +134,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, Response],
     ) -> AsyncGenerator[Shown]:
-        fields, received = await read_generation(request, context.time_remaining())
+        remaining_s = context.time_remaining()
+        deadline_unix_s = None if remaining_s is None else self._service.now() + remaining_s
+        fields, received = await read_generation(request, deadline_unix_s)
         return self._service.submit(fields, received)
 
 

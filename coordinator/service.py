@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from coordinator.clock import SteadyClock
 from coordinator.events import EventLog
 from coordinator.frontend import GenerateFields, Prompt, check_received, prompt_ids, resolve
-from coordinator.journal.file import JournalFile
 from coordinator.journal.state import Finished, Opened, Record, Tokens
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts, check_vocabulary
+from coordinator.recorder import Journal, Recorder
 from coordinator.requests.core import CoordinatorCore
 from coordinator.requests.events import (
     Append,
@@ -39,7 +40,7 @@ from coordinator.requests.events import (
 )
 from coordinator.requests.nouns import Outcome, Received, Shown
 from coordinator.settle import Served
-from echelon.errors import EchelonError, InvalidRequestError, OverloadedError
+from echelon.errors import EchelonError, InvalidRequestError
 from echelon.internal.link import Command, Fence, ReplicaStats, Report
 from echelon.types import Completion, StreamEvent
 
@@ -71,10 +72,11 @@ class Parts:
     """What a service is made of."""
 
     core: CoordinatorCore
-    journal: JournalFile
+    journal: Journal
     events: EventLog
     metrics: Metrics
     served: Served
+    clock: Callable[[], float] = field(default_factory=SteadyClock)
 
 
 class Service:
@@ -85,12 +87,12 @@ class Service:
         self.events = parts.events
         self.metrics = parts.metrics
         self.served = parts.served
-        self._journal = parts.journal
+        self.now = parts.clock
+        self.recorder = Recorder(parts.journal, parts.events, parts.metrics)
         self._streams: dict[int, Stream] = {}
         self._stream_ids = itertools.count(1)
         self._links: dict[int, Callable[[Command], None]] = {}
         self._interrupted: Callable[[str], None] = lambda request_id: None
-        self._journal_failed = False
         self._engines: dict[int, Engine] = {}
 
     @property
@@ -112,16 +114,11 @@ class Service:
         seed, drawn_id, read_for = secrets.randbits(63), secrets.token_hex(16), None
         while read_for is not self.served:  # another model may have taken over meanwhile
             read_for = self.served
-            request = await asyncio.to_thread(resolve, fields, read_for, time.time(), seed, drawn_id)
+            request = await asyncio.to_thread(resolve, fields, read_for, self.now(), seed, drawn_id)
         if received is not None:
             check_received(received, self.facts)
-        if self._journal_failed and not self.core.is_open(request.request_id):
-            raise OverloadedError(
-                "the journal cannot be written, so no new request is taken; free space in the state directory",
-                reason="JOURNAL_UNAVAILABLE",
-                request_id=request.request_id,
-                retry_after_s=5.0,
-            )
+        if not self.core.is_open(request.request_id):
+            self.recorder.check_writable(request.request_id)
         number = next(self._stream_ids)
         stream = Stream(asyncio.Queue(), time.monotonic())
         self._streams[number] = stream
@@ -187,7 +184,7 @@ class Service:
 
     def close(self) -> None:
         """Let go of the journal."""
-        self._journal.close()
+        self.recorder.close()
 
     async def tick(self) -> None:
         """Tell the core the time, for as long as the coordinator lives."""
@@ -205,15 +202,17 @@ class Service:
         metrics.open_streams.set(len(self._streams))
         metrics.kept_events.set(len(self.events))
         metrics.tasks.set(len(asyncio.all_tasks()))
-        metrics.journal_bytes.set(self._journal.size_bytes)
+        metrics.kept_bytes.set(self.core.kept.size_bytes)
+        metrics.forgotten_early.set(self.core.kept.forgotten_early)
+        self.recorder.measure()
         for replica in self._engines:
             metrics.affinity_hits.labels(str(replica)).set(self.core.affinity_hits(replica))
 
     def post(self, event: Event) -> None:
         """One event through the core: its records in one write(), then its other effects in order."""
-        effects = self.core.step(time.time(), event)
+        effects = self.core.step(self.now(), event)
         records = [effect.record for effect in effects if isinstance(effect, Append)]
-        self._append(records)
+        self.recorder.write(records)
         self._count(records)
         for effect in effects:
             match effect:
@@ -224,22 +223,6 @@ class Service:
                         send(command)
                 case Emit(kind, subject, detail):
                     self._emit(kind, subject, detail)
-
-    def _append(self, records: list[Record]) -> None:
-        """On a write error running streams go on, told not durable; the records stay ahead of the next write."""
-        if not records and not self._journal_failed:
-            return
-        try:
-            self._journal.append(records)
-        except OSError as error:
-            if not self._journal_failed:
-                self.events.emit("journal.failed", "journal", {"error": str(error)})
-            self._journal_failed = True
-        else:
-            if self._journal_failed:
-                self.events.emit("journal.recovered", "journal")
-            self._journal_failed = False
-        self.metrics.journal_durable.set(0 if self._journal_failed else 1)
 
     def _count(self, records: list[Record]) -> None:
         """From records, which are written once: an answer is delivered as often as a client asks for it again."""

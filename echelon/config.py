@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revis
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Journal = Literal["write", "fsync"]
+Journal = Literal["write", "fsync", "off"]
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -87,7 +87,9 @@ class ServeConfig(BaseModel):
     heartbeat_s: BeatSeconds = Field(default=0.5, description="Interval of the ranks' heartbeats.")
     drain_timeout_s: DrainSeconds = Field(default=30.0, description="How long SIGTERM lets running requests finish.")
     max_queue_tokens: Count = Field(default=1_000_000, description="Prompt tokens that may wait for a place.")
-    journal: Journal = Field(default="write", description="fsync survives power loss too, for a disk flush a step.")
+    journal: Journal = Field(
+        default="write", description="fsync survives power loss too, for a disk flush a step; off: only ranks may die."
+    )
     trace_dir: Path | None = Field(default=None, description="Log every operation of every rank there; default: not.")
     metrics_address: str | None = Field(default=None, description="host:port of a Prometheus endpoint; default: none.")
 

@@ -14,7 +14,7 @@ from echelon.v1 import cluster_pb2
 _RANK_FIELDS = tuple(field.name for field in cluster_pb2.Rank.DESCRIPTOR.fields)
 _REPLICA_FIELDS = tuple(field.name for field in cluster_pb2.Replica.DESCRIPTOR.fields)
 _SPARE_FIELDS = tuple(field.name for field in cluster_pb2.Spare.DESCRIPTOR.fields)
-_CLUSTER_FIELDS = ("version", "term", "coordinator_pid", "queued", "running", "parked")
+_CLUSTER_FIELDS = ("version", "term", "coordinator_pid", "queued", "running", "parked", "journal")
 _MODEL_FIELDS = ("name", "source", "dtype", "architecture", "max_context")
 
 

@@ -231,7 +231,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Everything that serves, at one moment."""
+    """Everything that serves, at one moment. journal: durable, off, or "not durable: " and why."""
 
     version: str
     term: int
@@ -243,6 +243,7 @@ class Cluster:
     replicas: tuple[Replica, ...]
     ranks: tuple[Rank, ...]
     spares: tuple[Spare, ...] = ()
+    journal: str = "durable"
 
 
 @dataclass(frozen=True, slots=True)

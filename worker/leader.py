@@ -81,7 +81,7 @@ class Leader:
             await call.write(wire.report_to_proto(await self._reports.get()))
 
     def _post(self, event: Event) -> None:
-        for effect in self._core.step(time.time(), event):
+        for effect in self._core.step(time.monotonic(), event):
             match effect:
                 case RunPlan(plans):
                     self._send_plans([encode(plan) for plan in plans])

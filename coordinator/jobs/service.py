@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,11 +53,12 @@ class Generation(Protocol):
 
         A known request_id with the same content attaches again. Leaving the iterator closes the stream.
         """
-        ...
 
     def cancel(self, request_ids: Sequence[str]) -> Sequence[str]:
         """Ends these requests, unknown ones left alone; answers those that were running."""
-        ...
+
+    def now(self) -> float:
+        """Unix seconds, by the clock that requests' deadlines are judged by."""
 
 
 class JobService:
@@ -138,7 +138,7 @@ class JobService:
             digest=batch_digest(model, items),
             model=model,
             items=tuple(NewItem(item.custom_id, item.line) for item in items),
-            create_unix_s=time.time(),
+            create_unix_s=self._generation.now(),
         )
         stored = await self._on_store(self._store.create, new)
         self._apply(events.Loaded((stored,)))
@@ -211,7 +211,7 @@ class JobService:
     def _apply(self, event: events.Event) -> None:
         if self._closed:
             return
-        for effect in self._runner.step(time.time(), event):
+        for effect in self._runner.step(self._generation.now(), event):
             self._execute(effect)
 
     def _execute(self, effect: events.Effect) -> None:
@@ -233,7 +233,7 @@ class JobService:
             case events.Wake(unix_s):
                 if self._timer is not None:
                     self._timer.cancel()
-                delay_s = max(0.0, unix_s - time.time())
+                delay_s = max(0.0, unix_s - self._generation.now())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self._apply, events.Tick())
             case events.Changed(job_id):
                 for changed in self._watchers.get(job_id, ()):
@@ -266,7 +266,7 @@ class JobService:
             sampling=item_sampling(item.sampling, job_id, index),
             model=item.model or self.get(job_id).model,
             request_id=item_request_id(job_id, index),
-            deadline_unix_s=time.time() + ITEM_TIMEOUT_S,
+            deadline_unix_s=self._generation.now() + ITEM_TIMEOUT_S,
             priority=item.priority,
             cache_salt=item.cache_salt,
         )

@@ -11,7 +11,10 @@ import struct
 from collections.abc import Iterable
 
 import google_crc32c
+from google.protobuf.message import DecodeError
 
+from coordinator.clock import ClockOrigin
+from coordinator.journal.damage import Damage
 from coordinator.journal.state import Assigned, Finished, Forgotten, Opened, Prompted, Record, Tokens
 from coordinator.requests.nouns import Received, Request
 from echelon.internal import link, wire
@@ -31,7 +34,7 @@ def frame(records: Iterable[Record], term: int) -> bytes:
 
 
 def unframe(content: bytes) -> tuple[list[Record], int]:
-    """The records up to the first frame that is cut or damaged, and how many bytes they take."""
+    """The records up to the first frame that is cut, damaged or not understood, and how many bytes they take."""
     records: list[Record] = []
     offset = 0
     while offset + FRAME.size <= len(content):
@@ -40,9 +43,27 @@ def unframe(content: bytes) -> tuple[list[Record], int]:
         # A file system may leave zeros after a power cut: a frame of nothing has the right checksum, but no record.
         if not length or len(payload) < length or google_crc32c.value(payload) != checksum:
             break
-        records.append(decode(payload))
+        try:
+            records.append(decode(payload))
+        except (DecodeError, ValueError):
+            break
         offset += FRAME.size + length
     return records, offset
+
+
+def find_damage(segment: str, content: bytes, at_byte: int) -> Damage | None:
+    """Why reading has stopped where it did; None at the end of the segment."""
+    rest = content[at_byte:]
+    if not rest:
+        return None
+    length, checksum = FRAME.unpack_from(rest) if len(rest) >= FRAME.size else (0, 0)
+    if len(rest) < FRAME.size + length or not any(rest):
+        reason = "its last record is incomplete"  # as a process leaves it that is killed inside write()
+    elif length and google_crc32c.value(rest[FRAME.size : FRAME.size + length]) == checksum:
+        reason = "a record of an unknown kind; was it written by a later version?"
+    else:
+        reason = "a record does not match its checksum"
+    return Damage(segment, at_byte, len(rest), reason)
 
 
 def encode(record: Record, term: int) -> bytes:
@@ -85,10 +106,13 @@ def encode(record: Record, term: int) -> bytes:
         case Forgotten(request_id):
             forgotten = journal_pb2.Forgotten(request=request_id)
             return journal_pb2.JournalRecord(term=term, forgotten=forgotten).SerializeToString()
+        case ClockOrigin(boot_id, unix_s):
+            origin = journal_pb2.ClockOrigin(boot_id=boot_id, unix_s=unix_s)
+            return journal_pb2.JournalRecord(term=term, clock_origin=origin).SerializeToString()
 
 
 def decode(payload: bytes) -> Record:
-    """The record of a JournalRecord."""
+    """The record of a JournalRecord. Raises ValueError for one that this version does not know, or DecodeError."""
     message = journal_pb2.JournalRecord.FromString(payload)
     match message.WhichOneof("body"):
         case "tokens":
@@ -118,8 +142,10 @@ def decode(payload: bytes) -> Record:
             return Prompted(told.request, told.attempt, told.cached_tokens, told.prompt_logprobs)
         case "forgotten":
             return Forgotten(message.forgotten.request)
+        case "clock_origin":
+            return ClockOrigin(message.clock_origin.boot_id, message.clock_origin.unix_s)
         case other:
-            raise AssertionError(f"a journal record of an unknown kind: {other}")
+            raise ValueError(f"a journal record of an unknown kind: {other}")
 
 
 def _opened(request: Request, received: Received) -> journal_pb2.Opened:

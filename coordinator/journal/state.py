@@ -8,9 +8,10 @@ replays, so that a successor knows exactly what was written. Knows no bytes (`jo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+from coordinator.clock import ClockOrigin
 from coordinator.requests.nouns import Received, Request
 from echelon.internal.link import Finish, Logprob
 
@@ -78,7 +79,7 @@ class Forgotten:
     request_id: str
 
 
-Record = Opened | Assigned | Prompted | Tokens | Finished | Forgotten
+Record = ClockOrigin | Opened | Assigned | Prompted | Tokens | Finished | Forgotten
 
 
 @dataclass(slots=True)
@@ -127,6 +128,14 @@ class Entry:
     def generated_tokens(self) -> int:
         return sum(len(answer.ids) for answer in self.answers)
 
+    def shift(self, later_s: float) -> None:
+        """Its times, so much later."""
+        request = self.request
+        deadline_unix_s, opened_unix_s = request.deadline_unix_s + later_s, request.opened_unix_s + later_s
+        self.request = replace(request, deadline_unix_s=deadline_unix_s, opened_unix_s=opened_unix_s)
+        if self.finished:
+            self.finished = replace(self.finished, finished_unix_s=self.finished.finished_unix_s + later_s)
+
     def records(self) -> Iterator[Record]:
         """The fewest records that lead to this entry."""
         yield Opened(self.request)
@@ -137,13 +146,14 @@ class Entry:
 
 @dataclass(slots=True)
 class JournalState:
-    """All remembered requests by id. last_attempt: the highest number that was given to one.
+    """All remembered requests by id. last_attempt: the highest number that was given to one. origin: of all times.
 
     Applying some last records a second time, in order, changes nothing: compaction relies on it.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     last_attempt: int = 0
+    origin: ClockOrigin | None = None
 
     def apply(self, record: Record) -> None:
         """Fold one record in. Records of requests that are not remembered change nothing but the last attempt."""
@@ -164,15 +174,31 @@ class JournalState:
                     entry.finished = record
             case Forgotten(request_id):
                 self.entries.pop(request_id, None)
+            case ClockOrigin():
+                self.origin = record
 
     def apply_all(self, records: Iterable[Record]) -> None:
         for record in records:
             self.apply(record)
 
-    def records(self) -> Iterator[Record]:
-        """The fewest records that lead to this state."""
+    def resume(self, origin: ClockOrigin) -> None:
+        """From now on times count from here; those that are remembered are translated."""
+        later_s = origin.seconds_after(self.origin)
+        self.origin = origin
+        if later_s:
+            for entry in self.entries.values():
+                entry.shift(later_s)
+
+    def head(self) -> Iterator[Record]:
+        """What stands before all requests."""
+        if self.origin:
+            yield self.origin
         if self.last_attempt:
             yield Assigned("", self.last_attempt, 0, 0)
+
+    def records(self) -> Iterator[Record]:
+        """The fewest records that lead to this state."""
+        yield from self.head()
         for entry in self.entries.values():
             yield from entry.records()
 
@@ -180,10 +206,11 @@ class JournalState:
         entry = self.entries.get(record.request_id)
         if entry is None:
             return
-        answer = entry.answers[record.choice]
-        held = len(answer.ids) - record.first_token
-        if held < 0:  # records before these were lost to a damaged file; the client's own ids carry it on
+        # Where records before these were lost with a damaged file, the client's own ids carry the request on.
+        if record.choice >= len(entry.answers) or record.first_token > len(entry.answers[record.choice].ids):
             del self.entries[record.request_id]
             return
+        answer = entry.answers[record.choice]
+        held = len(answer.ids) - record.first_token
         answer.ids.extend(record.ids[held:])
         answer.logprobs.extend(record.logprobs[held:] if record.logprobs else [None] * len(record.ids[held:]))

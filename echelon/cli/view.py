@@ -19,8 +19,13 @@ def head_line(address: str, cluster: Cluster) -> str:
     return (
         f"{address}: echelon {cluster.version}, term {cluster.term}, pid {cluster.coordinator_pid}, "
         f"{ready}/{len(cluster.replicas)} replicas ready, "
-        f"{cluster.queued} queued, {cluster.running} running, {cluster.parked} parked"
+        f"{cluster.queued} queued, {cluster.running} running, {cluster.parked} parked{journal_note(cluster)}"
     )
+
+
+def journal_note(cluster: Cluster) -> str:
+    """What is to be said of the journal, nothing while all is well."""
+    return "" if cluster.journal in ("durable", "") else f", journal {cluster.journal}"
 
 
 def model_table(cluster: Cluster) -> Table:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from echelon.aio import AsyncClient
 from echelon.cli import output
-from echelon.cli.view import counter_table, head_line, model_table, rank_table, replica_table
+from echelon.cli.view import counter_table, head_line, journal_note, model_table, rank_table, replica_table
 from echelon.errors import DeadlineError, EchelonError, UnavailableError
 from echelon.types import Cluster
 
@@ -62,7 +62,7 @@ def line(look: Look, rates: dict[int, float]) -> str:
     return (
         f"replicas {ready}/{len(cluster.replicas)} ready, ranks {ranks}/{len(cluster.ranks)} ready, "
         f"{cluster.queued} queued, {cluster.running} running, {cluster.parked} parked, "
-        f"KV {used}/{total} blocks, {sum(rates.values()):.1f} tokens/s"
+        f"KV {used}/{total} blocks, {sum(rates.values()):.1f} tokens/s{journal_note(cluster)}"
     )
 
 

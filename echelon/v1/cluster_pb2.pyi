@@ -43,7 +43,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked", "spares")
+    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked", "spares", "journal")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class Cluster(_message.Message):
     COORDINATOR_PID_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
     SPARES_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_FIELD_NUMBER: _ClassVar[int]
     version: str
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -64,7 +65,8 @@ class Cluster(_message.Message):
     coordinator_pid: int
     parked: int
     spares: _containers.RepeatedCompositeFieldContainer[Spare]
-    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ...) -> None: ...
+    journal: str
+    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ..., journal: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("index", "epoch", "state", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "step", "counters")

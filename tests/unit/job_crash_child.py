@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -38,6 +39,9 @@ class Generation:
 
     def cancel(self, request_ids: Sequence[str]) -> Sequence[str]:
         return ()
+
+    def now(self) -> float:
+        return time.time()
 
 
 async def run_job(path: Path, crash_point: str, times: int) -> None:

@@ -220,6 +220,7 @@ def test_cluster_keeps_ranks_in_mesh_order_over_nodes() -> None:
         replicas=(replica,),
         ranks=(rank(0, "a"), rank(1, "b"), rank(2, "a")),
         spares=(Spare(replica=0, rank=1, pid=43, node_id="b", state="warming"),),
+        journal="not durable: full",
     )
     assert convert_cluster.cluster_from_proto(convert_cluster.cluster_to_proto(cluster)) == cluster
 

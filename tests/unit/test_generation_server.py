@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from google.protobuf import struct_pb2
 
 from coordinator.answer_text import AnswerText, Stops
+from coordinator.clock import SteadyClock
 from coordinator.detokenizer import Detokenizer
 from coordinator.events import EventLog
 from coordinator.grammars import Grammars
@@ -20,6 +22,7 @@ from coordinator.journal.file import JournalFile
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts
 from coordinator.requests.core import CoordinatorCore, CoreConfig
+from coordinator.requests.events import Tick
 from coordinator.server import GenerationServicer
 from coordinator.service import Parts, Service
 from coordinator.settle import Served
@@ -44,6 +47,7 @@ from tests.tiny import make_checkpoint
 
 FENCE = Fence(1, 0, 1)
 MAX_CONTEXT = 256
+A_DAY_S = 86_400.0
 
 
 @dataclass
@@ -119,6 +123,7 @@ def serve(model: Path, tmp_path: Path) -> Callable[[Callable[[Site], Awaitable[N
             events=EventLog(1),
             metrics=Metrics.create(),
             served=Served(facts, tokenizer, Grammars(model, facts)),
+            clock=SteadyClock(wall=lambda: time.time() - A_DAY_S),  # the machine's was set since
         )
         service = Service(parts)
         leader = Leader(service)
@@ -279,6 +284,24 @@ def test_several_choices_through_the_sdk(serve: Serve) -> None:
         assert (assign.priority, assign.cache_salt) == (-2, "tenant")
         assert (assign.sampling.n, assign.sampling.stop, assign.sampling.seed) == (3, (". t",), 7)
         assert len(assign.choices) == 3
+
+    serve(test)
+
+
+def test_a_call_ends_by_its_deadline_though_the_machines_clock_was_set(serve: Serve) -> None:
+    """Neither early nor a day late: the leader says nothing."""
+
+    async def test(site: Site) -> None:
+        began_s = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await site.stub.Generate(generation_pb2.GenerateRequest(text="two", request_id="late"), timeout=0.5)
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert time.monotonic() - began_s >= 0.5
+        while site.leader.service.core.is_open("late"):
+            site.leader.service.post(Tick())
+            await asyncio.sleep(0.01)
+        with pytest.raises(grpc.aio.AioRpcError, match="the deadline passed after 0 of"):
+            await site.stub.Generate(generation_pb2.GenerateRequest(text="two", request_id="late"), timeout=30)
 
     serve(test)
 

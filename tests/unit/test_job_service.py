@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ class Generation:
         self.answer = answer
         self.submitted: list[GenerateFields] = []
         self.left: list[str] = []
+        self.clock_ahead_s = 0.0
         self.cancelled: list[str] = []
         self.cancelled_too_early: list[str] = []  # while a stream could still submit them
 
@@ -57,6 +59,9 @@ class Generation:
         self.cancelled += request_ids
         self.cancelled_too_early += [each for each in request_ids if each not in self.left]
         return request_ids
+
+    def now(self) -> float:
+        return time.time() + self.clock_ahead_s
 
 
 def completion(fields: GenerateFields) -> Completion:
@@ -112,6 +117,23 @@ def test_an_items_place_in_the_queue_and_its_salt_go_with_it(path: Path) -> None
         assert (plain.priority, plain.cache_salt) == (0, "")
         assert (special.priority, special.cache_salt) == (-3, "tenant")
         assert (special.sampling.n, special.sampling.stop) == (2, (".",))
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_an_items_deadline_counts_by_the_clock_that_judges_it(path: Path, ahead_s: float) -> None:
+    """Which is not the machine's once that was set."""
+
+    async def test() -> None:
+        generation = Generation(echo)
+        generation.clock_ahead_s = ahead_s
+        async with opened(path, generation) as service:
+            await service.create("a", "m", jsonl("x"))
+            await all_results(service)
+        (fields,) = generation.submitted
+        assert fields.deadline_unix_s is not None
+        assert fields.deadline_unix_s - generation.now() == pytest.approx(job_service.ITEM_TIMEOUT_S, abs=60)
 
     asyncio.run(test())
 

@@ -63,6 +63,8 @@ def test_a_look_is_a_line() -> None:
     assert line(Look(1.0, cluster()), {0: 12.345}) == (
         "replicas 1/1 ready, ranks 1/1 ready, 1 queued, 2 running, 0 parked, KV 2/8 blocks, 12.3 tokens/s"
     )
+    full = replace(cluster(), journal="not durable: no space")
+    assert line(Look(1.0, full), {}).endswith(", journal not durable: no space")
     loading, stepping = (replace(cluster().ranks[0], state=state) for state in ("loading", "stepping"))
     assert "ranks 1/2 ready" in line(Look(1.0, replace(cluster(), ranks=(loading, stepping))), {})
     assert line(Look(1.0, error=UnavailableError("cannot reach h:1")), {}) == "cannot reach h:1; looking again"

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from echelon.internal.v1 import link_pb2 as echelon_dot_internal_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!echelon/internal/v1/journal.proto\x12\x13\x65\x63helon.internal.v1\x1a\x1e\x65\x63helon/internal/v1/link.proto\"\xd1\x02\n\rJournalRecord\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12-\n\x06opened\x18\x02 \x01(\x0b\x32\x1b.echelon.internal.v1.OpenedH\x00\x12\x31\n\x08\x61ssigned\x18\x03 \x01(\x0b\x32\x1d.echelon.internal.v1.AssignedH\x00\x12-\n\x06tokens\x18\x04 \x01(\x0b\x32\x1b.echelon.internal.v1.TokensH\x00\x12\x31\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.FinishedH\x00\x12\x33\n\tforgotten\x18\x06 \x01(\x0b\x32\x1e.echelon.internal.v1.ForgottenH\x00\x12\x31\n\x08prompted\x18\x07 \x01(\x0b\x32\x1d.echelon.internal.v1.PromptedH\x00\x42\x06\n\x04\x62ody\"\xfb\x01\n\x06Opened\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.Sampling\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x06 \x01(\x01\x12\x15\n\ropened_unix_s\x18\x07 \x01(\x01\x12*\n\x08received\x18\x08 \x03(\x0b\x32\x18.echelon.internal.v1.Ids\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x12\n\ncache_salt\x18\n \x01(\t\"g\n\x08\x41ssigned\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\x04\"\x8c\x01\n\x06Tokens\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.internal.v1.Logprob\"\x90\x01\n\x08\x46inished\x12\x0f\n\x07request\x18\x01 \x01(\t\x12-\n\x08\x66inishes\x18\x02 \x03(\x0e\x32\x1b.echelon.internal.v1.Finish\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x17\n\x0f\x66inished_unix_s\x18\x05 \x01(\x01\"\x1c\n\tForgotten\x12\x0f\n\x07request\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!echelon/internal/v1/journal.proto\x12\x13\x65\x63helon.internal.v1\x1a\x1e\x65\x63helon/internal/v1/link.proto\"\x8b\x03\n\rJournalRecord\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12-\n\x06opened\x18\x02 \x01(\x0b\x32\x1b.echelon.internal.v1.OpenedH\x00\x12\x31\n\x08\x61ssigned\x18\x03 \x01(\x0b\x32\x1d.echelon.internal.v1.AssignedH\x00\x12-\n\x06tokens\x18\x04 \x01(\x0b\x32\x1b.echelon.internal.v1.TokensH\x00\x12\x31\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.FinishedH\x00\x12\x33\n\tforgotten\x18\x06 \x01(\x0b\x32\x1e.echelon.internal.v1.ForgottenH\x00\x12\x31\n\x08prompted\x18\x07 \x01(\x0b\x32\x1d.echelon.internal.v1.PromptedH\x00\x12\x38\n\x0c\x63lock_origin\x18\x08 \x01(\x0b\x32 .echelon.internal.v1.ClockOriginH\x00\x42\x06\n\x04\x62ody\".\n\x0b\x43lockOrigin\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\"\xfb\x01\n\x06Opened\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.echelon.internal.v1.Sampling\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x06 \x01(\x01\x12\x15\n\ropened_unix_s\x18\x07 \x01(\x01\x12*\n\x08received\x18\x08 \x03(\x0b\x32\x18.echelon.internal.v1.Ids\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x12\n\ncache_salt\x18\n \x01(\t\"g\n\x08\x41ssigned\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\x04\"\x8c\x01\n\x06Tokens\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.internal.v1.Logprob\"\x90\x01\n\x08\x46inished\x12\x0f\n\x07request\x18\x01 \x01(\t\x12-\n\x08\x66inishes\x18\x02 \x03(\x0e\x32\x1b.echelon.internal.v1.Finish\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x17\n\x0f\x66inished_unix_s\x18\x05 \x01(\x01\"\x1c\n\tForgotten\x12\x0f\n\x07request\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.internal.v1.journal
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOURNALRECORD']._serialized_start=91
-  _globals['_JOURNALRECORD']._serialized_end=428
-  _globals['_OPENED']._serialized_start=431
-  _globals['_OPENED']._serialized_end=682
-  _globals['_ASSIGNED']._serialized_start=684
-  _globals['_ASSIGNED']._serialized_end=787
-  _globals['_TOKENS']._serialized_start=790
-  _globals['_TOKENS']._serialized_end=930
-  _globals['_FINISHED']._serialized_start=933
-  _globals['_FINISHED']._serialized_end=1077
-  _globals['_FORGOTTEN']._serialized_start=1079
-  _globals['_FORGOTTEN']._serialized_end=1107
+  _globals['_JOURNALRECORD']._serialized_end=486
+  _globals['_CLOCKORIGIN']._serialized_start=488
+  _globals['_CLOCKORIGIN']._serialized_end=534
+  _globals['_OPENED']._serialized_start=537
+  _globals['_OPENED']._serialized_end=788
+  _globals['_ASSIGNED']._serialized_start=790
+  _globals['_ASSIGNED']._serialized_end=893
+  _globals['_TOKENS']._serialized_start=896
+  _globals['_TOKENS']._serialized_end=1036
+  _globals['_FINISHED']._serialized_start=1039
+  _globals['_FINISHED']._serialized_end=1183
+  _globals['_FORGOTTEN']._serialized_start=1185
+  _globals['_FORGOTTEN']._serialized_end=1213
 # @@protoc_insertion_point(module_scope)

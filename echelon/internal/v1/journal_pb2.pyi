@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class JournalRecord(_message.Message):
-    __slots__ = ("term", "opened", "assigned", "tokens", "finished", "forgotten", "prompted")
+    __slots__ = ("term", "opened", "assigned", "tokens", "finished", "forgotten", "prompted", "clock_origin")
     TERM_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ASSIGNED_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class JournalRecord(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     PROMPTED_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_ORIGIN_FIELD_NUMBER: _ClassVar[int]
     term: int
     opened: Opened
     assigned: Assigned
@@ -22,7 +23,16 @@ class JournalRecord(_message.Message):
     finished: Finished
     forgotten: Forgotten
     prompted: _link_pb2.Prompted
-    def __init__(self, term: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., assigned: _Optional[_Union[Assigned, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., forgotten: _Optional[_Union[Forgotten, _Mapping]] = ..., prompted: _Optional[_Union[_link_pb2.Prompted, _Mapping]] = ...) -> None: ...
+    clock_origin: ClockOrigin
+    def __init__(self, term: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., assigned: _Optional[_Union[Assigned, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., forgotten: _Optional[_Union[Forgotten, _Mapping]] = ..., prompted: _Optional[_Union[_link_pb2.Prompted, _Mapping]] = ..., clock_origin: _Optional[_Union[ClockOrigin, _Mapping]] = ...) -> None: ...
+
+class ClockOrigin(_message.Message):
+    __slots__ = ("boot_id", "unix_s")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    unix_s: float
+    def __init__(self, boot_id: _Optional[str] = ..., unix_s: _Optional[float] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("request", "digest", "model", "prompt", "sampling", "deadline_unix_s", "opened_unix_s", "received", "priority", "cache_salt")
