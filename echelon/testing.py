@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from echelon.chaos import victims
+from echelon.chaos.moments import Moment, wait_for, wait_journal
 from echelon.client import Client
 from echelon.errors import ConfigError, EchelonError
 from echelon.types import Cluster, ClusterEvent, Rank, Spare
@@ -30,9 +33,9 @@ POLL_S = 0.05
 SHOWN_LINES = 40
 STOP_TIMEOUT_S = 90.0
 STATUS_TIMEOUT_S = 5.0
+MOMENT_TIMEOUT_S = 60.0
 
-Victim = Rank | Spare | int | Literal["coordinator"]
-Moment = Literal["prefill", "decode"]
+Victim = Rank | Spare | int | Literal["coordinator", "leader", "spare", "node", "gcs"]
 
 
 class LocalCluster:
@@ -40,8 +43,9 @@ class LocalCluster:
 
     They go into a --config file, so that `reconfigure` can change them; variables ECHELON_* go before it.
 
-    A victim is a Rank, a Spare, "coordinator", or a rank's number in replica 0 (stage by stage, there data rank by data
-    rank, tensor ranks being neighbours). Use as a context manager, or close.
+    A victim is a Rank, a Spare, a rank's number in replica 0 (stage by stage, there data rank by data rank, tensor
+    ranks being neighbours), "leader", "coordinator", "spare", "node" or "gcs"; `echelon/chaos/moments.py` has the
+    moments. Use as a context manager, or close.
     """
 
     def __init__(
@@ -134,18 +138,12 @@ class LocalCluster:
         return list(self.client().events(follow=False))
 
     def kill(self, victim: Victim, when: Moment | None = None) -> int:
-        """SIGKILL, at once or as soon as a step with prefill or decode rows has run; the pid it hit."""
-        pid = self._pid_of(victim)
-        if when is not None:
-            self._wait_moment(when)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        """SIGKILL, at once or as soon as a moment has come; the pid it hit, of a node that of its daemon."""
+        return self._signal(victim, when, signal.SIGKILL)
 
-    def stop(self, victim: Victim) -> int:
+    def stop(self, victim: Victim, when: Moment | None = None) -> int:
         """SIGSTOP: the process lives and answers nothing; the pid."""
-        pid = self._pid_of(victim)
-        os.kill(pid, signal.SIGSTOP)
-        return pid
+        return self._signal(victim, when, signal.SIGSTOP)
 
     def resume(self, pid: int) -> None:
         """SIGCONT to what `stop` returned; no matter if it has been ended meanwhile."""
@@ -254,22 +252,27 @@ class LocalCluster:
                 raise TimeoutError(f"echelon serve was not ready within {timeout_s:g} s:\n{self.log_tail()}")
             time.sleep(POLL_S)
 
-    def _pid_of(self, victim: Victim) -> int:
-        if isinstance(victim, Rank | Spare):
+    def _signal(self, victim: Victim, when: Moment | None, number: int) -> int:
+        """Of a moment the look tells who the victim is then: a recovery has other processes."""
+        if isinstance(victim, Rank | Spare) and when is None:
+            os.kill(victim.pid, number)
             return victim.pid
-        if victim == "coordinator":
-            return self.coordinator_pid
-        return rank_of(self.ranks(), victim).pid
+        look = self.status()
+        if when == "journal":
+            wait_journal(look.coordinator_pid, MOMENT_TIMEOUT_S)
+        elif when is not None:
+            look = wait_for(when, self.status, look, MOMENT_TIMEOUT_S)
+        pids = self._pids_of(victim, look)
+        for pid in pids:
+            os.kill(pid, number)
+        return pids[0]
 
-    def _wait_moment(self, moment: Moment) -> None:
-        """Until another step with such rows has run."""
-        counter = {"prefill": "prefill_chunks", "decode": "decode_rows"}[moment]
-
-        def count(cluster: Cluster) -> int:
-            return sum(replica.counters.get(counter, 0) for replica in cluster.replicas)
-
-        before = count(self.status())
-        self.wait(lambda cluster: count(cluster) > before, f"a step with {moment} rows")
+    def _pids_of(self, victim: Victim, look: Cluster) -> tuple[int, ...]:
+        if isinstance(victim, Rank | Spare):
+            return (victim.pid,)
+        if isinstance(victim, int):
+            return (rank_of(look.ranks, victim).pid,)
+        return victims.find(victim, look, random.Random(0)).pids
 
 
 def rank_of(ranks: Iterable[Rank], number: int, replica: int = 0) -> Rank:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from echelon.cli import batch, chat, cluster, doctor, generate
+from echelon.cli import batch, chaos, chat, cluster, doctor, generate
 from echelon.cli.output import error_line, exit_code, forget_output, retry_notices
 from echelon.cli.plan.command import plan
 from echelon.cli.sampling import with_sampling
@@ -63,6 +63,7 @@ app.command("events")(cluster.events)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan)
 app.command("trace")(trace)
+app.command("chaos")(chaos.chaos)
 
 
 def _serve_command() -> Any:

@@ -1,0 +1,215 @@
+"""What a round of injections did: the phase that each one hit, when it was detected, when each stream went on.
+
+Pure, from what was seen at the strikes, the clients' arrivals and the cluster's events. All times are unix seconds of
+one machine. A strike is aimed by looks that are a little old, so what it hit is judged here, from what came after.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from echelon.chaos.compare import Verdict
+from echelon.chaos.load import LATE, Arrival, Heard
+from echelon.chaos.plan import Injection
+from echelon.chaos.victims import Target
+from echelon.types import Cluster, ClusterEvent
+
+SERVES = ("replica.ready", "replica.adopted")
+REPLAYED = "request.replayed"
+_IN_PHASE = re.compile(r"in phase (\w+)")
+_PHASES = {"waiting": "form", "store": "form", "loading": "load"}  # of a rank that does not serve yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strike:
+    """look: the last before the signal. late_waited: a long prompt was under way. successor: when the coordinator that
+    followed a struck one began, None where none was struck."""
+
+    injection: Injection
+    target: Target
+    unix_s: float
+    look: Cluster
+    late_waited: bool = False
+    successor_unix_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One round under streams. events: of the cluster since before the first strike, in order."""
+
+    strikes: tuple[Strike, ...]
+    heard: Mapping[str, Heard]
+    verdicts: Mapping[str, Verdict]
+    events: tuple[ClusterEvent, ...]
+    before: Cluster
+    after: Cluster
+    survivors: tuple[int, ...] = field(default=())  # pids that were struck and lived when all was over
+
+    @property
+    def same(self) -> bool:
+        """Whether every stream was the undisturbed one."""
+        return all(verdict.same for verdict in self.verdicts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One injection. Times are seconds since it; None where there was nothing of the kind to see.
+
+    first and last: when the first and the last stream had its next token; of a round's last injection alone.
+    """
+
+    fault: str
+    phase: str
+    aimed: str
+    detected_s: float | None
+    first_s: float | None
+    last_s: float | None
+    recomputed_tokens: int
+    counted: int
+    lost: int
+    doubled: int
+
+
+def outcomes(trial: Trial) -> Iterator[Outcome]:
+    """Of each injection of a trial. Tokens that were lost or doubled count for all of them."""
+    verdicts = trial.verdicts.values()
+    for number, strike in enumerate(trial.strikes):
+        last = number == len(trial.strikes) - 1
+        waits = sorted(next_tokens_s(trial).values()) if last else []
+        yield Outcome(
+            fault=f"{strike.injection.fault} {strike.target.role}",
+            phase=phase_hit(trial, number),
+            aimed=strike.injection.when,
+            detected_s=detected_s(trial, number),
+            first_s=waits[0] if waits else None,
+            last_s=waits[-1] if waits else None,
+            recomputed_tokens=sum(int(str(event.detail["recomputed_tokens"])) for event in replayed(trial, number)),
+            counted=len(next_tokens_s(trial)),
+            lost=sum(verdict.lost for verdict in verdicts),
+            doubled=sum(verdict.doubled for verdict in verdicts),
+        )
+
+
+def phase_hit(trial: Trial, number: int) -> str:
+    """What the cluster was doing at a strike, as a moment of the plan is called."""
+    strike = trial.strikes[number]
+    if strike.injection.when == "journal":
+        return "journal"
+    told = lost(trial, number)
+    phase = _IN_PHASE.search(str(told[0].detail.get("reason"))) if told else None
+    if phase and phase[1] in _PHASES:
+        return _PHASES[phase[1]]
+    if any(replica.state != "ready" for replica in strike.look.replicas) and not told:
+        return "load" if any(rank.state == "loading" for rank in strike.look.ranks) else "form"
+    if number and _some_wait(trial, trial.strikes[number - 1].unix_s, strike.unix_s):
+        return "replay"
+    return "prefill" if strike.late_waited else "decode"
+
+
+def detected_s(trial: Trial, number: int) -> float | None:
+    """Until the cluster told of a loss, or began another coordinator."""
+    strike = trial.strikes[number]
+    if strike.successor_unix_s is not None:
+        return strike.successor_unix_s - strike.unix_s
+    told = lost(trial, number)
+    return told[0].unix_s - strike.unix_s if told else None
+
+
+def lost(trial: Trial, number: int) -> list[ClusterEvent]:
+    """What the cluster said that it lost between a strike and the next; a spare means nothing but a struck one."""
+    spare = trial.strikes[number].target.role == "spare"
+    told = [event for event in _since(trial, number) if event.kind.endswith(".lost")]
+    return [event for event in told if (event.kind == "spare.lost") == spare]
+
+
+def replayed(trial: Trial, number: int) -> list[ClusterEvent]:
+    """Requests that a strike interrupted, with the tokens that were known of each."""
+    return [event for event in _since(trial, number) if event.kind == REPLAYED]
+
+
+def next_tokens_s(trial: Trial) -> dict[str, float]:
+    """By stream, from the last strike to the next token; only streams with tokens before the first strike and after."""
+    first, last = trial.strikes[0].unix_s, trial.strikes[-1].unix_s
+    found: dict[str, float] = {}
+    for name, heard in trial.heard.items():
+        resumed = resumed_unix_s(heard.arrivals, last)
+        if name != LATE and resumed is not None and heard.arrivals[0].unix_s < first:
+            found[name] = resumed - last
+    return found
+
+
+def resumed_unix_s(arrivals: Sequence[Arrival], struck_unix_s: float, until_unix_s: float = math.inf) -> float | None:
+    """The end of the longest silence since the strike: what was already on its way came at once.
+
+    None where nothing came, or where the silence lasted until the end.
+    """
+    since = (one.unix_s for one in arrivals if struck_unix_s < one.unix_s < until_unix_s and one.event.token_ids)
+    times = [struck_unix_s, *since, *([] if until_unix_s == math.inf else [until_unix_s])]
+    silences = [(later - earlier, later) for earlier, later in itertools.pairwise(times)]
+    resumed = max(silences)[1] if silences else until_unix_s
+    return None if resumed == until_unix_s else resumed
+
+
+def wrong(trial: Trial) -> list[str]:
+    """What must not be, a line each: streams that differ, or computed more again than they had to."""
+    differing = [
+        f"{name}: {what}"
+        for name, verdict in trial.verdicts.items()
+        for what in (*verdict.differences, *_gaps(verdict))
+    ]
+    struck = " then ".join(f"{strike.injection} ({strike.target.name})" for strike in trial.strikes)
+    return [f"{struck}: {line}" for line in [*differing, *miscounted(trial)]]
+
+
+def _gaps(verdict: Verdict) -> list[str]:
+    counts = {"lost": verdict.lost, "doubled": verdict.doubled}
+    return [f"{count} tokens {what}" for what, count in counts.items() if count]
+
+
+def miscounted(trial: Trial) -> list[str]:
+    """Streams whose recomputed tokens are not, at each interruption, the prompt and what was delivered until then."""
+    wrong = []
+    for name, heard in trial.heard.items():
+        answer = heard.completion
+        if answer is None:
+            continue
+        told = [event for event in trial.events if event.kind == REPLAYED and event.subject == answer.request_id]
+        counts = [int(str(event.detail["recomputed_tokens"])) for event in told]
+        times = [*(event.unix_s for event in told), math.inf]
+        had = [_delivered(heard.arrivals, *window) for window in itertools.pairwise(times)]
+        expected = [answer.usage.prompt_tokens + tokens for tokens in had]
+        if counts != expected or answer.usage.recomputed_tokens != sum(counts):
+            wrong.append(f"{name}: recomputed {answer.usage.recomputed_tokens}, told {counts}, delivered {expected}")
+    return wrong
+
+
+def _delivered(arrivals: Sequence[Arrival], interrupted_unix_s: float, until_unix_s: float) -> int:
+    """Tokens that a client had before it went on after an interruption, or until the next one if it did not."""
+    resumed = resumed_unix_s(arrivals, interrupted_unix_s, until_unix_s)
+    end = until_unix_s if resumed is None else resumed
+    return sum(len(one.event.token_ids) for one in arrivals if one.unix_s < end)
+
+
+def _some_wait(trial: Trial, struck_unix_s: float, unix_s: float) -> bool:
+    """Whether at a time the ranks served again after a strike, and a stream had not gone on yet."""
+    served = [event.unix_s for event in trial.events if event.kind in SERVES and struck_unix_s < event.unix_s <= unix_s]
+    if not served:
+        return False
+    return any(
+        not any(served[-1] < one.unix_s <= unix_s for one in heard.arrivals)
+        and any(one.unix_s > unix_s for one in heard.arrivals)
+        for name, heard in trial.heard.items()
+        if name != LATE
+    )
+
+
+def _since(trial: Trial, number: int) -> list[ClusterEvent]:
+    """Events between a strike and the next."""
+    begin = trial.strikes[number].unix_s
+    following = trial.strikes[number + 1 :]
+    end = following[0].unix_s if following else float("inf")
+    return [event for event in trial.events if begin <= event.unix_s < end]
