@@ -127,6 +127,8 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
         max_step_tokens=config.max_step_tokens,
         max_context=config.max_context,
         kv_blocks_limit=plan.kv_blocks_limit or 0,
+        checkpoint_dir=str(config.checkpoint_dir or ""),
+        model_digest=config.model_digest,
     )
     settings.layout = hashlib.sha256(settings.SerializeToString(deterministic=True)).hexdigest()
     return settings

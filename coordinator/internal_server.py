@@ -19,6 +19,7 @@ from coordinator.replica.events import (
     Beat,
     Fault,
     Form,
+    Noted,
     OpenStore,
     Progress,
     RankEvent,
@@ -192,6 +193,17 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
             return Ready(rank, incarnation, Resident(message.ready.parameter_bytes, message.ready.kv_bytes))
         case "retired":
             return Retired(rank, incarnation, message.retired.memory_bytes)
+        case "loaded":
+            return Noted(rank, incarnation, "weights.loaded", noted(message.loaded, message.fence.epoch))
+        case "written":
+            kind = "shard.not_written" if message.written.reason else "shard.written"
+            return Noted(rank, incarnation, kind, noted(message.written, message.fence.epoch))
         case "fault":
             return Fault(rank, incarnation, message.fault.phase, message.fault.error)
     return None
+
+
+def noted(told: control_pb2.WeightsLoaded | control_pb2.ShardWritten, epoch: int) -> dict[str, object]:
+    """What is told of weights, as the event log shows it: what is set."""
+    fields: dict[str, object] = {field.name: value for field, value in told.ListFields()}
+    return {"epoch": epoch} | fields | {"took_s": round(told.took_s, 3)}

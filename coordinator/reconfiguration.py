@@ -19,6 +19,7 @@ from coordinator.service import Service
 from echelon.config import CoordinatorConfig, flag_of
 from echelon.errors import ConfigError, EchelonError
 
+MODEL = ("model", "model_digest", "served_model_name")
 LIMITS = ("max_context", "max_running", "kv_cache_tokens")  # that an open request was admitted under
 
 log = structlog.get_logger("coordinator")
@@ -85,7 +86,7 @@ class Reconfiguration:
 
 def serves_other_model(serving: CoordinatorConfig, wanted: CoordinatorConfig) -> bool:
     """Whether a request for the one cannot be continued by the other."""
-    return (serving.model, serving.served_model_name) != (wanted.model, wanted.served_model_name)
+    return any(getattr(serving, name) != getattr(wanted, name) for name in MODEL)
 
 
 def check_change(serving: CoordinatorConfig, wanted: CoordinatorConfig, requests: int, jobs: int) -> None:

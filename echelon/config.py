@@ -81,6 +81,9 @@ class ServeConfig(BaseModel):
         default=None, description="Most that the KV cache holds; default: what memory allows."
     )
     state_dir: Path | None = Field(default=None, description="Journal and jobs; default: a temporary folder.")
+    checkpoint_dir: Path | None = Field(
+        default=None, description="Ranks keep what they hold of a model there, to start again from; default: not."
+    )
     ray_address: str | None = Field(default=None, description="Join this Ray (host:port) instead of starting one.")
     resume_window_s: Seconds = Field(default=300.0, description="How long an interrupted stream can be resumed.")
     lease_s: LeaseSeconds = Field(default=30.0, description="Ranks are ended when the coordinator is gone so long.")
@@ -140,6 +143,7 @@ class CoordinatorConfig(ServeConfig):
     state_dir: Path
     ray_address: str
     internal_address: str = Field(description="Where ranks dial in.")
+    model_digest: str = Field(default="", description="Of the model's files as they were checked, for checkpoint_dir.")
 
 
 def flag_of(field: str) -> str:

@@ -6,6 +6,8 @@ headers are read, never weights. It knows no torch.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ from models.tables import parameter_table
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+Stamp = tuple[int, int]
 
 _LENGTH_BYTES = 8
 _REMEDY = "the weights are not those of this config.json: download both again"
@@ -68,25 +72,54 @@ def check_model_directory(directory: Path) -> None:
             )
 
 
+def model_digest(directory: Path) -> str:
+    """16 hexadecimal digits for config.json and the weights: names, sizes and times of their files, and their headers.
+
+    The weights themselves are not read, so one file that has taken another's place with its name, size, time and header
+    goes unseen.
+    """
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    digest.update(repr(sorted(weight_stamps(directory).items())).encode())
+    for name, stored in sorted(checkpoint_index(directory).items()):
+        digest.update(repr((name, stored.file.name, stored.dtype, stored.shape, stored.first_byte)).encode())
+    return digest.hexdigest()[:16]
+
+
+def weight_stamps(directory: Path) -> dict[str, Stamp]:
+    """Size in bytes and time of change in nanoseconds of each file of weights that is there, and of their index.
+
+    Nothing is opened. Empty for a directory that is gone.
+    """
+    stamps: dict[str, Stamp] = {}
+    for path in (*directory.glob("*.safetensors"), *directory.glob(INDEX_FILE)):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            stamps[path.name] = stat.st_size, stat.st_mtime_ns
+    return stamps
+
+
 def checkpoint_index(directory: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the directory's weights by name, from one file or from the shards that the index names."""
     index_path, single_path = directory / INDEX_FILE, directory / SINGLE_FILE
     if not index_path.exists():
         if not single_path.exists():
             raise ConfigError(f"{directory}: no weights, expected {SINGLE_FILE} or {INDEX_FILE}")
-        return _read_header(single_path)
+        return read_header(single_path)
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ConfigError(f"{index_path}: weight_map must be an object of tensor name -> file name")
-    headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise ConfigError(f"{directory / file}: the tensor {name} is missing, which {INDEX_FILE} places there")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: u64 header length, JSON header, then the data it describes."""
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file: u64 header length, JSON header, then the data it describes.
+
+    Raises ConfigError for what is no such file, or not a whole one.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file, though {INDEX_FILE} names it; download the checkpoint again")
     file_bytes = path.stat().st_size

@@ -25,7 +25,6 @@ from parallel import mesh
 from parallel.degrees import Degrees
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
-from worker.loader import load_weights
 from worker.matchers import Matchers
 from worker.memory import settle_kv_blocks
 from worker.op_log import OpLog
@@ -34,6 +33,7 @@ from worker.plan_socket import PlanReceiver, PlanServer
 from worker.runner import Runner, RunnerLimits
 from worker.spec import RankSpec
 from worker.stage import Stage
+from worker.weights import Loaded, bring_weights
 
 MEET_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two plans always fit its socket
@@ -66,6 +66,7 @@ class Epoch:
     stage: Stage
     plans: Iterable[bytes]
     lead: Lead | None
+    loaded: Loaded
     parameter_bytes: int
     kv_bytes: int
     op_log: OpLog | None
@@ -99,7 +100,9 @@ def form_epoch(
     resources = ExitStack()
     resources.callback(mesh.close, context)
     model = build_model(config, context)
-    load_weights(model, config, Path(command.model_path), context, progress)
+    loaded = bring_weights(model, config, command, context, progress)
+    if loaded.writer is not None:
+        resources.callback(loaded.writer.cancel)
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
@@ -115,7 +118,7 @@ def form_epoch(
         log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
         resources.callback(log.close)
     held = model.resident_bytes, kv_cache.resident_bytes
-    return Epoch(fence, stage, plans, lead, *held, log, command.layout, resources)
+    return Epoch(fence, stage, plans, lead, loaded, *held, log, command.layout, resources)
 
 
 def degrees_of(command: control_pb2.FormEpoch) -> Degrees:

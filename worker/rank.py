@@ -21,6 +21,7 @@ from echelon.internal.link import PROTOCOL_VERSION, Fence
 from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
 from parallel import mesh
+from worker.checkpoint.write import Written
 from worker.control import ControlLink
 from worker.epoch import Epoch, SendPlans, form_epoch, private_host
 from worker.leader import Leader
@@ -116,6 +117,12 @@ class RankProcess:
             self._unformed = error  # its frames hold the groups: their end would be a fault of all others
             return
         self._epoch, self._phase = epoch, "ready"
+        loaded = epoch.loaded
+        self._control.send(
+            loaded=control_pb2.WeightsLoaded(
+                origin=loaded.origin, bytes=loaded.bytes, took_s=loaded.took_s, reason=loaded.reason
+            )
+        )
         self._control.send(ready=self._resident())
         if epoch.lead is not None:
             address, lead = self._spec.coordinator_address, epoch.lead
@@ -123,6 +130,8 @@ class RankProcess:
             self._leading = self._spawn(self._leader.run())
         self._steps = Steps(epoch, self._result_taker(), self._fault_taker(epoch))
         self._steps.start()
+        if loaded.writer is not None:
+            loaded.writer.start(self._tell_written)
 
     def retire(self) -> None:
         if self._phase == "waiting":
@@ -210,6 +219,13 @@ class RankProcess:
     async def _beat_now(self) -> None:
         self._control.send(heartbeat=self.beat())
         await self._control.flush()
+
+    def _tell_written(self, written: Written) -> None:
+        """What becomes of its shard concerns nobody who waits for an answer."""
+        told = control_pb2.ShardWritten(bytes=written.bytes, took_s=written.took_s, reason=written.reason)
+        if written.reason:
+            log.warning("no shard was written", rank=self._spec.rank, reason=written.reason)
+        self._on_loop(lambda: self._control.send(written=told))
 
     def _on_loop(self, call: Callable[[], None]) -> None:
         assert self._loop is not None

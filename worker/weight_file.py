@@ -24,6 +24,7 @@ from parallel.sharding import Region, region_shape
 
 BUFFER_BYTES = 32 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_buffer(device: torch.device) -> Tensor:

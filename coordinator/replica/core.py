@@ -3,8 +3,7 @@
 Sans-IO, in the coordinator: the shell executes effects in order and feeds events back. Whatever ends a rank ends
 the epoch: the next epoch is persisted, every process of the replica is killed and confirmed gone, and all ranks
 start again in their slots. For another layout healthy ranks end the epoch by themselves and form the next one. A new
-coordinator adopts ranks that serve the persisted epoch. It knows no Ray, no gRPC and no clock. All events of a rank
-carry its incarnation; those of another incarnation are ignored.
+coordinator adopts ranks that serve the persisted epoch. It knows no Ray, no gRPC and no clock.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ class ReplicaCore:
             events.Fault: self._fault,
             events.Retired: self._retired,
             events.LaunchFailed: self._launch_failed,
+            events.Noted: lambda now, event, rank: [self._emit(event.kind, event.rank, **event.detail)],
         }
 
     @property

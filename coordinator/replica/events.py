@@ -121,6 +121,16 @@ class Retired:
 
 
 @dataclass(frozen=True, slots=True)
+class Noted:
+    """The rank tells something that nothing depends on, for the event log."""
+
+    rank: int
+    incarnation: str
+    kind: str
+    detail: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchFailed:
     """Ray could not start the process."""
 
@@ -163,7 +173,7 @@ class StartEnded:
     """The cluster serves: from now on a failure is recovered from, however often it comes, and never ends it."""
 
 
-RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Retired | LaunchFailed
+RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Retired | Noted | LaunchFailed
 Event = RankEvent | Started | Relayout | Persisted | Killed | Tick | StartEnded
 
 

@@ -25,7 +25,7 @@ from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_model_config
-from models.files import check_model_directory
+from models.files import check_model_directory, model_digest
 from models.json_source import read_json_object
 
 LOCAL_HOST = "127.0.0.1"
@@ -87,6 +87,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "ray_address": config.ray_address or join_address(LOCAL_HOST, _claim(LOCAL_HOST, 0, "Ray")),
             "state_dir": _writable("state-dir", config.state_dir or folder / "state"),
             "trace_dir": config.trace_dir and _writable("trace-dir", config.trace_dir),
+            "checkpoint_dir": config.checkpoint_dir and config.checkpoint_dir.resolve(),
+            "model_digest": model_digest(directory) if config.checkpoint_dir else "",
         }
     )
     plan_replica(settled, model)
@@ -118,6 +120,7 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
             "served_model_name": wanted.served_model_name or served_name(wanted.model, directory),
             "dtype": _dtype(wanted, model, serving.device),
             "max_context": _max_context(wanted, model),
+            "model_digest": model_digest(directory) if serving.checkpoint_dir else "",
         }
     )
     plan_replica(settled, model)

@@ -16,7 +16,7 @@ from coordinator.supervisor.preparation import prepare, prepare_change, temporar
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import read_model_config
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,21 @@ def test_what_is_given_is_kept(model: Path, tmp_path: Path) -> None:
     settled, _ = prepare(given, tmp_path)
     assert (settled.served_model_name, settled.dtype, settled.max_context) == ("x", "float64", 32)
     assert (settled.state_dir, settled.trace_dir) == (tmp_path / "s", tmp_path / "t")
+
+
+def test_with_a_store_the_model_s_files_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder itself is each node's own business, and need not be there."""
+    monkeypatch.chdir(tmp_path)
+    given = config(make_checkpoint(tmp_path / "model"), checkpoint_dir="store")
+    settled, _ = prepare(given, tmp_path)
+    assert settled.checkpoint_dir == tmp_path / "store" and not (tmp_path / "store").exists()
+    assert len(settled.model_digest) == 16
+    assert prepare_change(given, given, settled) == settled
+    write_weights(tmp_path / "model", seed=1)
+    changed = prepare_change(given, given, settled)
+    assert changed == settled.model_copy(update={"model_digest": changed.model_digest}) != settled
+    without, _ = prepare(config(tmp_path / "model"), tmp_path)
+    assert (without.checkpoint_dir, without.model_digest) == (None, "")
 
 
 def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(model: Path, tmp_path: Path) -> None:

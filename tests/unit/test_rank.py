@@ -12,6 +12,7 @@ import grpc.aio
 import torch
 
 from echelon.internal.v1 import control_pb2, control_pb2_grpc
+from models.files import model_digest
 from tests.tiny import make_checkpoint
 from worker.rank import RankProcess
 from worker.spec import RankSpec
@@ -70,8 +71,11 @@ def test_a_fault_is_told_on_every_stream() -> None:
 class Drill(control_pb2_grpc.RankControlServicer):
     """Has one rank serve one model after another, and hears what it says between."""
 
-    def __init__(self, models: list[Path]) -> None:
+    def __init__(self, models: list[Path], store: Path | None = None) -> None:
         self._models = models
+        self._store = store
+        self.loaded: list[control_pb2.WeightsLoaded] = []
+        self.written: list[control_pb2.ShardWritten] = []
         self.ready: list[control_pb2.RankReady] = []
         self.threads: list[int] = []
         self.idle_bytes: list[int] = []
@@ -96,8 +100,13 @@ class Drill(control_pb2_grpc.RankControlServicer):
                 block_tokens=16, max_running=2, max_step_tokens=16, max_context=64,
                 pipeline=1, data=1, tensor=1, expert=1, pipeline_depth=1,
             )  # fmt: skip
+            if self._store is not None:
+                form.checkpoint_dir, form.model_digest = str(self._store), model_digest(model)
             yield control_pb2.RankCommand(fence=fence, form=form)
+            self.loaded.append((await heard("loaded")).loaded)
             self.ready.append((await heard("ready")).ready)
+            if self._store is not None and self.loaded[-1].origin == "source":
+                self.written.append((await heard("written")).written)
             fence.epoch += 1
             for _ in range(2):  # told again it says so again
                 yield control_pb2.RankCommand(fence=fence, retire=control_pb2.Retire())
@@ -108,9 +117,8 @@ class Drill(control_pb2_grpc.RankControlServicer):
         yield control_pb2.RankCommand(fence=fence, refused=control_pb2.Refused(reason="end"))
 
 
-def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
-    models = [make_checkpoint(tmp_path / "a"), make_checkpoint(tmp_path / "b", "qwen3", hidden_size=96)] * 2
-    drill = Drill(models)
+def attend(drill: Drill) -> None:
+    """One rank process goes through the drill, in this process."""
 
     async def attach() -> None:
         server = grpc.aio.server()
@@ -125,10 +133,36 @@ def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
         await server.stop(0)
 
     asyncio.run(attach())
+
+
+def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
+    models = [make_checkpoint(tmp_path / "a"), make_checkpoint(tmp_path / "b", "qwen3", hidden_size=96)] * 2
+    drill = Drill(models)
+    attend(drill)
     first, second, *again = [ready.parameter_bytes for ready in drill.ready]
     assert first != second and again == [first, second]
     assert drill.threads[-1] <= drill.threads[1], "each epoch's threads end with it"
     assert drill.idle_bytes[-1] - drill.idle_bytes[1] < first // 4, "nothing of an ended epoch is held"
+    assert [(each.origin, each.reason) for each in drill.loaded] == [("source", "")] * 4
+
+
+def test_a_rank_keeps_a_shard_of_each_model_and_tells_of_it(tmp_path: Path) -> None:
+    models = [make_checkpoint(tmp_path / "a"), make_checkpoint(tmp_path / "b", "qwen3", hidden_size=96)] * 2
+    drill = Drill(models, tmp_path / "store")
+    attend(drill)
+    assert [each.origin for each in drill.loaded] == ["source", "source", "shard", "shard"]
+    assert all("there is no shard" in each.reason for each in drill.loaded[:2])
+    assert [each.bytes for each in drill.loaded[2:]] == [ready.parameter_bytes for ready in drill.ready[2:]]
+    assert all(each.bytes > ready.parameter_bytes for each, ready in zip(drill.written, drill.ready, strict=False))
+
+
+def test_a_rank_that_cannot_keep_a_shard_serves_and_tells_why(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    drill = Drill([make_checkpoint(tmp_path / "a")], tmp_path / "store")
+    attend(drill)
+    (written,) = drill.written
+    assert written.bytes == 0 and "Not a directory" in written.reason
+    assert drill.ready[0].parameter_bytes > 0
 
 
 class Listener(control_pb2_grpc.RankControlServicer):

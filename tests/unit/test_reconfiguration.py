@@ -36,6 +36,7 @@ def config(**values: object) -> CoordinatorConfig:
     [
         ({"model": "/models/b"}, "another model than a cannot be served while 2 requests and 1 jobs are open"),
         ({"served_model_name": "b"}, "another model than a"),
+        ({"model_digest": "other weights in the same place"}, "another model than a"),
         ({"max_context": 63}, "max-context cannot be lowered"),
         ({"max_running": 63}, "max-running cannot be lowered"),
         ({"kv_cache_tokens": 640}, "kv-cache-tokens cannot be lowered"),

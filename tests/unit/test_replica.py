@@ -26,6 +26,7 @@ from coordinator.replica.events import (
     Launch,
     LaunchFailed,
     Loading,
+    Noted,
     OpenStore,
     Persisted,
     PersistEpoch,
@@ -88,6 +89,16 @@ def form(core: ReplicaCore, now: float = 1.0) -> list[Effect]:
     core.step(now, StoreOpened(0, name, "h:1"))
     core.step(now, Ready(0, name, RESIDENT))
     return core.step(now, Ready(1, name, RESIDENT))
+
+
+def test_what_a_rank_notes_is_told_and_changes_nothing() -> None:
+    core = make()
+    name = launch(core)
+    form(core)
+    told = core.step(2.0, Noted(1, name, "shard.written", {"bytes": 7}))
+    assert told == [Emit("shard.written", "rank/0/1", {"bytes": 7})]
+    assert core.step(2.0, Noted(1, "c-0", "shard.written", {"bytes": 7})) == [], "nobody hears the dead"
+    assert core.state is State.READY
 
 
 def test_a_cold_start_persists_and_cleans_before_it_launches() -> None:

@@ -10,13 +10,15 @@ from typing import Any, cast
 import pytest
 
 from coordinator.events import EventLog
+from coordinator.internal_server import event_of
 from coordinator.metrics import Metrics
 from coordinator.placement import ReplicaPlan
 from coordinator.replica import service as replica_service
 from coordinator.replica.core import ReplicaConfig, ReplicaCore
-from coordinator.replica.events import Accept, Attached, Refuse
+from coordinator.replica.events import Accept, Attached, Noted, Refuse
 from coordinator.replica.service import Callbacks, Outbox, ReplicaService
 from coordinator.service import Service
+from echelon.internal.v1 import control_pb2
 from parallel.degrees import Degrees
 
 PLAN = ReplicaPlan(
@@ -124,3 +126,22 @@ def test_what_breaks_beside_the_loop_fails_the_coordinator(monkeypatch: pytest.M
         assert [type(error) for error in site.failures] == [ZeroDivisionError]
 
     run(work())
+
+
+def test_what_a_rank_tells_of_its_weights_is_for_the_event_log() -> None:
+    fence = control_pb2.Fence(epoch=3)
+    loaded = control_pb2.WeightsLoaded(origin="source", bytes=5, took_s=0.12345, reason="torn")
+    written = control_pb2.ShardWritten(bytes=7, took_s=1)
+    failed = control_pb2.ShardWritten(took_s=1, reason="full")
+    messages = [
+        control_pb2.RankMessage(fence=fence, loaded=loaded),
+        control_pb2.RankMessage(fence=fence, written=written),
+        control_pb2.RankMessage(fence=fence, written=failed),
+    ]
+    assert [event_of(message, 1, "c-3") for message in messages] == [
+        Noted(
+            1, "c-3", "weights.loaded", {"epoch": 3, "origin": "source", "bytes": 5, "took_s": 0.123, "reason": "torn"}
+        ),
+        Noted(1, "c-3", "shard.written", {"epoch": 3, "bytes": 7, "took_s": 1.0}),
+        Noted(1, "c-3", "shard.not_written", {"epoch": 3, "took_s": 1.0, "reason": "full"}),
+    ]

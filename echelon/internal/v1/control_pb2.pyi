@@ -15,7 +15,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,8 @@ class RankMessage(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     RETIRED_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -32,7 +34,9 @@ class RankMessage(_message.Message):
     ready: RankReady
     fault: RankFault
     retired: RankRetired
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ...) -> None: ...
+    loaded: WeightsLoaded
+    written: ShardWritten
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
@@ -92,6 +96,28 @@ class RankReady(_message.Message):
     kv_bytes: int
     def __init__(self, parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
 
+class WeightsLoaded(_message.Message):
+    __slots__ = ("origin", "bytes", "took_s", "reason")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    bytes: int
+    took_s: float
+    reason: str
+    def __init__(self, origin: _Optional[str] = ..., bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ShardWritten(_message.Message):
+    __slots__ = ("bytes", "took_s", "reason")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    took_s: float
+    reason: str
+    def __init__(self, bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class RankFault(_message.Message):
     __slots__ = ("phase", "error")
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -141,7 +167,7 @@ class Retire(_message.Message):
     def __init__(self) -> None: ...
 
 class FormEpoch(_message.Message):
-    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "trace_dir", "layout")
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "trace_dir", "checkpoint_dir", "model_digest", "layout")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +184,8 @@ class FormEpoch(_message.Message):
     PIPELINE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     REBALANCE_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRACE_DIR_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIR_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     store_address: str
     model_path: str
@@ -175,5 +203,7 @@ class FormEpoch(_message.Message):
     pipeline_depth: int
     rebalance_steps: int
     trace_dir: str
+    checkpoint_dir: str
+    model_digest: str
     layout: str
-    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., trace_dir: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., trace_dir: _Optional[str] = ..., checkpoint_dir: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...

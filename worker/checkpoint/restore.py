@@ -1,0 +1,130 @@
+"""Fills a model with what its rank has in the shard checkpoint: every tensor in one run, as it is, checked on its way.
+
+In every rank, before it serves. Either all of it is right or UnfitShardError says what is not, and the caller loads the
+source. It opens nothing but the shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from echelon.errors import ConfigError
+from models.config import ModelConfig
+from models.decoder import DecoderModel
+from models.files import read_header
+from worker.checkpoint.checksum import extend, pieces
+from worker.checkpoint.manifest import Manifest, ShardAddress, UnfitShardError
+
+Progress = Callable[[int, int], None]
+
+
+def restore(
+    model: DecoderModel,
+    config: ModelConfig,
+    address: ShardAddress,
+    found: bytes | None,
+    source: Path,
+    progress: Progress,
+) -> int:
+    """Fills every tensor of the model; returns their bytes. progress(loaded_bytes, total_bytes) after each of them.
+
+    1. found, the shard.json, must speak of this rank, and the source's files, so far as they are there, be as it says.
+    2. Tensors are read in the order of the file, by as many threads as torch computes with, and checked by crc32c.
+
+    Raises UnfitShardError; tensors may be filled in part then.
+    """
+    if found is None:
+        raise UnfitShardError(f"there is no shard in {address.folder} yet")
+    manifest = Manifest.from_json(found)
+    manifest.check(address, config)
+    try:
+        manifest.check_source(source)
+        return _fill(model, manifest, manifest.weights_in(address.folder), progress)
+    except OSError as error:
+        raise UnfitShardError(f"{address.folder} cannot be read: {error}") from error
+
+
+def _fill(model: DecoderModel, manifest: Manifest, path: Path, progress: Progress) -> int:
+    try:
+        stored = read_header(path)
+    except ConfigError as error:
+        raise UnfitShardError(error.message) from error
+    if stored.keys() != model.shards.keys():
+        raise UnfitShardError(f"{path}: its header names other tensors than {manifest.place} holds")
+    names = sorted(stored, key=lambda name: stored[name].first_byte)
+    total_bytes, loaded_bytes = sum(shard.nbytes for shard in model.shards.values()), 0
+    device = next(iter(model.shards.values())).device
+    with host_bytes(path, device) as mapped, ShardFile(path, mapped) as file:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            fillings = [pool.submit(file.fill, model.shards[name], stored[name].first_byte) for name in names]
+            try:
+                for name, filling in zip(names, fillings, strict=True):
+                    if (found := filling.result()) != (expected := manifest.tensors[name].crc32c):
+                        raise UnfitShardError(f"{path}: {name} has crc32c {found:08x}, expected {expected:08x}")
+                    loaded_bytes += model.shards[name].nbytes
+                    progress(loaded_bytes, total_bytes)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return loaded_bytes
+
+
+class ShardFile:
+    """An open file of weights. mapped: all of it in memory that a device can copy from, None where it is read."""
+
+    def __init__(self, path: Path, mapped: Tensor | None) -> None:
+        self._mapped = mapped
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def fill(self, shard: Tensor, first_byte: int) -> int:
+        """A resident tensor with what lies there; the crc32c of it. Raises OSError."""
+        target, crc = shard.view(-1).view(torch.uint8), 0
+        for done, data in pieces(self._descriptor, first_byte, len(target)):
+            crc = extend(crc, data)
+            target[done : done + len(data)].copy_(self._host(first_byte + done, data), non_blocking=True)
+        return crc
+
+    def _host(self, first_byte: int, data: bytes) -> Tensor:
+        """What is there, in host memory."""
+        if self._mapped is None:
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self._mapped[first_byte : first_byte + len(data)]
+
+
+@contextlib.contextmanager
+def host_bytes(path: Path, device: torch.device) -> Iterator[Tensor | None]:
+    """A file's bytes for a CUDA device to copy at its full speed: mapped, and registered with it; else None.
+
+    Only files in memory, as in /dev/shm, can be registered. All copies are done when this ends.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    runtime = torch.cuda.cudart()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapped = torch.frombuffer(mapping, dtype=torch.uint8)
+        registered = int(runtime.cudaHostRegister(mapped.data_ptr(), len(mapped), 0)) == 0
+        try:
+            yield mapped if registered else None
+        finally:
+            torch.cuda.synchronize(device)
+            if registered:
+                runtime.cudaHostUnregister(mapped.data_ptr())
+            del mapped  # a mapping that is in use cannot be closed
