@@ -6,6 +6,8 @@ shard is read nor how it is written.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import weight_stamps
 from parallel.context import ParallelContext
-from worker.checkpoint.manifest import ShardAddress, UnfitShardError, read_manifest
+from worker.checkpoint.manifest import MANIFEST_FILE, ShardAddress, UnfitShardError, read_manifest
 from worker.checkpoint.restore import restore
 from worker.checkpoint.write import ShardWriter
 from worker.loader import Progress, load_weights
@@ -53,6 +55,8 @@ def bring_weights(
     try:
         found = read_manifest(address.folder)
         restored_bytes = restore(model, config, address, found, source, progress)
+        with contextlib.suppress(OSError):
+            os.utime(address.folder / MANIFEST_FILE)  # last used now, for whoever prunes the store
         return Loaded("shard", restored_bytes, time.monotonic() - begun_s)
     except OSError as error:
         reason = f"{address.folder} cannot be read: {error}"

@@ -35,7 +35,7 @@ Store = Annotated[
 
 @app.command("list")
 def list_shards(checkpoint_dir: Store, as_json: output.AsJson = False) -> None:
-    """List every shard of the store: of which model and layout, how large and old, and whether it is whole.
+    """List every shard of the store: of which model and layout, how large, how long ago used, and whether it is whole.
 
     Example: echelon checkpoint list --checkpoint-dir DIR
     """
@@ -44,7 +44,7 @@ def list_shards(checkpoint_dir: Store, as_json: output.AsJson = False) -> None:
         output.json_line(found)
         return
     now_unix_s = time.time()
-    columns = ("model", "digest", "layout", "digest", "dtype", "place", "bytes", "age", "state")
+    columns = ("model", "model digest", "layout", "layout digest", "dtype", "place", "bytes", "used", "state")
     output.table("", columns, [_row(shard, now_unix_s) for shard in found])
     for shard in found:
         if shard.problem:
@@ -80,11 +80,13 @@ def prune(
     keep: Annotated[
         list[str] | None, typer.Option(metavar="DIGEST", help="Keep only shards whose model or layout begins so.")
     ] = None,
-    older_than: Annotated[str, typer.Option(metavar="AGE", help="Remove only what is older: 90m, 12h, 7d.")] = "",
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Remove only what was not used for so long: 90m, 12h, 7d.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
     as_json: output.AsJson = False,
 ) -> None:
-    """Remove shards: without options all but the newest layout of each model, and always what is torn.
+    """Remove shards: without options all but the last used layout of each model, and always what is torn.
 
     A cluster that serves is not disturbed: a rank whose shard is gone loads the model's own files, and writes it anew.
 
@@ -117,7 +119,7 @@ def _row(shard: StoredShard, now_unix_s: float) -> tuple[object, ...]:
         shard.dtype or "-",
         shard.place,
         output.byte_count(shard.bytes),
-        _age(now_unix_s - shard.changed_unix_s),
+        _age(now_unix_s - shard.used_unix_s),
         shard.state.value,
     )
 

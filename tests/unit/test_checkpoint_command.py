@@ -144,7 +144,7 @@ def test_each_part_of_a_file_is_looked_at(ranks: list[KeepingRank], place: int) 
 # prune
 
 
-def test_the_newest_layout_of_each_model_stays(ranks: list[KeepingRank]) -> None:
+def test_the_last_used_layout_of_each_model_stays(ranks: list[KeepingRank]) -> None:
     would = answered("prune", "--dry-run")
     assert names(would["removed"]) == folders(ranks[0])
     assert ranks[0].folder.exists()
@@ -162,6 +162,12 @@ def test_what_is_named_stays_and_nothing_else(ranks: list[KeepingRank]) -> None:
     result = checkpoint("prune", "--keep", "nothing")
     assert result.exit_code == 2 and "--keep nothing: no model or layout" in result.stderr
     assert names(answered("list")) == folders(ranks[3])
+
+
+def test_a_layout_that_is_used_again_is_no_longer_old(ranks: list[KeepingRank]) -> None:
+    _, loaded = ranks[0].load()
+    assert loaded.origin == "shard"
+    assert names(answered("prune")["removed"]) == folders(*ranks[1:3])
 
 
 @pytest.mark.parametrize(("text", "left"), [("60h", 3), ("2d", 1), ("47.5h", 1), ("1m", 1), ("30d", 4)])

@@ -33,7 +33,10 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredShard:
-    """One folder of the store. model: directory of the source; layout: its degrees; both empty for what is torn."""
+    """One folder of the store. model: directory of the source; layout: its degrees; both empty for what is torn.
+
+    used_unix_s: when it was last written or restored.
+    """
 
     folder: str
     model: str
@@ -43,7 +46,7 @@ class StoredShard:
     dtype: str
     place: str
     bytes: int
-    changed_unix_s: float
+    used_unix_s: float
     state: State
     problem: str = ""
 
@@ -92,7 +95,7 @@ def _look(folder: Path) -> StoredShard:
         dtype=manifest.dtype if manifest else "",
         place=folder.name,
         bytes=sum(stat.st_size for stat in stats),
-        changed_unix_s=max(stat.st_mtime for stat in [*stats, folder.stat()]),
+        used_unix_s=max(stat.st_mtime for stat in [*stats, folder.stat()]),
         state=state,
         problem=problem,
     )
@@ -140,22 +143,22 @@ def superfluous(
 ) -> list[StoredShard]:
     """Which shards go. What is torn goes, what is being written stays, and so does what keep names.
 
-    keep: beginnings of digests of models or layouts. Of the rest goes what is older than older_than_s; where that is
-    None, all of it if something is named, else what is stale and all but the newest layout of each model.
+    keep: beginnings of digests of models or layouts. Of the rest goes what was not used for older_than_s; where
+    that is None, all of it if something is named, else what is stale and all but the last used layout of each model.
     """
     whole = [shard for shard in found if shard.state in (State.COMPLETE, State.STALE)]
-    newest: dict[str, StoredShard] = {}
+    latest: dict[str, StoredShard] = {}
     for shard in whole:
         if shard.state is State.COMPLETE:
-            best = newest.setdefault(shard.model, shard)
-            newest[shard.model] = max(best, shard, key=lambda each: each.changed_unix_s)
+            best = latest.setdefault(shard.model, shard)
+            latest[shard.model] = max(best, shard, key=lambda each: each.used_unix_s)
 
     def goes(shard: StoredShard) -> bool:
         if any(digest.startswith(name) for name in keep for digest in (shard.model_digest, shard.layout_digest)):
             return False
         if older_than_s is not None:
-            return now_unix_s - shard.changed_unix_s > older_than_s
-        best = newest.get(shard.model)
+            return now_unix_s - shard.used_unix_s > older_than_s
+        best = latest.get(shard.model)
         layout = best and (best.model_digest, best.layout_digest)
         return bool(keep) or (shard.model_digest, shard.layout_digest) != layout
 
