@@ -298,15 +298,23 @@ def test_batch_results_are_openai_lines(server: ScriptedServer, tmp_path: Path) 
 
 def test_help_names_every_verb() -> None:
     shown = echelon("--help").stdout
-    for verb in ("serve", "generate", "chat", "batch", "status", "events", "doctor"):
+    for verb in ("serve", "generate", "chat", "batch", "checkpoint", "status", "events", "doctor"):
         assert verb in shown
 
 
 def test_every_command_that_prints_data_speaks_json() -> None:
     root: Any = typer.main.get_command(app)
-    batch = root.commands["batch"]
-    commands = [command for group in (root, batch) for command in group.commands.values() if command is not batch]
-    assert {command.name for command in commands} >= {"generate", "chat", "status", "events", "doctor", "results"}
+    groups = [root, root.commands["batch"], root.commands["checkpoint"]]
+    commands = [command for group in groups for command in group.commands.values() if command not in groups]
+    assert {command.name for command in commands} >= {
+        "generate",
+        "chat",
+        "status",
+        "events",
+        "doctor",
+        "results",
+        "prune",
+    }
     flags = {command.name: {flag for option in command.params for flag in option.opts} for command in commands}
     assert [name for name, found in flags.items() if "--json" not in found] == []
 
