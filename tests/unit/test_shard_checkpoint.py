@@ -118,15 +118,21 @@ def test_a_shard_holds_experts_at_their_first_places(tmp_path: Path) -> None:
 
 
 def test_layouts_and_dtypes_have_shards_of_their_own(rank: KeepingRank) -> None:
-    others = [(Degrees(tensor=2), "bfloat16"), (Degrees(), "float32"), (Degrees(pipeline=2), "float32")]
-    ranks = [rank, *(KeepingRank(rank.model, rank.store, degrees.place(0), dtype) for degrees, dtype in others)]
+    places = [
+        rank.place,
+        Degrees().place(0),
+        Degrees(pipeline=2).place(0),
+        Degrees(data=2, tensor=2, expert=2).place(1),
+    ]
+    made = [KeepingRank(rank.model, rank.store, place, dtype) for place in places for dtype in ("bfloat16", "float32")]
+    assert len({each.folder for each in made}) == len(made)
     expected = []
-    for each in ranks:
+    for each in made:
         shards, loaded = each.load()
         assert loaded.origin == "source", "another layout is cut from the source"
         assert loaded.writer is not None and loaded.writer.write().bytes
         expected.append(shards)
-    for each, shards in zip(ranks, expected, strict=True):
+    for each, shards in zip(made, expected, strict=True):
         assert_kept(each, shards)
     assert rank.store is not None
     replicas = ShardAddress(rank.store, rank.digest, Degrees(replicas=2, tensor=2).place(1), "float32")
