@@ -52,10 +52,12 @@ class RankLauncher:
             heartbeat_s=self._config.heartbeat_s,
             term=self._fences.term,
         )
+        await self._cluster.connect()
         if not await self._spares.start_rank(spec):
             await self._cluster.launch(spec)
 
     async def kill(self, replica: int, suspect: int | None) -> None:
+        await self._cluster.connect()  # nothing would be asked of anybody before
         await self._cluster.kill(replica, suspect)
 
 

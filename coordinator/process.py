@@ -28,7 +28,8 @@ from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
 from coordinator.reconfiguration import Reconfiguration
-from coordinator.replica.core import ReplicaConfig, ReplicaCore
+from coordinator.replica.config import ReplicaConfig
+from coordinator.replica.core import ReplicaCore
 from coordinator.replica.health import HealthLimits
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
@@ -85,20 +86,7 @@ class Coordinator:
         self._service.recorder.on_change = lambda: self._spawn(self._set_durable())
         await self._serve_public(self._jobs)
         await self._serve_internal()
-        await self._cluster.connect()
-        # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        await self._cluster.end_surplus(self._config.replicas)
-        await self._spares.adopt()
-        survivors = [await self._cluster.survivors(replica) for replica in range(self._config.replicas)]
-        await self._watch(
-            self._replicas.run(survivors),
-            self._spares.run(),
-            self._service.tick(),
-            self._jobs.run(),
-            self._deaths(),
-            self._renew(),
-        )
+        await self._watch(self._replicas.run(), self._service.tick(), self._jobs.run(), self._on_ray())
 
     async def drain(self) -> None:
         """Let what runs finish while `run` goes on, and refuse what is new."""
@@ -218,6 +206,16 @@ class Coordinator:
         self._servers.append(server)
 
     # Keeping going.
+
+    async def _on_ray(self) -> None:
+        """What needs Ray, which takes seconds to join; ranks that serve need not wait for it."""
+        await self._cluster.connect()
+        # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        await self._cluster.end_surplus(self._config.replicas)
+        await self._spares.adopt()
+        self._replicas.joined([await self._cluster.survivors(replica) for replica in range(self._config.replicas)])
+        await self._watch(self._spares.run(), self._deaths(), self._renew())
 
     async def _watch(self, *works: Coroutine[Any, Any, None]) -> None:
         """Until one of them, or a replica, fails."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.replica.events import Died, StartEnded
+from coordinator.replica.events import Died, Started, StartEnded
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.service import Service
 from echelon.types import Rank, Replica
@@ -57,9 +57,14 @@ class Replicas:
         """For how long all of them have served, None while one does not."""
         return None if self._all_since_s is None else time.monotonic() - self._all_since_s
 
-    async def run(self, survivors: Sequence[frozenset[tuple[int, str]]]) -> None:
-        """Start them all, each with what lives of it, and keep them going."""
-        await asyncio.gather(*(each.run(survivors[index]) for index, each in self._services.items()))
+    async def run(self) -> None:
+        """Keep them going. What serves is adopted at once."""
+        await asyncio.gather(*(each.run() for each in self._services.values()))
+
+    def joined(self, survivors: Sequence[frozenset[tuple[int, str]]]) -> None:
+        """Ray can be used: start each, with what lives of it."""
+        for index, each in self._services.items():
+            each.post(Started(survivors[index]))
 
     def died(self, replica: int, rank: int, incarnation: str) -> None:
         """A node's agent saw a process end."""

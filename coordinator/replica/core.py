@@ -9,38 +9,19 @@ coordinator adopts ranks that serve the persisted epoch. It knows no Ray, no gRP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from coordinator.placement import ReplicaPlan
 from coordinator.replica import events
 from coordinator.replica.attempt import Attempt, RankState, State, backoff_s
-from coordinator.replica.events import Effect, Event, RankEvent
-from coordinator.replica.health import HealthLimits, Observation
+from coordinator.replica.config import SETTLED_S, START_ATTEMPTS, ReplicaConfig
+from coordinator.replica.early import Early, without_agent
+from coordinator.replica.events import Effect, Event
+from coordinator.replica.health import Observation
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
 
-START_ATTEMPTS = 3  # then the last error is told and the start fails; a first one at once if a rank tells an error
 ANOTHER_LAYOUT = "another layout"
-SETTLED_S = 10.0  # a replica that served this long has left its earlier failures behind
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaConfig:
-    """epoch is the persisted one, 0 before the first. incarnation_prefix differs between clusters on one Ray.
-
-    layout: a digest of all that ranks are told of the plan; who serves another is not adopted.
-    """
-
-    replica: int
-    term: int
-    epoch: int
-    plan: ReplicaPlan
-    layout: str = ""
-    incarnation_prefix: str = ""
-    limits: HealthLimits = field(default_factory=HealthLimits)
-    adopt_window_s: float = 10.0
-    launch_timeout_s: float = 120.0
 
 
 class ReplicaCore:
@@ -52,7 +33,7 @@ class ReplicaCore:
         self._epoch = config.epoch
         self._state = State.STARTING
         self._attempt = self._new_attempt(0.0, 0.0)
-        self._early: list[RankEvent] = []
+        self._early, self._on_word = Early(), False  # adopted before it is known which processes have an agent
         self._failures, self._up_s = 0, 0.0
         self.adopted = self._kept = False  # serves an earlier coordinator's epoch; is started again after any failure
         self._down_s: float | None = None
@@ -95,8 +76,8 @@ class ReplicaCore:
     def step(self, now: float, event: Event) -> list[Effect]:
         """Take one event in; the effects are to be executed in order."""
         if isinstance(event, events.Started):
-            started = self._started(now, event)
-            return started + [effect for early in self._early for effect in self.step(now, early)]
+            begin = self._started if self._state is State.STARTING else self._joined
+            return begin(now, event) + [effect for early in self._early.take() for effect in self.step(now, early)]
         if isinstance(event, events.Tick):
             return self._tick(now, event)
         if isinstance(event, events.Killed | events.Persisted):
@@ -107,12 +88,17 @@ class ReplicaCore:
         if isinstance(event, events.Relayout):
             return self._relayout(now, event)
         if self._state is State.STARTING:
-            self._early.append(event)  # a survivor dials before it is known which others there are
-            return []
+            self._early.add(event)
+            word = self._early.all_serve(self._epoch, self._layout, self._plan.ranks)
+            self._on_word = bool(word)
+            return self.step(now, events.Started(word)) if word else []
         rank = self._attempt.find(event.rank, event.incarnation)
-        if rank is None:
+        if rank is not None:
+            return self._handlers[type(event)](now, event, rank)
+        if not self._on_word:
             return [self._attempt.refuse(event)] if isinstance(event, events.Attached) else []
-        return self._handlers[type(event)](now, event, rank)
+        self._early.add(event)
+        return []
 
     # From nothing to launched.
 
@@ -125,6 +111,20 @@ class ReplicaCore:
             return self._fence(now, f"cold start: {len(attempt.ranks)} ranks of epoch {self._epoch} are alive")
         self._state, self._attempt = State.ADOPTING, attempt
         return [self._emit("replica.adopting", epoch=self._epoch)]
+
+    def _joined(self, now: float, event: events.Started) -> list[Effect]:
+        """Who was adopted on its word must have an agent; what lives besides is surplus, or a stranger."""
+        self._on_word = False
+        if self._state not in (State.ADOPTING, State.READY):
+            return []
+        own = {index: rank.incarnation for index, rank in self._attempt.everyone.items()}
+        if (alone := without_agent(own, event.survivors)) is not None:
+            return self._lost(now, alone, "no node agent has charge of it")
+        for index, incarnation in event.survivors - own.items():
+            if index in own:
+                return self._fence(now, f"there is another rank {index}, {incarnation}", index)
+            self._attempt.add(index, RankState(incarnation, Observation("ready", 0, now, now)))
+        return []
 
     def _new_attempt(self, deadline_s: float, now: float) -> Attempt:
         return Attempt(self.fence, self._plan, deadline_s, now)

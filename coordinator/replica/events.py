@@ -16,7 +16,7 @@ from echelon.internal.link import Fence
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The coordinator is up. survivors: (rank, incarnation) of this replica's processes that still live."""
+    """Ray has been joined. survivors: (rank, incarnation) of this replica's processes that an agent has charge of."""
 
     survivors: frozenset[tuple[int, str]] = frozenset()
 

@@ -31,7 +31,6 @@ from coordinator.replica.events import (
     PersistEpoch,
     ReplicaDown,
     ReplicaUp,
-    Started,
     Tell,
     Tick,
 )
@@ -96,9 +95,8 @@ class ReplicaService:
         """The fence its leader must carry to link, None while no epoch serves."""
         return self._serving
 
-    async def run(self, survivors: frozenset[tuple[int, str]]) -> None:
-        """Start, then tell the core the time for as long as the coordinator lives."""
-        self.post(Started(survivors))
+    async def run(self) -> None:
+        """Tell the core the time for as long as the coordinator lives."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(TICK_S)

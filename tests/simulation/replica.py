@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.placement import ReplicaPlan
-from coordinator.replica.core import ReplicaConfig, ReplicaCore
+from coordinator.replica.config import ReplicaConfig
+from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import (
     Attached,
     AwaitPersisted,

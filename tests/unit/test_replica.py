@@ -8,7 +8,8 @@ import pytest
 
 from coordinator.placement import RankMemory, ReplicaPlan
 from coordinator.replica.attempt import MAX_BACKOFF_S, State, backoff_s
-from coordinator.replica.core import ANOTHER_LAYOUT, START_ATTEMPTS, ReplicaConfig, ReplicaCore
+from coordinator.replica.config import START_ATTEMPTS, ReplicaConfig
+from coordinator.replica.core import ANOTHER_LAYOUT, ReplicaCore
 from coordinator.replica.events import (
     Accept,
     Attached,
@@ -31,6 +32,7 @@ from coordinator.replica.events import (
     Persisted,
     PersistEpoch,
     Progress,
+    RankEvent,
     Ready,
     Refuse,
     Relayout,
@@ -227,13 +229,74 @@ def test_a_new_coordinator_adopts_ranks_that_serve_the_persisted_epoch() -> None
     assert [rank.planned_kv_bytes for rank in core.ranks()] == [80, 80]
 
 
-def test_survivors_that_dial_before_the_start_are_adopted_too() -> None:
+BOTH = frozenset({(0, "c-4"), (1, "c-4")})
+
+
+def on_their_word(core: ReplicaCore) -> list[Effect]:
+    """Both ranks of epoch 4 serve and say so, before Ray is joined; what the second hello leads to."""
+    assert core.step(0.0, hello(0, "c-4", "ready", epoch=4, resident=RESIDENT)) == []
+    return quiet(core.step(0.1, hello(1, "c-4", "ready", epoch=4, resident=RESIDENT)))
+
+
+def test_ranks_that_all_serve_are_adopted_before_ray_is_joined() -> None:
     core = make(epoch=4, term=2)
-    for rank in (0, 1):
-        assert core.step(0.0, hello(rank, "c-4", "ready", epoch=4, resident=RESIDENT)) == []
-    core.step(0.1, Tick())
-    effects = quiet(core.step(0.2, Started(frozenset({(0, "c-4"), (1, "c-4")}))))
-    assert effects[-1] == ReplicaUp(Fence(2, 0, 4))
+    up = ReplicaUp(Fence(2, 0, 4))
+    assert on_their_word(core) == [Tell(Fence(2, 0, 4), rank, "c-4", Accept()) for rank in (0, 1)] + [up]
+    core.step(0.2, Tick())
+    assert core.step(3.0, Started(BOTH)) == []
+    assert core.state is State.READY
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        hello(1, "c-4", "ready", epoch=3, resident=RESIDENT),
+        hello(1, "c-4", "loading", epoch=4),
+        hello(1, "c-4", "ready", epoch=4, resident=RESIDENT, layout="another"),
+        hello(0, "c-3", "ready", epoch=4, resident=RESIDENT),
+        Detached(0, "c-4"),
+    ],
+)
+def test_nobody_is_adopted_on_the_word_of_some(second: RankEvent) -> None:
+    core = make(epoch=4, term=2)
+    core.step(0.0, hello(0, "c-4", "ready", epoch=4, resident=RESIDENT))
+    assert core.step(0.1, second) == []
+    assert core.state is State.STARTING
+    if isinstance(second, Detached):
+        assert core.step(0.2, hello(1, "c-4", "ready", epoch=4, resident=RESIDENT)) == []
+    assert quiet(core.step(0.3, Started(frozenset({(0, "c-4")}))))[:2] == [PersistEpoch(5), Kill(5, None)]
+
+
+@pytest.mark.parametrize(
+    ("survivors", "suspect"), [(BOTH - {(1, "c-4")}, 1), (BOTH | {(0, "c-3")}, 0)], ids=["no agent", "two of them"]
+)
+def test_a_word_that_no_agent_bears_out_ends_the_epoch(survivors: frozenset[tuple[int, str]], suspect: int) -> None:
+    core = make(epoch=4, term=2)
+    on_their_word(core)
+    effects = quiet(core.step(3.0, Started(survivors)))
+    assert [type(effect) for effect in effects] == [PersistEpoch, ReplicaDown, Kill]
+    assert effects[-1] == Kill(5, suspect)
+
+
+def test_what_comes_after_a_word_waits_until_ray_is_joined() -> None:
+    """A rank of an earlier, larger layout is of use again; a stranger is not."""
+    core = make(epoch=4, term=2)
+    on_their_word(core)
+    assert core.step(1.0, hello(2, "c-2")) == []
+    assert core.step(1.1, hello(1, "c-3")) == []
+    told = core.step(3.0, Started(BOTH | {(2, "c-2")}))
+    assert Tell(Fence(2, 0, 4), 2, "c-2", Accept()) in told
+    assert any(isinstance(tell, Tell) and isinstance(tell.command, Refuse) for tell in told)
+    assert core.state is State.READY
+
+
+def test_a_rank_that_is_lost_before_ray_is_joined_is_replaced_after() -> None:
+    core = make(epoch=4, term=2)
+    on_their_word(core)
+    core.step(0.5, Detached(1, "c-4"))
+    assert Kill(5, 1) in core.step(2.1, Tick())
+    assert core.step(3.0, Started(frozenset({(0, "c-4")}))) == []
+    assert Launch(0, "c-5") in core.step(3.1, Killed(5))
 
 
 @pytest.mark.parametrize(

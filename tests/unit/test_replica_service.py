@@ -14,8 +14,9 @@ from coordinator.internal_server import event_of
 from coordinator.metrics import Metrics
 from coordinator.placement import ReplicaPlan
 from coordinator.replica import service as replica_service
-from coordinator.replica.core import ReplicaConfig, ReplicaCore
-from coordinator.replica.events import Accept, Attached, Noted, Refuse
+from coordinator.replica.config import ReplicaConfig
+from coordinator.replica.core import ReplicaCore
+from coordinator.replica.events import Accept, Attached, Noted, Refuse, Started
 from coordinator.replica.service import Callbacks, Outbox, ReplicaService
 from coordinator.service import Service
 from echelon.internal.v1 import control_pb2
@@ -87,7 +88,8 @@ def test_an_epoch_begins_once_it_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> 
     async def work() -> None:
         site = Site()
         site.full = True
-        running = asyncio.create_task(site.replica.run(frozenset()))
+        running = asyncio.create_task(site.replica.run())
+        site.replica.post(Started())
         await settled()
         assert (site.launched, site.persisted) == ([], [])
         site.full = False
@@ -101,7 +103,8 @@ def test_an_epoch_begins_once_it_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_stranger_is_refused_and_ends_nobody_s_stream() -> None:
     async def work() -> None:
         site = Site()
-        running = asyncio.create_task(site.replica.run(frozenset()))
+        running = asyncio.create_task(site.replica.run())
+        site.replica.post(Started())
         await settled()
         ours = site.replica.attach(hello("1"))
         stranger = site.replica.attach(hello("another cluster's"))

@@ -13,7 +13,8 @@ from coordinator.metrics import Metrics
 from coordinator.replica import attempt as replica_attempt
 from coordinator.replica import core as replica_core
 from coordinator.replica.attempt import State
-from coordinator.replica.core import START_ATTEMPTS, ReplicaConfig, ReplicaCore
+from coordinator.replica.config import START_ATTEMPTS, ReplicaConfig
+from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Attached, Fault, Killed, Progress, Ready, Resident, Started, StoreOpened, Tick
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
