@@ -264,6 +264,8 @@ def _begin(connection: sql.Connection) -> None:
 
 def _migrate(connection: sql.Connection) -> None:
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if version == SCHEMA_VERSION:  # nothing to write: a disk that is full now must not keep a coordinator from starting
+        return
     if version not in (0, SCHEMA_VERSION):
         have = f"the job store has schema {version}, this Echelon reads {SCHEMA_VERSION}"
         raise ConfigError(f"{have}; give another state-dir, or serve with the Echelon that wrote it", field="state_dir")

@@ -54,6 +54,19 @@ def store(path: Path) -> Iterator[JobStore]:
     store.close()
 
 
+def test_opening_a_store_again_writes_nothing(tmp_path: Path) -> None:
+    """A coordinator must be able to start on a disk that has become full."""
+    path = tmp_path / "jobs.db"
+    JobStore(path).close()
+    written_ns = path.stat().st_mtime_ns
+    again = JobStore(path)
+    assert again.load() == ()
+    logs = [each.stat().st_size for each in tmp_path.glob("*-wal")]
+    again.close()
+    assert sum(logs) == 0 and path.stat().st_mtime_ns == written_ns
+
+
+
 def test_all_of_a_job_is_found_again(store: JobStore, path: Path) -> None:
     store.create(new_job("a"))
     store.create(new_job("b", items=1))
