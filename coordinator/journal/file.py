@@ -186,11 +186,11 @@ class JournalFile:
     def _publish(self, copy: Copy) -> None:
         """Not on the event loop: fsync takes as long as the disk does.
 
-        Rename makes the copy whole or absent, so a crash leaves the older segments or the new one in charge.
+        Its name makes the copy whole or absent, so a crash leaves the older segments or the new one in charge.
         """
         copy.segment.sync()
         self._refuse_superseded()
-        copy.segment.rename(copy.target)
+        copy.segment.publish(copy.target)
 
     def _refuse_superseded(self) -> None:
         """A later segment than ours: a successor writes here, and what we know is old."""
@@ -199,7 +199,7 @@ class JournalFile:
             raise OSError(errno.ESTALE, f"another coordinator writes this journal: {later[-1]}")
 
     def _take_over(self, copy: Copy) -> None:
-        """From the rename on it is in charge; everything that was appended is in it."""
+        """Since it has its name it is in charge; everything that was appended is in it."""
         if self._segment is not None:
             self._segment.close()
         self._segment, self._number = copy.segment, _number_of(copy.target)

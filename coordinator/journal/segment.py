@@ -44,8 +44,16 @@ class Segment:
         """It outlives a power cut from here on. A failure is final: the kernel may have dropped what it held."""
         os.fdatasync(self._descriptor)
 
-    def rename(self, path: Path) -> None:
-        self.path.rename(path)
+    def publish(self, path: Path) -> None:
+        """Give it this name, which nobody may have taken: FileExistsError."""
+        try:
+            os.link(self.path, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            self.path.rename(path)
+        else:
+            self.path.unlink()
         self.path = path
 
     def close(self) -> None:

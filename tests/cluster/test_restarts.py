@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from echelon import Client, DeadlineError, OverloadedError
 from echelon.jobs import Job
@@ -39,6 +41,13 @@ def case(model: Path, ray_address: str) -> Iterator[Case]:
 
 def kinds(cluster: LocalCluster) -> list[str]:
     return [event.kind for event in cluster.events()]
+
+
+def journal_health(cluster: LocalCluster) -> int:
+    """What a load balancer is told."""
+    with grpc.insecure_channel(cluster.target) as channel:
+        request = health_pb2.HealthCheckRequest(service="journal")
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
 
 
 # Quick ones first: they share one start.
@@ -79,9 +88,13 @@ def test_a_full_disk_stops_no_stream_and_lets_none_begin(case: Case) -> None:
                 with pytest.raises(OverloadedError) as raised:
                     impatient.generate("not now", max_tokens=1)
                 assert raised.value.reason == "JOURNAL_UNAVAILABLE"
+                assert cluster.status().journal.startswith("not durable: ")
+                assert journal_health(cluster) == health_pb2.HealthCheckResponse.NOT_SERVING
 
             assert_undisturbed(case, stream_through(impatient, refused))
         cluster.wait(lambda _: "journal.recovered" in kinds(cluster), "the journal to recover")
+        assert cluster.status().journal == "durable"
+        assert journal_health(cluster) == health_pb2.HealthCheckResponse.SERVING
         assert impatient.generate("now", max_tokens=1).token_ids
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.fences import Fences, SupersededError
+from coordinator.journal.file import JournalFile
 from echelon.errors import ConfigError
 
 
@@ -95,3 +98,48 @@ def test_damage_and_unusable_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         Fences.open(tmp_path / "file" / "state")
+
+
+SLEEPER = """
+import os, pathlib, signal, sys
+from coordinator.fences import Fences
+from coordinator.journal.file import JournalFile
+from tests.unit.test_journal_file import append, opened
+state = pathlib.Path(sys.argv[1])
+fences = Fences.open(state)
+journal = JournalFile(state / "journal", fences.term, segment_bytes=1)
+append(journal, opened("before"))
+print("ready", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+for attempt in (lambda: append(journal, opened("late")), lambda: fences.persist_epoch(0, 9), fences.check):
+    for _ in range(3):
+        try:
+            attempt()
+            print("accepted", flush=True)
+        except OSError as error:
+            print("refused", error, flush=True)
+"""
+
+
+def test_a_stopped_coordinator_that_wakes_after_its_successor_began_writes_nothing(tmp_path: Path) -> None:
+    """Nobody has killed it, and its lock was lost."""
+    root = Path(__file__).parents[2]
+    sleeper = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+    try:
+        assert sleeper.stdout is not None and sleeper.stdout.readline() == b"ready\n"
+        os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+        (tmp_path / "lock").unlink()
+        fences = Fences.open(tmp_path)
+        fences.persist_epoch(0, 1)
+        journal = JournalFile(tmp_path / "journal", fences.term)
+        journal.close()
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        sleeper.send_signal(signal.SIGCONT)
+        told, _ = sleeper.communicate(timeout=60)
+    finally:
+        sleeper.kill()
+        sleeper.communicate()
+    assert [line.split()[0] for line in told.decode().splitlines()] == ["refused"] * 9
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    fences.check()
+    fences.close()

@@ -17,7 +17,7 @@ from coordinator.journal import file as journal_file
 from coordinator.journal.codec import FRAME, find_damage, frame, unframe
 from coordinator.journal.damage import Damage
 from coordinator.journal.file import JournalFile
-from coordinator.journal.segment import Copy
+from coordinator.journal.segment import Copy, Segment
 from coordinator.journal.state import Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
 from coordinator.requests.events import Submit
 from echelon.internal.link import Finish, Running
@@ -161,6 +161,30 @@ def test_one_that_was_replaced_and_wakes_writes_nothing(tmp_path: Path) -> None:
     assert list(reopened(tmp_path).state.entries) == ["a", "b", "c"]
 
 
+def test_a_name_that_a_successor_has_taken_is_not_written_over(tmp_path: Path) -> None:
+    """In the very moment between looking for one and taking it."""
+    segment = Segment(tmp_path / "000002.tmp")
+    segment.append(b"of the one that sleeps")
+    (tmp_path / "000002.log").write_bytes(b"of its successor")
+    with pytest.raises(FileExistsError):
+        segment.publish(tmp_path / "000002.log")
+    segment.remove()
+    assert (tmp_path / "000002.log").read_bytes() == b"of its successor"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_published_segment_goes_on_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    segment = Segment(tmp_path / "1.tmp")
+    segment.append(b"a")
+    with contextlib.nullcontext() if links else failing(monkeypatch, "link", OSError(errno.EPERM, "no links")):
+        segment.publish(tmp_path / "1.log")
+    segment.append(b"b")
+    segment.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"1.log": b"ab"}
+
+
 # Copies, made a piece at a time.
 
 NAMES = ("a", "b", "c")
@@ -228,6 +252,23 @@ def test_no_append_copies_more_than_a_piece(tmp_path: Path, monkeypatch: pytest.
     assert max(sizes) < 600 < journal.size_bytes
     journal.close()
     assert len(reopened(tmp_path).state.entries) == 200
+
+
+def test_a_copy_that_has_its_name_already_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks what the full disk refused, but it is what a successor reads."""
+    journal = JournalFile(tmp_path, term=1, segment_bytes=1000)
+    number = 0
+    while journal._publishing is None:
+        append(journal, opened(f"r{number}"))
+        number += 1
+    journal._publishing.result()
+    with failing(monkeypatch, "write"), pytest.raises(OSError, match="No space"):
+        append(journal, opened(f"r{number}"))
+    assert len(reopened_copy(tmp_path).state.entries) == number
+    until(journal, lambda: not journal._lost)
+    append(journal, opened("last"))
+    journal.close()
+    assert len(reopened(tmp_path).state.entries) == number + 2
 
 
 def test_a_crash_in_the_middle_of_a_copy_leaves_the_old_segment(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_no_room_for_compaction_is_no_error(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
         patch.setattr(Path, "rename", refuse)
         for number in range(20):
             append(journal, opened(f"r{number}"))
