@@ -389,9 +389,14 @@ def test_what_another_has_repaired_is_left_alone(kept: KeepingRank) -> None:
     assert kept.weights == repaired
 
 
-def test_a_cancelled_writer_leaves_nothing(rank: KeepingRank) -> None:
+def test_a_cancelled_writer_ends_at_once_and_leaves_nothing(rank: KeepingRank, monkeypatch: pytest.MonkeyPatch) -> None:
     _, loaded = rank.load()
     assert loaded.writer is not None
+
+    def fsync(descriptor: int) -> None:
+        raise AssertionError("it went on to the end of the weights")
+
+    monkeypatch.setattr(os, "fsync", fsync)
     loaded.writer.cancel()
     assert "cancelled" in loaded.writer.write().reason
     assert list(rank.folder.iterdir()) == []
