@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc.aio
+import pytest
 import torch
 
 from echelon.internal.v1 import control_pb2, control_pb2_grpc
 from models.files import model_digest
 from tests.tiny import make_checkpoint
+from worker.checkpoint.write import ShardWriter, Written
 from worker.rank import RankProcess
 from worker.spec import RankSpec
 
@@ -154,6 +156,19 @@ def test_a_rank_keeps_a_shard_of_each_model_and_tells_of_it(tmp_path: Path) -> N
     assert all("there is no shard" in each.reason for each in drill.loaded[:2])
     assert [each.bytes for each in drill.loaded[2:]] == [ready.parameter_bytes for ready in drill.ready[2:]]
     assert all(each.bytes > ready.parameter_bytes for each, ready in zip(drill.written, drill.ready, strict=False))
+
+
+def test_a_shard_is_given_up_with_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def start(writer: ShardWriter, tell: Callable[[Written], None]) -> None:
+        calls.append("start")
+        tell(Written(1, 0.0))
+
+    monkeypatch.setattr(ShardWriter, "start", start)
+    monkeypatch.setattr(ShardWriter, "cancel", lambda writer: calls.append("cancel"))
+    attend(Drill([make_checkpoint(tmp_path / "a")] * 2, tmp_path / "store"))
+    assert calls == ["start", "cancel"] * 2
 
 
 def test_a_rank_that_cannot_keep_a_shard_serves_and_tells_why(tmp_path: Path) -> None:
