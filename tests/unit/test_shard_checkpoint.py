@@ -141,6 +141,7 @@ def test_layouts_and_dtypes_have_shards_of_their_own(rank: KeepingRank) -> None:
 
 def test_large_tensors_are_written_and_read_in_pieces(rank: KeepingRank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.checkpoint.checksum.PIECE_BYTES", 1000)
+    monkeypatch.setattr("worker.checkpoint.checksum.CACHED_BYTES", 700)
     monkeypatch.setattr("worker.weight_file.BUFFER_BYTES", 1000)
     monkeypatch.setattr(write, "SYNC_BYTES", 5000)
     expected, loaded = rank.load()

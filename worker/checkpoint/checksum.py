@@ -9,8 +9,11 @@ import os
 from collections.abc import Iterator
 
 import google_crc32c
+import numpy as np
+import numpy.typing as npt
 
 PIECE_BYTES = 4 << 20  # from 1 MiB on google_crc32c lets the interpreter go
+CACHED_BYTES = 256 << 10
 
 
 def pieces(descriptor: int, first_byte: int, count: int) -> Iterator[tuple[int, bytes]]:
@@ -22,6 +25,22 @@ def pieces(descriptor: int, first_byte: int, count: int) -> Iterator[tuple[int, 
             raise OSError(f"the file ends at byte {first_byte + done}")
         yield done, data
         done += len(data)
+
+
+def read_into(descriptor: int, first_byte: int, target: npt.NDArray[np.uint8]) -> int:
+    """Fills an array with what a file has from a place on; the crc32c of it. Raises OSError.
+
+    Nothing is copied, and each piece is looked at while it is in the processor's cache; but the interpreter is held.
+    """
+    crc, done = 0, 0
+    while done < len(target):
+        piece = target[done : done + CACHED_BYTES]
+        count = os.preadv(descriptor, [piece.data], first_byte + done)
+        if count == 0:
+            raise OSError(f"the file ends at byte {first_byte + done}")
+        crc = int(google_crc32c.extend(crc, piece[:count]))
+        done += count
+    return crc
 
 
 def checksum(descriptor: int, first_byte: int, count: int) -> int:

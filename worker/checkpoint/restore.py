@@ -22,7 +22,7 @@ from echelon.errors import ConfigError
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import read_header
-from worker.checkpoint.checksum import extend, pieces
+from worker.checkpoint.checksum import extend, pieces, read_into
 from worker.checkpoint.manifest import Manifest, ShardAddress, UnfitShardError
 
 Progress = Callable[[int, int], None]
@@ -96,6 +96,8 @@ class ShardFile:
     def fill(self, shard: Tensor, first_byte: int) -> int:
         """A resident tensor with what lies there; the crc32c of it. Raises OSError."""
         target, crc = shard.view(-1).view(torch.uint8), 0
+        if self._mapped is None and target.is_cpu:
+            return read_into(self._descriptor, first_byte, target.numpy())
         for done, data in pieces(self._descriptor, first_byte, len(target)):
             crc = extend(crc, data)
             target[done : done + len(data)].copy_(self._host(first_byte + done, data), non_blocking=True)
