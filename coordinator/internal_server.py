@@ -17,6 +17,8 @@ from coordinator.replica.events import (
     Accept,
     Attached,
     Beat,
+    Blame,
+    Blamed,
     Fault,
     Form,
     Noted,
@@ -101,6 +103,8 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
                 command.form.store_address, command.form.kv_blocks = store_address, kv_blocks
             case Retire():
                 command.retire.SetInParent()
+            case Blame(first_step, last_step):
+                command.blame.first_step, command.blame.last_step = first_step, last_step
             case Refuse(reason):
                 command.refused.reason = reason
             case other:
@@ -199,7 +203,9 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
             kind = "shard.not_written" if message.written.reason else "shard.written"
             return Noted(rank, incarnation, kind, noted(message.written, message.fence.epoch))
         case "fault":
-            return Fault(rank, incarnation, message.fault.phase, message.fault.error)
+            return fault_of(message.fault, rank, incarnation)
+        case "blamed":
+            return Blamed(rank, incarnation, tuple(message.blamed.requests))
     return None
 
 
@@ -207,3 +213,17 @@ def noted(told: control_pb2.WeightsLoaded | control_pb2.ShardWritten, epoch: int
     """What is told of weights, as the event log shows it: what is set."""
     fields: dict[str, object] = {field.name: value for field, value in told.ListFields()}
     return {"epoch": epoch} | fields | {"took_s": round(told.took_s, 3)}
+
+
+def fault_of(fault: control_pb2.RankFault, rank: int, incarnation: str) -> Fault:
+    """A rank's fault as the core's event."""
+    return Fault(
+        rank,
+        incarnation,
+        fault.phase,
+        fault.error,
+        first_step=fault.first_step,
+        last_step=fault.last_step,
+        of_peer=fault.of_peer,
+        requests=tuple(fault.requests),
+    )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.replica.events import Died, Started, StartEnded
+from coordinator.replica.events import Acquitted, Died, Started, StartEnded
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.service import Service
 from echelon.types import Rank, Replica
@@ -41,6 +41,7 @@ class Replicas:
         self._loading: dict[int, tuple[int, int]] = {}  # loaded and total bytes, of those that load or have just done
         self._services = {index: make(index, self._callbacks(index)) for index in range(count)}
         service.metrics.replicas.set(count)
+        service.on_quarantined(lambda replica: self._services[replica].post(Acquitted()))
 
     @property
     def services(self) -> Mapping[int, ReplicaService]:
@@ -90,6 +91,7 @@ class Replicas:
             index=index,
             epoch=core.fence.epoch,
             state=core.state.value,
+            reason=core.reason,
             kv_blocks_total=engine.kv_blocks or core.kv_blocks,
             kv_blocks_referenced=engine.stats.blocks_referenced,
             step=engine.stats.step,

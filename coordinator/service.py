@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import structlog
 
@@ -93,6 +94,7 @@ class Service:
         self._stream_ids = itertools.count(1)
         self._links: dict[int, Callable[[Command], None]] = {}
         self._interrupted: Callable[[str], None] = lambda request_id: None
+        self._quarantined: Callable[[int], None] = lambda replica: None
         self._engines: dict[int, Engine] = {}
 
     @property
@@ -155,6 +157,10 @@ class Service:
     def on_interrupted(self, callback: Callable[[str], None]) -> None:
         """Call back with the id of every request that a fault interrupted and that is taken up again."""
         self._interrupted = callback
+
+    def on_quarantined(self, callback: Callable[[int], None]) -> None:
+        """Call back with the replica whose step broke each time a request was found to be why."""
+        self._quarantined = callback
 
     def open_link(self, report: Report, send: Callable[[Command], None]) -> None:
         """A leader's hello: its commands go to `send` from now on."""
@@ -258,4 +264,6 @@ class Service:
         if kind == "request.replayed":
             self.metrics.replayed_requests.inc()
             self._interrupted(subject)
+        if kind == "request.quarantined":
+            self._quarantined(cast(int, detail["replica"]))
         self.events.emit(kind, subject, detail)

@@ -1,10 +1,11 @@
 """Every error that Echelon raises or sends, and the one table that says how each travels.
 
 EchelonError                      code                reasons
-├── InvalidRequestError           INVALID_ARGUMENT    INVALID_FIELD, CONTEXT_TOO_LONG, CONSTRAINT_FAILED
+├── InvalidRequestError           INVALID_ARGUMENT    INVALID_FIELD, CONTEXT_TOO_LONG, CONSTRAINT_FAILED, NON_FINITE
 ├── NotFoundError                 NOT_FOUND           MODEL_NOT_FOUND, JOB_NOT_FOUND
 ├── ConflictError                 ALREADY_EXISTS      REQUEST_ID_CONFLICT, JOB_ID_CONFLICT
 ├── StreamTakenOverError          ABORTED             STREAM_TAKEN_OVER
+├── QuarantinedError              ABORTED             REQUEST_QUARANTINED
 ├── OverloadedError               RESOURCE_EXHAUSTED  QUEUE_FULL, JOURNAL_UNAVAILABLE          (retryable)
 ├── UnavailableError              UNAVAILABLE         FAILING_OVER, DRAINING                   (retryable)
 ├── DeadlineError                 DEADLINE_EXCEEDED   DEADLINE
@@ -78,6 +79,12 @@ class StreamTakenOverError(EchelonError):
     code, default_reason = 10, "STREAM_TAKEN_OVER"
 
 
+class QuarantinedError(EchelonError):
+    """Each time the request was computed, alone at last, the step broke; it is not tried again."""
+
+    code, default_reason = 10, "REQUEST_QUARANTINED"
+
+
 class OverloadedError(EchelonError):
     """The queue or the journal takes no more now; nothing was started."""
 
@@ -129,6 +136,7 @@ WIRE_ERRORS: tuple[type[EchelonError], ...] = (
     NotFoundError,
     ConflictError,
     StreamTakenOverError,
+    QuarantinedError,
     OverloadedError,
     UnavailableError,
     DeadlineError,
@@ -146,6 +154,7 @@ def error_of(
     request_id: str | None = None,
     retry_after_s: float | None = None,
 ) -> EchelonError:
-    """The error a status code stands for; codes outside the table become InternalError."""
-    kind = next((error for error in WIRE_ERRORS if error.code == code), InternalError)
+    """The error a status code stands for, of two with one code the one of the reason; of no code InternalError."""
+    kinds = [error for error in WIRE_ERRORS if error.code == code] or [InternalError]
+    kind = next((error for error in kinds if error.default_reason == reason), kinds[0])
     return kind(message, reason=reason, field=field, request_id=request_id, retry_after_s=retry_after_s)

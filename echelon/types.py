@@ -205,7 +205,7 @@ class Spare:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """One copy of the model over its ranks; counters count since its epoch began."""
+    """One copy of the model over its ranks; counters count since its epoch began. reason: why it does not serve."""
 
     index: int
     epoch: int
@@ -215,6 +215,7 @@ class Replica:
     step: int
     kv_blocks_cached: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,6 +36,17 @@ class Backend(Protocol):
     def abort(self) -> None: ...
 
 
+def of_peer(error: BaseException) -> bool:
+    """Whether an error came out of a collective, a channel or the rendezvous: another rank or the way to it is gone."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return False
+    inside = trace is not None and trace.tb_frame.f_code.co_filename == __file__
+    return inside or isinstance(error, torch.distributed.DistError)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """rank of size. Every rank of the group must call the same collectives in the same order with equal shapes."""

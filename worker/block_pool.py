@@ -76,6 +76,15 @@ class BlockPool:
             self._block_of[content] = block
             self._hash_of[block] = content
 
+    def forget(self, contents: Iterable[bytes]) -> None:
+        """Blocks with these contents are found no more; who references them goes on to."""
+        for content in contents:
+            if (block := self._block_of.pop(content, None)) is not None:
+                del self._hash_of[block]
+                if block in self._cached:
+                    del self._cached[block]
+                    self._blank.append(block)
+
     def free(self, blocks: Iterable[int]) -> None:
         """One reference less for each; of those whose last it was, the first loses its content first."""
         for block in blocks:

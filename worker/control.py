@@ -40,6 +40,9 @@ class RankHandler(Protocol):
     def form(self, epoch: int, command: control_pb2.FormEpoch) -> None:
         """Start to serve an epoch; reports follow through `ControlLink.send`."""
 
+    def blame(self, first_step: int, last_step: int) -> list[str]:
+        """The requests of these steps, on the leader."""
+
     def retire(self) -> None:
         """End the epoch that is served, and wait for another; told again, it changes nothing."""
 
@@ -114,6 +117,9 @@ class ControlLink:
             case "retire":
                 self._epoch = command.fence.epoch
                 self._handler.retire()
+            case "blame":
+                requests = self._handler.blame(command.blame.first_step, command.blame.last_step)
+                self.send(blamed=control_pb2.RankBlamed(requests=requests))
             case "refused":
                 log.info("refused by the coordinator", reason=command.refused.reason)
                 return True

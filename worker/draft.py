@@ -36,12 +36,18 @@ class Slot:
 
 
 class Flight(NamedTuple):
-    """A plan without its result yet: whose ids it samples, whose prompts it scores, and what it computes."""
+    """A plan without its result yet: whose ids it samples, whose prompts it scores and computes, and how much."""
 
     step: int
     sampled: list[Sequence]
     scored: list[Request]
+    prefilled: list[Sequence]
     work: SlotWork
+
+    @property
+    def requests(self) -> set[str]:
+        """That have a row in it."""
+        return {sequence.assign.request for sequence in (*self.sampled, *self.prefilled)}
 
 
 @dataclass(slots=True)
@@ -70,7 +76,7 @@ class Draft:
 
     def flight(self) -> Flight:
         """What its result will be about."""
-        return Flight(self.step, self.sampled, self.scored, self.work)
+        return Flight(self.step, self.sampled, self.scored, self.prefilled, self.work)
 
     def admit(self, sequence: Sequence) -> None:
         """A sequence has a slot now, and the blocks that it begins with; of what is cached, ranks are told the ids."""

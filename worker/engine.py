@@ -27,6 +27,7 @@ from worker.plan import StepPlan, StepResult
 from worker.sequence import Outcome
 
 __all__ = [
+    "Broken",
     "Commanded",
     "Completed",
     "Drain",
@@ -91,7 +92,16 @@ class Drain:
     """Tell every rank that no plan comes until results have."""
 
 
-Effect = RunPlan | Drain | SendReport
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The device is not to be trusted any more: the epoch must end. requests: those that were to show it."""
+
+    step: int
+    reason: str
+    requests: tuple[str, ...]
+
+
+Effect = RunPlan | Drain | SendReport | Broken
 
 
 class EngineCore:
@@ -107,6 +117,7 @@ class EngineCore:
         self._counters = {"released": 0, "refused_commands": 0}
         self._outcome = Outcome()  # what this step reports
         self._draining = True
+        self._broken = False
 
     @property
     def fence(self) -> Fence:
@@ -115,18 +126,22 @@ class EngineCore:
 
     def step(self, now: float, event: Event) -> list[Effect]:
         """Take in one event: first the plans that keep the device busy, then what there is to report."""
-        hello: list[Effect] = []
+        told: list[Effect] = []
         match event:
             case LinkOpened(term):
-                hello = self._open_link(term)
+                told = self._open_link(term)
             case LinkClosed():
                 self._link_open = False
             case Commanded(command):
                 self._obey(command)
             case Completed(result):
-                self._tell(self._lanes.commit(result))
+                told = self._complete(result)
         reports = self._report()
-        return [*self._plan_ahead(), *hello, *reports]
+        return [*self._plan_ahead(), *told, *reports]
+
+    def in_steps(self, first: int, last: int) -> tuple[str, ...]:
+        """The requests that have a row in one of these steps, as far as their results have not come."""
+        return tuple(self._lanes.in_steps(first, last))
 
     def stats(self) -> ReplicaStats:
         """Where the epoch stands."""
@@ -197,6 +212,19 @@ class EngineCore:
         else:
             self._tell(self._lanes.add(assign))
 
+    def _complete(self, result: StepResult) -> list[Effect]:
+        """Scores that are not finite are the request's fault where they are one request's; else of none it is believed
+        what the step brought."""
+        if self._broken:
+            return []
+        spoilt = self._lanes.spoilt(result) if result.non_finite else []
+        if len(spoilt) > 1:
+            self._broken = True
+            reason = f"step {result.step}: the scores of {len(spoilt)} requests are not finite (NaN or infinite)"
+            return [Broken(result.step, reason, tuple(spoilt))]
+        self._tell(self._lanes.commit(result))
+        return []
+
     def _tell(self, outcome: Outcome) -> None:
         self._outcome.runs += outcome.runs
         self._outcome.prompted += outcome.prompted
@@ -210,6 +238,8 @@ class EngineCore:
         wait for another plan before it takes in what the last has sampled.
         """
         plans: list[Effect] = []
+        if self._broken:
+            return plans
         while (in_flight := self._lanes.plans_in_flight) < self._limits.depth + PLANS_AHEAD:
             room = self._limits.max_unacked_reports - len(self._unacked) - in_flight
             step = self._lanes.schedule(self._fence) if room > 0 else None

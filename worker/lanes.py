@@ -14,7 +14,7 @@ from echelon.internal.link import Assign, Fence
 from worker.limits import EngineLimits
 from worker.plan import StepPlan, StepResult, lane_of
 from worker.scheduler import Scheduler
-from worker.sequence import Outcome
+from worker.sequence import Outcome, State
 
 HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prompt: it takes a row of many steps
 
@@ -32,7 +32,7 @@ class Lanes:
     @property
     def plans_in_flight(self) -> int:
         """Steps."""
-        return self.schedulers[0].plans_in_flight
+        return len(self.schedulers[0].flights)
 
     @property
     def idle(self) -> bool:
@@ -86,14 +86,26 @@ class Lanes:
         """The results of all lanes, one behind the other."""
         outcome, sampled, scored = Outcome(), 0, 0
         for scheduler in self.schedulers:
-            ids, scores = scheduler.awaited
-            part = _part(result, slice(sampled, sampled + ids), slice(scored, scored + scores))
-            sampled, scored = sampled + ids, scored + scores
+            flight = scheduler.flights[0]
+            ends = sampled + len(flight.sampled), scored + len(flight.scored)
+            part = _part(result, slice(sampled, ends[0]), slice(scored, ends[1]))
+            sampled, scored = ends
             brought = scheduler.commit(part)
             outcome.runs += brought.runs
             outcome.prompted += brought.prompted
             outcome.released += brought.released
         return outcome
+
+    def spoilt(self, result: StepResult) -> list[str]:
+        """The requests whose scores are not finite in this result of the oldest step, unless they have ended."""
+        sampled = [sequence for scheduler in self.schedulers for sequence in scheduler.flights[0].sampled]
+        rows = [sampled[row] for row in result.non_finite]
+        return sorted({row.assign.request for row in rows if row.state is not State.ENDED})
+
+    def in_steps(self, first: int, last: int) -> list[str]:
+        """The requests that have a row in one of these steps, as far as their results have not come."""
+        flights = [flight for scheduler in self.schedulers for flight in scheduler.flights]
+        return sorted({request for flight in flights if first <= flight.step <= last for request in flight.requests})
 
     def check_integrity(self) -> None:
         for scheduler in self.schedulers:
@@ -120,5 +132,6 @@ def choose(lanes: Sequence[Scheduler], assign: Assign) -> Scheduler:
 
 def _part(result: StepResult, sampled: slice, scored: slice) -> StepResult:
     faults = ((row - sampled.start, why) for row, why in result.faults if sampled.start <= row < sampled.stop)
+    spoilt = (row - sampled.start for row in result.non_finite if sampled.start <= row < sampled.stop)
     ids, logprobs, scores = result.ids[sampled], result.logprobs[sampled], result.scores[scored]
-    return replace(result, ids=ids, logprobs=logprobs, scores=scores, faults=tuple(faults))
+    return replace(result, ids=ids, logprobs=logprobs, scores=scores, faults=tuple(faults), non_finite=tuple(spoilt))

@@ -18,7 +18,18 @@ from echelon.internal.channel import CLIENT_OPTIONS
 from echelon.internal.link import Report
 from echelon.internal.v1 import link_pb2, link_pb2_grpc
 from worker.control import REDIAL_S
-from worker.engine import Commanded, Completed, Drain, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
+from worker.engine import (
+    Broken,
+    Commanded,
+    Completed,
+    Drain,
+    EngineCore,
+    Event,
+    LinkClosed,
+    LinkOpened,
+    RunPlan,
+    SendReport,
+)
 from worker.plan import DRAIN, StepResult, encode
 
 Call = grpc.aio.StreamStreamCall[link_pb2.ReplicaReport, link_pb2.ReplicaCommand]
@@ -27,18 +38,24 @@ log = structlog.get_logger("leader")
 
 
 class Leader:
-    """Drives one EngineCore. term tells the current term.
+    """Drives one EngineCore. term tells the current term; broke is called once the epoch cannot go on.
 
     send_plans gives each data rank the wire form of its plan, or the same to all.
     """
 
     def __init__(
-        self, core: EngineCore, address: str, send_plans: Callable[[Sequence[bytes]], None], term: Callable[[], int]
+        self,
+        core: EngineCore,
+        address: str,
+        send_plans: Callable[[Sequence[bytes]], None],
+        term: Callable[[], int],
+        broke: Callable[[Broken], None],
     ) -> None:
         self._core = core
         self._address = address
         self._send_plans = send_plans
         self._term = term
+        self._broke = broke
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
 
     def completed(self, result: StepResult) -> None:
@@ -89,3 +106,5 @@ class Leader:
                     self._send_plans([DRAIN])
                 case SendReport(report):
                     self._reports.put_nowait(report)
+                case Broken():
+                    self._broke(effect)

@@ -18,7 +18,7 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from models.constraints import error_of
-from worker.plan import NO_ID, Int32Array, PlanTables
+from worker.plan import Int32Array, PlanTables
 
 BROKEN = "the constraint cannot be followed further: its grammar exceeds the limits of a matcher"
 KEPT_GRAMMARS = 64  # the same few are asked for again and again, and by all choices of a request
@@ -49,7 +49,7 @@ class Constraint:
 
     def take(self, first: int, ids: Sequence[int], matcher: LLMatcher) -> None:
         """Ids of positions first and after; those of the prompt, and those taken before, change nothing."""
-        if NO_ID in ids:  # the rank that filled its mask found it broken
+        if any(token < 0 for token in ids):  # the rank that filled its mask found it broken, or its scores are
             self.error = self.reason
         if self.error:
             return

@@ -19,7 +19,7 @@ from torch import Tensor
 from echelon.internal.link import Logprob
 from worker.matchers import BROKEN, Constraint
 from worker.op_clock import Span
-from worker.plan import NO_ID, StepResult
+from worker.plan import NO_ID, NON_FINITE, StepResult
 from worker.sampler import logprobs_width
 
 
@@ -105,6 +105,7 @@ class PendingStep:
             logprobs=tuple(unpack(self._outcome[:, 1:], self._logprobs)) if packed else (None,) * len(ids),
             scores=self._unpacked_scores(),
             faults=tuple((row, self._reason(row)) for row, token in enumerate(ids) if token == NO_ID),
+            non_finite=tuple(row for row, token in enumerate(ids) if token == NON_FINITE),
             slot_s=0.0 if self._span is None else self._span.seconds,
         )
 

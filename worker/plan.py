@@ -46,6 +46,7 @@ DRAIN = b""  # in the stream of plans: no other comes until results have come ba
 NO_SAMPLE = -2  # in a row's last column: the row ends before its prompt does, nothing is sampled
 NO_LOGPROBS = -1  # sampled, no log-probabilities; k >= 0: the sampled token's and the k likeliest
 NO_ID = -1  # stands in a result where no id could be drawn
+NON_FINITE = -2  # stands where the scores were not finite: an id was drawn, but it means nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class StepResult:
     scores: of the plan's scored rows in row order, the log-probabilities of the prompt tokens that they predict.
     faults: (index among the sampled rows, why) of rows that no id could be drawn for, because the matcher of their
     constraint broke: it exceeded its limits, or the ids to go on from do not follow the grammar. Their id is NO_ID.
+    non_finite: indices of sampled rows whose scores were NaN or infinite. Their id is NON_FINITE.
     slot_s: what the leader's stage took for it, 0 where that was not measured.
     """
 
@@ -134,6 +136,7 @@ class StepResult:
     logprobs: tuple[Logprob | None, ...]
     scores: tuple[tuple[Logprob, ...], ...] = ()
     faults: tuple[tuple[int, str], ...] = ()
+    non_finite: tuple[int, ...] = ()
     slot_s: float = field(default=0.0, compare=False)
 
 

@@ -77,6 +77,11 @@ class PrefixCache:
         sequence.computed = max(sequence.computed, sequence.planned)
         sequence.planned = sequence.kept = 0
 
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Nothing that these hold or held is found any more."""
+        for sequence in sequences:
+            self._pool.forget(sequence.hashes)
+
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Every block is free, or held as often as these sequences say."""
         self._pool.check_integrity(sequence.blocks for sequence in sequences)

@@ -13,6 +13,7 @@ import gc
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -21,8 +22,10 @@ from echelon.internal.link import PROTOCOL_VERSION, Fence
 from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
 from parallel import mesh
+from parallel.comm import of_peer
 from worker.checkpoint.write import Written
 from worker.control import ControlLink
+from worker.engine import Broken
 from worker.epoch import Epoch, SendPlans, form_epoch, private_host
 from worker.leader import Leader
 from worker.plan import StepResult
@@ -126,12 +129,18 @@ class RankProcess:
         self._control.send(ready=self._resident())
         if epoch.lead is not None:
             address, lead = self._spec.coordinator_address, epoch.lead
-            self._leader = Leader(lead.core, address, self._guarded(lead.send_plans), lambda: self._control.term)
+            send, term = self._guarded(lead.send_plans), lambda: self._control.term
+            self._leader = Leader(lead.core, address, send, term, self._tell_broken)
             self._leading = self._spawn(self._leader.run())
-        self._steps = Steps(epoch, self._result_taker(), self._fault_taker(epoch))
+        self._steps = Steps(epoch, self._result_taker(), lambda error: self._on_loop(lambda: self._broke(epoch, error)))
         self._steps.start()
         if loaded.writer is not None:
             loaded.writer.start(self._tell_written)
+
+    def blame(self, first_step: int, last_step: int) -> list[str]:
+        if self._epoch is None or self._epoch.lead is None or first_step > last_step:
+            return []
+        return list(self._epoch.lead.core.in_steps(first_step, last_step))
 
     def retire(self) -> None:
         if self._phase == "waiting":
@@ -187,9 +196,6 @@ class RankProcess:
 
         return take
 
-    def _fault_taker(self, epoch: Epoch) -> Callable[[Exception], None]:
-        return lambda error: self._on_loop(lambda: self._tell_fault(error) if epoch is self._epoch else None)
-
     def _tell_progress(self) -> Callable[[int, int], None]:
         """A loader's progress callback, thinned to what a progress bar can show."""
         last_s = 0.0
@@ -233,9 +239,29 @@ class RankProcess:
 
     # On the loop.
 
-    def _tell_fault(self, error: Exception) -> None:
+    def _broke(self, epoch: Epoch, error: Exception) -> None:
+        """An error in the threads that run steps."""
+        if epoch is self._epoch and self._steps is not None:
+            self._tell_fault(error, self._steps.running)
+
+    def _tell_broken(self, broken: Broken) -> None:
+        """What a step has brought cannot be believed."""
+        log.error("fault", phase=self._phase, reason=broken.reason)
+        step, requests = broken.step, broken.requests
+        self._send_fault(error=broken.reason, first_step=step, last_step=step, requests=requests)
+
+    def _tell_fault(self, error: Exception, steps: tuple[int, int] = (0, -1)) -> None:
         log.error("fault", phase=self._phase, exc_info=error)
-        self._fault = control_pb2.RankFault(phase=self._phase, error=f"{type(error).__name__}: {error}")
+        told = f"{type(error).__name__}: {error}"
+        if of_peer(error) or (isinstance(error, OSError) and self._phase != "loading"):
+            self._send_fault(error=told, of_peer=True)
+        elif steps[0] > steps[1]:
+            self._send_fault(error=told)
+        else:
+            self._send_fault(error=told, first_step=steps[0], last_step=steps[1], requests=self.blame(*steps))
+
+    def _send_fault(self, **said: Any) -> None:
+        self._fault = control_pb2.RankFault(phase=self._phase, **said)
         self._control.send(fault=self._fault)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

@@ -28,7 +28,7 @@ from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
 from worker.op_clock import OpClock, Span
 from worker.pending import Drawn, PendingStep, Queued, nothing_drawn, outcome_width, pack, scores_width
-from worker.plan import NO_ID, PlanTables, StepResult
+from worker.plan import NO_ID, NON_FINITE, PlanTables, StepResult
 from worker.sampler import RuledRows
 from worker.slots import SlotState
 from worker.upload import upload_one
@@ -191,6 +191,7 @@ class Runner:
         outcome[: share.size, 0] = ids
         if len(batch.logprob_rows):
             outcome[batch.logprob_rows, 1:] = pack(*sampler.logprobs(logits, ids, batch.logprob_rows))
+        outcome[: share.size, 0].masked_fill_(~sampler.finite(logits), NON_FINITE)
         if masks is not None and masks.failed:
             constrained = [row.row for part in batch.ruled for row in part.constrained]
             failed = np.array([constrained[row] for row in masks.failed])

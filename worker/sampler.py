@@ -88,6 +88,11 @@ def sample(logits: Tensor, rows: SamplingRows, paths: SamplingPaths, ruled: Sequ
     return ids
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Of each row [rows] bool: whether all its logits are, told by their sum, which one NaN or infinity spoils."""
+    return logits.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
+
+
 def piece_rows(vocab_size: int) -> int:
     """How many rows are worked on together."""
     return max(1, _PIECE_ELEMENTS // vocab_size)

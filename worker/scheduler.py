@@ -52,8 +52,9 @@ class Scheduler:
         return len(self._held)
 
     @property
-    def plans_in_flight(self) -> int:
-        return len(self._in_flight)
+    def flights(self) -> tuple[Flight, ...]:
+        """The plans without their results yet, the oldest first."""
+        return tuple(self._in_flight)
 
     @property
     def idle(self) -> bool:
@@ -93,11 +94,6 @@ class Scheduler:
         """Given, and not planned yet."""
         return sum(max(sequence.given - sequence.planned, 0) for sequence in (*self._waiting, *self._running))
 
-    @property
-    def awaited(self) -> tuple[int, int]:
-        """Of the oldest plan in flight: sampled rows, and scored ones."""
-        return len(self._in_flight[0].sampled), len(self._in_flight[0].scored)
-
     def cached_tokens(self, assign: Assign) -> int:
         """Of a prompt, found in the cache now."""
         return self._cache.known(chain(root_hash(assign.cache_salt), assign.prompt, self._limits.block_tokens))
@@ -115,9 +111,7 @@ class Scheduler:
         self._prefill(draft, prefilling)
         if not draft.rows:  # whatever could run reads ids that are still on their way
             self._decode_next(draft, draft.step)
-        if not draft.rows:
-            return None
-        return self._give_out(draft, fence)
+        return self._give_out(draft, fence) if draft.rows else None
 
     def commit(self, result: StepResult) -> Outcome:
         """What the oldest plan brought, without the ids of sequences that ended since."""
@@ -130,6 +124,8 @@ class Scheduler:
         outcome = Outcome()
         for row, why in result.faults:
             self._fail(flight.sampled[row], why, outcome)
+        for row in result.non_finite:
+            self._spoil(flight.sampled[row], outcome)
         for sequence, token_id, logprob in zip(flight.sampled, result.ids, result.logprobs, strict=True):
             if sequence.state is not State.ENDED:
                 self._accept(sequence, token_id, logprob, outcome)
@@ -210,8 +206,7 @@ class Scheduler:
             if sequence.state is State.WAITING:
                 if sequence.request.computing_step == draft.step:
                     continue  # the prompt that it shares can be found from the next step on
-                admitting = admitting and self._admit(draft, sequence)
-                if not admitting:
+                if not (admitting := admitting and self._admit(draft, sequence)):
                     continue
             if not draft.room(sequence):
                 break
@@ -220,9 +215,8 @@ class Scheduler:
     def _admit(self, draft: Draft, sequence: Sequence) -> bool:
         """Give it a slot and blocks for what is given, unless ids of it are in flight or others would soon lack blocks:
         one is left for each that runs, and lasts for as many steps as a block has tokens."""
-        if not self._free_slots or len(sequence.ids) < sequence.given:
-            return False
-        if not self._cache.begin(sequence, spare=len(self._running)):
+        waits = not self._free_slots or len(sequence.ids) < sequence.given
+        if waits or not self._cache.begin(sequence, spare=len(self._running)):
             return False
         dequeue(self._waiting, sequence)
         enqueue(self._running, sequence)
@@ -265,9 +259,8 @@ class Scheduler:
         ids.append(token_id)
         due = len(ids) >= sequence.due_at or token_id in sequence.stop_ids
         finish = self._attend(sequence, outcome) if due else None
-        logprobs = () if logprob is None else (logprob,)
-        run = TokenRun(assign.request, sequence.choice, assign.attempt, first, (token_id,), logprobs, finish)
-        outcome.runs.append(run)
+        told = (token_id,), () if logprob is None else (logprob,)
+        outcome.runs.append(TokenRun(assign.request, sequence.choice, assign.attempt, first, *told, finish))
         if finish:
             self._end(sequence, outcome)
 
@@ -285,6 +278,13 @@ class Scheduler:
             assign = sequence.assign
             self.release(assign.request)
             outcome.released.append(Released(assign.request, assign.attempt, why, "CONSTRAINT_FAILED"))
+
+    def _spoil(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Its scores are not finite, nor may be what it has left in the cache."""
+        if sequence.state is not State.ENDED:
+            self._cache.forget(sequence.request.choices.values())
+            outcome.released.append(sequence.request.spoilt())
+            self.release(sequence.assign.request)
 
     def _end(self, sequence: Sequence, outcome: Outcome) -> None:
         """Forget a choice, and its request with its last one."""

@@ -14,6 +14,10 @@ from echelon.internal.link import Assign, Finish, Logprob, Progress, Prompted, R
 
 NO_SLOT = -1
 NO_COHORT = -1
+SPOILT = (
+    "the model's scores for this request are not finite (NaN or infinite), so no token can be drawn; change the "
+    "prompt, or serve with a dtype of a larger range"
+)
 
 
 class State(enum.Enum):
@@ -52,6 +56,12 @@ class Request:
     def unscored(self) -> bool:
         """Log-probabilities of its prompt are asked, and not all planned."""
         return self.assign.sampling.prompt_logprobs is not None and self.scored < len(self.assign.prompt) - 1
+
+    def spoilt(self) -> Released:
+        """Its scores are not finite. What others have computed for it may be why: then it is to begin anew without."""
+        if self.cached_tokens:
+            return Released(self.assign.request, self.assign.attempt)
+        return Released(self.assign.request, self.assign.attempt, SPOILT, "NON_FINITE")
 
     def tell_prompted(self) -> Prompted:
         """Its prompt is computed; to be told once, before its first new id."""

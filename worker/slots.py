@@ -51,8 +51,8 @@ class SlotState:
         return columns
 
     def write(self, slots: Tensor, positions: Tensor, ids: Tensor) -> None:
-        """Ids into the history, each argument [ids]."""
-        self.history[slots, positions] = ids.to(torch.int32)
+        """Ids into the history, each argument [ids]. Where none was drawn any will do: nobody wants what follows."""
+        self.history[slots, positions] = ids.clamp(min=0).to(torch.int32)
 
     def sampling_rows(self, slots: Tensor, positions: Tensor) -> SamplingRows:
         """The sampling of these slots, for the ids at these positions."""

@@ -46,6 +46,11 @@ class Steps:
         """Whether a step runs now."""
         return self._begun != self._done
 
+    @property
+    def running(self) -> tuple[int, int]:
+        """The first and the last of the steps that run; the first is the later one if none does."""
+        return self._done + 1, self._begun
+
     def start(self) -> None:
         """Begin to take plans."""
         for thread in self._threads:

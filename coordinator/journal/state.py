@@ -121,6 +121,16 @@ class Entry:
         return self.assigned.attempt if self.assigned else 0
 
     @property
+    def replica(self) -> int | None:
+        """That it was given to last."""
+        return self.assigned.replica if self.assigned else None
+
+    @property
+    def epoch(self) -> int:
+        """Of the replica that it was given to last."""
+        return self.assigned.epoch if self.assigned else 0
+
+    @property
     def recomputed_tokens(self) -> int:
         return self.assigned.recomputed_tokens if self.assigned else 0
 

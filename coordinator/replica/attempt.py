@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.placement import RankMemory, ReplicaPlan
-from coordinator.replica import health
+from coordinator.replica import health, recovery, told
 from coordinator.replica.events import (
     Accept,
     Attached,
     Beat,
+    Blame,
     Command,
     Effect,
+    Emit,
+    Fault,
     Form,
     OpenStore,
     Refuse,
+    ReplicaDown,
     Resident,
     Retire,
     Tell,
 )
 from coordinator.replica.health import HealthLimits, Observation
+from coordinator.replica.told import Told
 from echelon.internal.link import Fence
 from echelon.types import Rank
-
-MAX_BACKOFF_S = 5.0
-FAULT_S = 1.0  # for a death to be heard of that explains a fault: who waits for a dead rank fails at once
 
 
 class State(enum.Enum):
@@ -76,14 +78,16 @@ class RankState:
         self.seen = Observation(phase, step, now, now if moved else self.seen.moved_s, self.seen.detached_s)
         self.loaded_bytes = loaded_bytes
 
-    def beat(self, now: float, beat: Beat) -> None:
-        """A heartbeat came."""
+    def beat(self, now: float, beat: Beat) -> list[Effect]:
+        """A heartbeat came. Nothing follows from it alone."""
         self.heard(now, beat.phase, beat.step, self.loaded_bytes)
         self.seen = self.seen.in_step(beat.kind, beat.slowest_s)
+        return []
 
-    def detached(self, now: float) -> None:
-        """Its stream ended; a new hello replaces the observation."""
-        self.seen = Observation(self.seen.phase, self.seen.step, self.seen.heard_s, self.seen.moved_s, now)
+    def detached(self, now: float) -> list[Effect]:
+        """Its stream ended; a new hello replaces the observation. Nothing follows from it yet."""
+        self.seen = replace(self.seen, detached_s=now)
+        return []
 
     def retired(self, now: float, hello: Attached) -> None:
         """It holds nothing any more; hello as if it had just been started."""
@@ -96,8 +100,8 @@ class RankState:
 class Attempt:
     """deadline_s ends adopting and launching; while fencing and waiting it is the earliest time to launch.
 
-    surplus: ranks of an earlier, larger layout, which wait to be of use again. fault: the first that a rank told while
-    forming, (when, rank, reason); others follow from it.
+    surplus: ranks of an earlier, larger layout, which wait to be of use again. fault: the one that a rank told and that
+    counts, held for a moment if something may still explain it.
     """
 
     fence: Fence
@@ -108,7 +112,7 @@ class Attempt:
     surplus: dict[int, RankState] = field(default_factory=dict)
     store_address: str = ""
     kv_blocks: int = 0
-    fault: tuple[float, int, str] | None = None
+    fault: Told | None = None
 
     @property
     def everyone(self) -> Mapping[int, RankState]:
@@ -137,22 +141,68 @@ class Attempt:
         rank = self.everyone.get(index)
         return rank if rank is not None and rank.incarnation == incarnation else None
 
-    def first_unfit(self, now: float, limits: HealthLimits) -> tuple[int, str] | None:
-        """A rank that is dead, wedged or faulty as far as can be heard, and why."""
-        if self.fault is not None and now - self.fault[0] >= FAULT_S:
-            return self.fault[1:]
+    def first_unfit(self, now: float, limits: HealthLimits, due: bool) -> tuple[int, str] | None:
+        """A rank that is dead, wedged or faulty as far as can be heard, and why. due: all must attach in time."""
+        if self.fault is not None and now >= self.fault.until_s:
+            return self.explained(self.fault.rank, self.fault.reason)
         attached = {index: rank.seen for index, rank in self.everyone.items() if rank.hello}
         if unfit := health.first_unfit(now, attached, limits):
             return unfit
         for index, rank in self.everyone.items():
             if rank.retiring_s is not None and now - rank.retiring_s >= limits.retire_s:
                 return index, f"did not end its epoch within {limits.retire_s:g} s"
+        if due and now >= self.deadline_s:
+            return self.first_absent(), f"did not attach within {now - self.began_s:.0f} s"
         return None
 
-    def told_fault(self, now: float, index: int, reason: str) -> list[Effect]:
-        """While forming; the first counts, unless a death explains it. Nobody is told yet."""
-        self.fault = self.fault or (now, index, reason)
+    def later(self, lag_s: float) -> None:
+        """Nobody listened for so long."""
+        if lag_s > 0:
+            for rank in self.everyone.values():
+                rank.seen = rank.seen.later(lag_s)
+
+    def take_fault(self, now: float, fault: Fault, forming: bool) -> list[Effect]:
+        """A rank tells one. The leader is asked whose step it was, where the rank itself cannot know."""
+        held, self.fault = self.fault, told.judge(now, fault, forming, self.fault)
+        if self.fault is held or self.fault.asks is None:
+            return []
+        return [self._tell(0, Blame(*self.fault.asks))]
+
+    def take_blamed(self, now: float, requests: tuple[str, ...]) -> list[Effect]:
+        """The leader has said whose step it was; nobody else is asked."""
+        if self.fault is not None and self.fault.asks is not None:
+            self.fault = replace(self.fault, until_s=now, requests=requests)
         return []
+
+    def explained(self, index: int, reason: str) -> tuple[int, str]:
+        """Which rank is at fault for what was found, and why: one that broke by itself, or one that cannot be heard."""
+        fault = self.fault
+        if fault is None:
+            return index, reason
+        if fault.step_broke:
+            return fault.rank, fault.reason
+        gone = [other for other, rank in self.ranks.items() if rank.seen.detached_s is not None]
+        if fault.of_peer and (index, reason) == (fault.rank, fault.reason) and gone:
+            return gone[0], f"its stream has ended, and rank {index} tells {reason}"
+        return index, reason
+
+    def wedged(self, now: float, index: int, limits: HealthLimits) -> bool:
+        """A rank that is at fault can be heard, so its device may be why."""
+        seen = self.everyone[index].seen
+        return seen.detached_s is None and not health.unheard_s(now, seen, limits)
+
+    def fault_of(self, now: float, index: int, reason: str, wedged: bool) -> recovery.Fault | None:
+        """What is held against the device of the rank that is at fault; None: nothing."""
+        fault = self.fault
+        if fault is not None and (fault.rank, fault.reason) == (index, reason):
+            return None if fault.of_peer else recovery.Fault(now, index, fault.step_broke)
+        return recovery.Fault(now, index, True) if wedged else None
+
+    def down(self, reason: str) -> ReplicaDown:
+        """What is told of its end, once it has served."""
+        if self.fault is None or not self.fault.step_broke:
+            return ReplicaDown(self.fence, reason)
+        return ReplicaDown(self.fence, reason, True, self.fault.requests)
 
     def first_absent(self) -> int:
         """A rank that was expected and has not attached."""
@@ -171,9 +221,10 @@ class Attempt:
     def accept(self, event: Attached) -> Tell:
         return Tell(self.fence, event.rank, event.incarnation, Accept())
 
-    def refuse(self, stranger: Attached) -> Tell:
+    def refuse(self, stranger: Attached) -> list[Tell | Emit]:
         reason = f"incarnation {stranger.incarnation} is not of epoch {self.fence.epoch}"
-        return Tell(self.fence, stranger.rank, stranger.incarnation, Refuse(reason))
+        told = Emit("rank.refused", f"rank/{self.fence.replica}/{stranger.rank}", {"reason": reason})
+        return [told, Tell(self.fence, stranger.rank, stranger.incarnation, Refuse(reason))]
 
     def retire(self, index: int) -> Tell:
         return self._tell(index, Retire())
@@ -241,8 +292,3 @@ class Attempt:
             planned_parameter_bytes=self.plan.parameter_bytes[index],
             planned_kv_bytes=self.plan.block_bytes[index] * self.kv_blocks,
         )
-
-
-def backoff_s(failures: int) -> float:
-    """No wait after the first failure, then 1, 2, 4 s and so on: a replica that keeps dying must not spin."""
-    return 0.0 if failures < 2 else min(2.0 ** (failures - 2), MAX_BACKOFF_S)

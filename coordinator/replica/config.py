@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from coordinator.placement import ReplicaPlan
 from coordinator.replica.health import HealthLimits
+from coordinator.replica.recovery import Budget
 
 START_ATTEMPTS = 3  # then the last error is told and the start fails; a first one at once if a rank tells an error
 SETTLED_S = 10.0  # a replica that served this long has left its earlier failures behind
@@ -28,5 +29,6 @@ class ReplicaConfig:
     layout: str = ""
     incarnation_prefix: str = ""
     limits: HealthLimits = field(default_factory=HealthLimits)
+    budget: Budget = field(default_factory=Budget)
     adopt_window_s: float = 10.0
     launch_timeout_s: float = 120.0

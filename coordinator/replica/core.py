@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from coordinator.replica import events
-from coordinator.replica.attempt import Attempt, RankState, State, backoff_s
+from coordinator.replica.attempt import Attempt, RankState, State
 from coordinator.replica.config import SETTLED_S, START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.early import Early, without_agent
 from coordinator.replica.events import Effect, Event
 from coordinator.replica.health import Observation
+from coordinator.replica.recovery import Failures
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
@@ -34,18 +35,20 @@ class ReplicaCore:
         self._state = State.STARTING
         self._attempt = self._new_attempt(0.0, 0.0)
         self._early, self._on_word = Early(), False  # adopted before it is known which processes have an agent
-        self._failures, self._up_s = 0, 0.0
+        self._failures, self._up_s = Failures(config.budget), 0.0
+        self.reason = ""  # why it does not serve
         self.adopted = self._kept = False  # serves an earlier coordinator's epoch; is started again after any failure
         self._down_s: float | None = None
         self._handlers: Mapping[type, Callable[..., list[Effect]]] = {
             events.Attached: self._attached,
-            events.Detached: self._detached,
+            events.Detached: lambda now, event, rank: rank.detached(now),
             events.Died: self._died,
-            events.Beat: self._beat,
+            events.Beat: lambda now, event, rank: rank.beat(now, event),
             events.StoreOpened: self._store_opened,
             events.Progress: self._progress,
             events.Ready: self._ready,
             events.Fault: self._fault,
+            events.Blamed: lambda now, event, rank: self._told(now, self._attempt.take_blamed(now, event.requests)),
             events.Retired: self._retired,
             events.LaunchFailed: self._launch_failed,
             events.Noted: lambda now, event, rank: [self._emit(event.kind, event.rank, **event.detail)],
@@ -85,6 +88,8 @@ class ReplicaCore:
         if isinstance(event, events.StartEnded):
             self._kept = True
             return []
+        if isinstance(event, events.Acquitted):
+            return self._failures.acquit()
         if isinstance(event, events.Relayout):
             return self._relayout(now, event)
         if self._state is State.STARTING:
@@ -96,7 +101,7 @@ class ReplicaCore:
         if rank is not None:
             return self._handlers[type(event)](now, event, rank)
         if not self._on_word:
-            return [self._attempt.refuse(event)] if isinstance(event, events.Attached) else []
+            return list(self._attempt.refuse(event)) if isinstance(event, events.Attached) else []
         self._early.add(event)
         return []
 
@@ -129,28 +134,28 @@ class ReplicaCore:
     def _new_attempt(self, deadline_s: float, now: float) -> Attempt:
         return Attempt(self.fence, self._plan, deadline_s, now)
 
-    def _fence(self, now: float, reason: str, suspect: int | None = None) -> list[Effect]:
+    def _fence(self, now: float, reason: str, suspect: int | None = None, wait_s: float = 0.0) -> list[Effect]:
         """End the epoch. Nothing of it can be heard or write again once the next one is persisted."""
         down = self._next_epoch(now, State.FENCING, reason)
-        self._attempt = self._new_attempt(now + backoff_s(self._failures), now)
+        self._attempt = self._new_attempt(now + wait_s, now)
         fenced = self._emit("replica.fenced", epoch=self._epoch, reason=reason)
         return [events.PersistEpoch(self._epoch), *down, fenced, events.Kill(self._epoch, suspect)]
 
     def _next_epoch(self, now: float, state: State, reason: str) -> list[Effect]:
-        down: list[Effect] = [events.ReplicaDown(self.fence, reason)] if self._state is State.READY else []
-        if self._down_s is None:
-            self._down_s = now
+        down: list[Effect] = [self._attempt.down(reason)] if self._state is State.READY else []
+        self._down_s = now if self._down_s is None else self._down_s
         self._epoch += 1
-        self._state = state
+        self._state, self.reason = state, reason
         return down
 
     def _answered(self, now: float, event: events.Killed | events.Persisted) -> list[Effect]:
         """What the epoch waited for before any process of it could be started."""
-        awaited = State.FENCING if isinstance(event, events.Killed) else State.RETIRING
-        if self._state is not awaited or event.epoch != self._epoch:
+        awaited = State.FENCING if isinstance(event, events.Killed) else State.RETIRING, self._epoch
+        if (self._state, event.epoch) != awaited:
             return []
         self._state = State.WAITING
-        return self._launch(now) if now >= self._attempt.deadline_s else []
+        gone = self._emit("replica.gone", epoch=self._epoch, took_s=round(now - self._attempt.began_s, 3))
+        return [gone, *self._tick(now, events.Tick())]
 
     def _launch(self, now: float) -> list[Effect]:
         self._state, attempt = State.LAUNCHING, self._attempt
@@ -166,7 +171,7 @@ class ReplicaCore:
     def _relayout(self, now: float, event: events.Relayout) -> list[Effect]:
         """Ranks that serve are told to end their epoch and stay; what does not serve starts over from nothing."""
         self._plan, self._layout = event.plan, event.layout
-        self._failures, self._kept = 0, False
+        self._failures, self._kept = Failures(self._config.budget), False
         if self._state is State.STARTING:
             return []
         if self._state is not State.READY:
@@ -209,7 +214,7 @@ class ReplicaCore:
         if self._state is not State.LAUNCHING or not self._attempt.all_idle:
             return []
         self._state = State.FORMING
-        return [self._attempt.open_store()]
+        return [self._emit("replica.forming", epoch=self._epoch), self._attempt.open_store()]
 
     def _store_opened(self, now: float, event: events.StoreOpened, rank: RankState) -> list[Effect]:
         if self._state is not State.FORMING or self._attempt.store_address or event.rank != 0:
@@ -238,62 +243,57 @@ class ReplicaCore:
         kind = "replica.adopted" if self.adopted else "replica.ready"
         self._attempt.count_blocks()
         took_s = now - (self._attempt.began_s if self._down_s is None else self._down_s)
-        self._state, self._kept, self._up_s, self._down_s = State.READY, True, now, None
+        self._state, self._kept, self._up_s, self._down_s, self.reason = State.READY, True, now, None, ""
         return [events.ReplicaUp(self.fence), self._emit(kind, epoch=self._epoch, took_s=round(took_s, 3))]
 
     # What goes wrong.
-
-    def _beat(self, now: float, event: events.Beat, rank: RankState) -> list[Effect]:
-        rank.beat(now, event)
-        return []
-
-    def _detached(self, now: float, event: events.Detached, rank: RankState) -> list[Effect]:
-        rank.detached(now)
-        return []
 
     def _died(self, now: float, event: events.Died, rank: RankState) -> list[Effect]:
         return self._lost(now, event.rank, f"its process has died in phase {rank.seen.phase}")
 
     def _fault(self, now: float, event: events.Fault, rank: RankState) -> list[Effect]:
-        fault = event.rank, f"{event.phase}: {event.error}"
-        return self._attempt.told_fault(now, *fault) if self._state is State.FORMING else self._lost(now, *fault)
+        return self._told(now, self._attempt.take_fault(now, event, self._state is State.FORMING))
+
+    def _told(self, now: float, asks: list[Effect]) -> list[Effect]:
+        """What a rank told ends the epoch, unless it may still be explained otherwise."""
+        fault = self._attempt.fault
+        return asks + (self._lost(now, fault.rank, fault.reason) if fault and now >= fault.until_s else [])
 
     def _launch_failed(self, now: float, event: events.LaunchFailed, rank: RankState) -> list[Effect]:
         return self._lost(now, event.rank, f"could not be started: {event.error}")
 
     def _tick(self, now: float, event: events.Tick) -> list[Effect]:
-        attempt = self._attempt
+        attempt, attaching = self._attempt, self._state in (State.ADOPTING, State.LAUNCHING)
         if self._state is State.WAITING:
             return self._launch(now) if now >= attempt.deadline_s else []
-        if event.lag_s > 0:
-            for rank in attempt.everyone.values():
-                rank.seen = rank.seen.later(event.lag_s)
-        if unfit := attempt.first_unfit(now, self._config.limits):
-            return self._lost(now, *unfit)
-        if self._state in (State.ADOPTING, State.LAUNCHING) and now >= attempt.deadline_s:
-            return self._lost(now, attempt.first_absent(), f"did not attach within {now - attempt.began_s:.0f} s")
+        attempt.later(event.lag_s)
+        if unfit := attempt.first_unfit(now, self._config.limits, attaching):
+            return self._lost(now, *unfit, wedged=attempt.wedged(now, unfit[0], self._config.limits))
         return []
 
-    def _lost(self, now: float, index: int, reason: str) -> list[Effect]:
+    def _lost(self, now: float, index: int, reason: str, wedged: bool = False) -> list[Effect]:
         """One rank is gone or wrong: the epoch ends, unless that has failed too often, or the rank has no part."""
+        index, reason = self._attempt.explained(index, reason)
         effects = [self._emit("rank.lost", index, epoch=self._epoch, reason=reason)]
         if discarded := self._attempt.discard(index, reason):
             return [*effects, *discarded]
-        if self._state is State.READY and now - self._up_s >= SETTLED_S:
-            self._failures = 0
-        self._failures += 1
-        message, fault = f"rank {index} of replica {self._config.replica}: {reason}", self._attempt.fault
-        hopeless = fault and fault[1:] == (index, reason) and self._config.epoch == 0 and self._up_s == 0
-        if not (self._kept or self._state is State.ADOPTING) and (hopeless or self._failures >= START_ATTEMPTS):
+        settled = self._state is State.READY and now - self._up_s >= SETTLED_S
+        fault = self._attempt.fault_of(now, index, reason, wedged)
+        self._failures.failed(fault, settled)
+        message, told = f"rank {index} of replica {self._config.replica}: {reason}", self._attempt.fault is not None
+        never_served = told and fault is not None and self._config.epoch == 0 and self._up_s == 0
+        ends = never_served or self._failures.in_a_row >= START_ATTEMPTS
+        if ends and not (self._kept or self._state is State.ADOPTING):
             return effects + self._give_up(InternalError(message))
-        return effects + self._fence(now, message, index)
+        again = self._failures.restart(now, fault is not None)
+        effects += [self._emit(kind, rank, wait_s=again.wait_s, reason=again.reason) for kind, rank in again.told()]
+        return effects + self._fence(now, message, index, again.wait_s)
 
     def _give_up(self, error: ConfigError | InternalError) -> list[Effect]:
         """Nothing of it is left; another layout may still be tried."""
         self._state, self._attempt = State.FAILED, self._new_attempt(0.0, 0.0)
-        return [events.Kill(self._epoch, None), events.GiveUp(error)]
-
-    # Telling.
+        failed = self._emit("replica.failed", epoch=self._epoch, reason=error.message)
+        return [failed, events.Kill(self._epoch, None), events.GiveUp(error)]
 
     def _emit(self, kind: str, rank: int | None = None, **detail: object) -> Effect:
         subject = f"replica/{self._config.replica}" if rank is None else f"rank/{self._config.replica}/{rank}"

@@ -10,6 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.placement import ReplicaPlan
+from coordinator.replica.commands import Accept as Accept
+from coordinator.replica.commands import Blame as Blame
+from coordinator.replica.commands import Command as Command
+from coordinator.replica.commands import Form as Form
+from coordinator.replica.commands import OpenStore as OpenStore
+from coordinator.replica.commands import Refuse as Refuse
+from coordinator.replica.commands import Retire as Retire
 from echelon.errors import EchelonError
 from echelon.internal.link import Fence
 
@@ -103,12 +110,29 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The rank tells an error that it cannot go on from."""
+    """The rank tells an error that it cannot go on from.
+
+    first_step .. last_step: those that ran when it happened, 0 outside of steps. of_peer: another rank, or the way to
+    it, is gone. requests: of those steps, where the rank knows them.
+    """
 
     rank: int
     incarnation: str
     phase: str
     error: str
+    first_step: int = 0
+    last_step: int = 0
+    of_peer: bool = False
+    requests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """The leader's answer to Blame."""
+
+    rank: int
+    incarnation: str
+    requests: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +197,15 @@ class StartEnded:
     """The cluster serves: from now on a failure is recovered from, however often it comes, and never ends it."""
 
 
-RankEvent = Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Retired | Noted | LaunchFailed
-Event = RankEvent | Started | Relayout | Persisted | Killed | Tick | StartEnded
+@dataclass(frozen=True, slots=True)
+class Acquitted:
+    """A request was found to break steps, so those that broke say nothing against the replica's devices."""
+
+
+RankEvent = (
+    Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Blamed | Retired | Noted | LaunchFailed
+)
+Event = RankEvent | Started | Relayout | Persisted | Killed | Tick | StartEnded | Acquitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,39 +239,6 @@ class AwaitPersisted:
 
 
 @dataclass(frozen=True, slots=True)
-class Accept:
-    """The rank belongs to this coordinator."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStore:
-    """To rank 0: open the rendezvous."""
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Form the epoch of the fence."""
-
-    store_address: str
-    kv_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Retire:
-    """End the epoch that you serve, and wait for the next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """End yourself."""
-
-    reason: str
-
-
-Command = Accept | OpenStore | Form | Retire | Refuse
-
-
-@dataclass(frozen=True, slots=True)
 class Tell:
     """Send a command on the stream of that incarnation, if it has one."""
 
@@ -259,10 +257,15 @@ class ReplicaUp:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDown:
-    """The epoch that served has ended; its requests go back to the queue."""
+    """The epoch that served has ended; its requests go back to the queue.
+
+    step_broke: an error inside a step ended it. requests: those that were in the step, none where that is not known.
+    """
 
     fence: Fence
     reason: str
+    step_broke: bool = False
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

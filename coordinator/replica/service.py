@@ -144,10 +144,10 @@ class ReplicaService:
                 case ReplicaUp(fence):
                     self._serving = fence
                     self._callbacks.serving(True)
-                case ReplicaDown(fence, reason):
+                case ReplicaDown(fence, reason, step_broke, requests):
                     self._serving = None
                     self._callbacks.serving(False)
-                    self._service.post(ReplicaEnded(fence, reason))
+                    self._service.post(ReplicaEnded(fence, reason, step_broke, requests))
                 case Loading(loaded_bytes, total_bytes):
                     self._callbacks.loading(loaded_bytes, total_bytes)
                 case Emit(kind, subject, detail):

@@ -33,8 +33,9 @@ from coordinator.requests.kept import Kept
 from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import Lives
 from coordinator.requests.nouns import Request
+from coordinator.requests.quarantine import Decision, room
 from coordinator.requests.router import NOTHING, Link, Reason, Router, choose, too_large
-from echelon.errors import InvalidRequestError, UnavailableError
+from echelon.errors import InvalidRequestError, QuarantinedError, UnavailableError
 from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
@@ -59,6 +60,7 @@ class CoordinatorCore:
         self._router = Router()
         self._lives = Lives(config, new_text, state, self._router)
         self._restored = False
+        self._reserves = False  # a replica, for a suspect
 
     def step(self, now: float, event: Event) -> list[Effect]:
         """The effects of one event: appends, then deliveries, then commands, then what there is to tell."""
@@ -81,6 +83,8 @@ class CoordinatorCore:
             case LinkClosed(fence):
                 self._router.close(fence)
             case ReplicaEnded(fence, reason):
+                if event.step_broke:
+                    self._count_break(now, event)
                 self._end_epoch(now, fence.replica, fence.epoch, reason)
             case Drain():
                 self._lives.draining = True
@@ -144,6 +148,22 @@ class CoordinatorCore:
             if assigned and assigned.epoch <= epoch:
                 self._lives.interrupt(now, life, reason)
 
+    def _count_break(self, now: float, event: ReplicaEnded) -> None:
+        """Against the requests that were in the step, or all that ran there where nobody can say which were."""
+        fence, quarantine = event.fence, self._lives.quarantine
+        running = [life for life in self._lives.running_on(fence.replica) if life.entry.epoch == fence.epoch]
+        inside = set(event.requests) or {life.request_id for life in running}
+        for life in running:
+            if life.request_id not in inside:
+                continue
+            decision, why = quarantine.broke(life.request_id, alone=len(inside) == 1)
+            if decision is Decision.QUARANTINE:
+                message = f"{why}: {event.reason}"
+                self._lives.fail(now, life, QuarantinedError(message, request_id=life.request_id))
+                self._lives.emit("request.quarantined", life.request_id, replica=fence.replica, reason=why)
+            else:
+                self._lives.emit("request.suspected", life.request_id, decision=decision.value, reason=why)
+
     def _forget_all(self, now: float) -> None:
         """Whoever still waits is told to come again."""
         for life in self._lives:
@@ -199,6 +219,8 @@ class CoordinatorCore:
             self._lives.interrupt(now, life, gap)
         else:
             self._lives.accept(now, life, run)
+            if not self._lives.quarantine.idle and self._lives.quarantine.passes(life):
+                self._lives.emit("request.cleared", life.request_id, reason="alone, it broke no step")
 
     def _take_released(self, now: float, released: Released) -> None:
         """After a finish the request has ended already; what is released before is refused or lost."""
@@ -210,7 +232,9 @@ class CoordinatorCore:
             self._lives.interrupt(now, life, "its leader let go of it")
 
     def _assign(self, now: float) -> None:
-        """In their order, while a replica has credits for the first."""
+        """In their order, while a replica has credits for the first. Suspects go first, to a replica of their own."""
+        if not self._lives.quarantine.idle or self._reserves:
+            self._assign_suspect(now)
         while life := self._lives.first_queued():
             size = life.size
             if error := too_large(self._router.links.values(), size):
@@ -223,6 +247,28 @@ class CoordinatorCore:
             link, reason = choose(able, size, prefix)
             link.prefixes.hits += reason is Reason.PREFIX
             self._assign_to(now, life, link, prefix)
+
+    def _assign_suspect(self, now: float) -> None:
+        """One at a time: nobody comes to its replica meanwhile, and who runs there is replayed later."""
+        quarantine, links = self._lives.quarantine, self._router.links
+        suspect, replayed = quarantine.waiting.first, quarantine.replayed
+        if replayed is not None and replayed.entry.assigned is not None:
+            reserved = links.get(replayed.entry.assigned.replica)
+        else:
+            reserved = room(list(links.values()), self._replicas) if suspect else None
+        for link in links.values():
+            link.reserved = link is reserved
+        self._reserves = reserved is not None
+        if suspect is None or reserved is None or replayed is not None:
+            return
+        if error := too_large(links.values(), suspect.size):
+            self._lives.fail(now, suspect, error)
+        elif not reserved.held:
+            quarantine.replay(suspect)
+            self._assign_to(now, suspect, reserved, ())
+        else:
+            for life in reversed(self._lives.running_on(reserved.fence.replica)):
+                self._lives.interrupt(now, life, "a request that may break steps is replayed alone")
 
     def _prefix(self, request: Request, block_tokens: int) -> Sequence[bytes]:
         """What its prompt is known again by, once there is a choice between replicas."""

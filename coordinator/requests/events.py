@@ -64,10 +64,15 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaEnded:
-    """This epoch of the replica is fenced: nothing of it will be heard again."""
+    """This epoch of the replica is fenced: nothing of it will be heard again.
+
+    step_broke: an error inside a step ended it. requests: those that were in the step, none where that is not known.
+    """
 
     fence: Fence
     reason: str
+    step_broke: bool = False
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEven
 
 _FINISH_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
 _ERRORS = {error.default_reason: error for error in WIRE_ERRORS} | dict.fromkeys(
-    ("CONTEXT_TOO_LONG", "CONSTRAINT_FAILED"), InvalidRequestError
+    ("CONTEXT_TOO_LONG", "CONSTRAINT_FAILED", "NON_FINITE"), InvalidRequestError
 )
 
 

@@ -18,14 +18,14 @@ from coordinator.requests.events import Append, Deliver, Effect, Emit, Submit
 from coordinator.requests.kept import Kept
 from coordinator.requests.life import Due, Life, NewText, Phase
 from coordinator.requests.nouns import Outcome, Received, Request, Shown
+from coordinator.requests.quarantine import Quarantine
 from coordinator.requests.router import Router
 from coordinator.requests.timers import Timers
 from coordinator.requests.waiting import Waiting
 from echelon.errors import CancelledError, DeadlineError, EchelonError, StreamTakenOverError
 from echelon.internal.link import TokenRun
 
-# A new coordinator lets replicas go on this long with requests whose clients have not come back yet.
-REATTACH_S = 10.0
+REATTACH_S = 10.0  # a new coordinator lets replicas go on so long with requests whose clients have not come back yet
 TERM_SHIFT = 32
 
 
@@ -34,6 +34,7 @@ class Lives:
 
     def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState, router: Router) -> None:
         self.draining = False
+        self.quarantine = Quarantine()
         self.phases: Counter[Phase] = Counter()
         self.kept = Kept(config.max_kept_bytes)
         self._config = config
@@ -60,8 +61,7 @@ class Lives:
 
     def running_on(self, replica: int) -> list[Life]:
         """Those whose current attempt is this replica's, oldest first."""
-        running = [life for life in self._lives.values() if life.phase is Phase.RUNNING]
-        return [life for life in running if life.entry.assigned and life.entry.assigned.replica == replica]
+        return [life for life in self if life.phase is Phase.RUNNING and life.entry.replica == replica]
 
     def first_queued(self) -> Life | None:
         return self._waiting.first
@@ -183,7 +183,7 @@ class Lives:
             self._finish(now, life)
             return
         self.move(life, Phase.QUEUED)
-        self._waiting.add(life)
+        (self.quarantine.waiting if self.quarantine.suspects(life.request_id) else self._waiting).add(life)
 
     def interrupt(self, now: float, life: Life, reason: str) -> None:
         """A replica lost it, or never had it: replay it from the journal, in its place among those that wait."""
@@ -203,7 +203,7 @@ class Lives:
             return
         self.move(life, Phase.PARKED)
         self._age(now, life)
-        self.emit("request.parked", life.request_id)
+        self.emit("request.parked", life.request_id, reason="no client reads it")
 
     def _finish(self, now: float, life: Life) -> None:
         finishes = tuple(finish for finish in life.finishes if finish)
@@ -227,6 +227,7 @@ class Lives:
         self.phases[life.phase] -= 1
         self._timers.discard(life.request_id)
         self.kept.discard(life.request_id)
+        self.quarantine.forget(life.request_id)
         del self._lives[life.request_id]
 
     def _withdraw(self, life: Life) -> None:
@@ -236,6 +237,7 @@ class Lives:
 
     def move(self, life: Life, phase: Phase) -> None:
         self._waiting.discard(life)
+        self.quarantine.moved(life, phase)
         self.phases[life.phase] -= 1
         self.phases[phase] += 1
         life.phase = phase

@@ -67,6 +67,7 @@ class Link:
     blocks_referenced: int = 0  # as last reported, and what was assigned and released since
     held: dict[Attempt, Size] = field(default_factory=dict)  # what was assigned, and not released
     prefixes: Prefixes = field(default_factory=Prefixes)
+    reserved: bool = False  # for a request that has to be alone
     uncomputed_tokens: int = 0  # of what was assigned and is not computed yet, beyond what is cached
     _held_slots: int = 0
     _held_blocks: int = 0
@@ -85,7 +86,7 @@ class Link:
 
     def fits(self, size: Size) -> bool:
         """Now; a request that has the replica to itself always does, if it ever can."""
-        if self.free_slots < size.choices:
+        if self.reserved or self.free_slots < size.choices:
             return False
         return not self.held or size.blocks(self.hello.block_tokens) <= self.free_blocks
 

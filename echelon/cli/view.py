@@ -37,7 +37,14 @@ def replica_table(cluster: Cluster, tokens_per_s: Mapping[int, float] | None = N
     """tokens_per_s: by replica; one without an entry has no rate yet."""
     columns = ["replica", "state", "epoch", "step", "KV blocks"]
     rows: list[list[object]] = [
-        [r.index, r.state, r.epoch, r.step, f"{r.kv_blocks_referenced}/{r.kv_blocks_total}"] for r in cluster.replicas
+        [
+            r.index,
+            f"{r.state}: {r.reason}" if r.reason else r.state,
+            r.epoch,
+            r.step,
+            f"{r.kv_blocks_referenced}/{r.kv_blocks_total}",
+        ]
+        for r in cluster.replicas
     ]
     if tokens_per_s is not None:
         columns += ["KV use", "tokens/s"]

@@ -69,7 +69,7 @@ class Cluster(_message.Message):
     def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ..., journal: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("index", "epoch", "state", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "step", "counters")
+    __slots__ = ("index", "epoch", "state", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "step", "counters", "reason")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class Replica(_message.Message):
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     index: int
     epoch: int
     state: str
@@ -93,7 +94,8 @@ class Replica(_message.Message):
     kv_blocks_cached: int
     step: int
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, index: _Optional[int] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., step: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    reason: str
+    def __init__(self, index: _Optional[int] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_referenced: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., step: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("id", "address", "ranks")

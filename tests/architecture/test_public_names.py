@@ -26,6 +26,7 @@ NAMES = {
     "NotFoundError",
     "OverloadedError",
     "ParsedCompletion",
+    "QuarantinedError",
     "ResponseInvalidError",
     "RetryPolicy",
     "SamplingParams",

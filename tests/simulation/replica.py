@@ -112,9 +112,9 @@ class Replica:
                 case ReplicaUp(fence):
                     require(fence.epoch == site.epoch, "{} serves, epoch {} is on disk", fence, site.epoch)
                     self.serving = fence
-                case ReplicaDown(fence, reason):
+                case ReplicaDown(fence, reason, step_broke, requests):
                     self.serving = None
-                    coordinator.post(ReplicaEnded(fence, reason))
+                    coordinator.post(ReplicaEnded(fence, reason, step_broke, requests))
                 case Emit(kind):
                     coordinator.world.checker.told[kind] += 1
                 case GiveUp():

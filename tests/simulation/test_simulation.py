@@ -377,7 +377,8 @@ def results_of_another_lane(patch: pytest.MonkeyPatch) -> None:
     original = Lanes.commit
 
     def commit(self: Lanes, result: StepResult) -> Outcome:
-        awaited = [scheduler.awaited for scheduler in self.schedulers]
+        flights = [scheduler.flights[0] for scheduler in self.schedulers]
+        awaited = [(len(flight.sampled), len(flight.scored)) for flight in flights]
         if len(awaited) == 2 and awaited[0] == awaited[1]:
             half = awaited[0][0]
             ids, logprobs = result.ids[half:] + result.ids[:half], result.logprobs[half:] + result.logprobs[:half]

@@ -66,7 +66,6 @@ def test_opening_a_store_again_writes_nothing(tmp_path: Path) -> None:
     assert sum(logs) == 0 and path.stat().st_mtime_ns == written_ns
 
 
-
 def test_all_of_a_job_is_found_again(store: JobStore, path: Path) -> None:
     store.create(new_job("a"))
     store.create(new_job("b", items=1))

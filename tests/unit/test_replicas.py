@@ -10,8 +10,8 @@ import pytest
 
 from coordinator.events import EventLog
 from coordinator.metrics import Metrics
-from coordinator.replica import attempt as replica_attempt
-from coordinator.replica import core as replica_core
+from coordinator.replica import recovery as replica_recovery
+from coordinator.replica import told as replica_told
 from coordinator.replica.attempt import State
 from coordinator.replica.config import START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.core import ReplicaCore
@@ -38,6 +38,7 @@ class Site:
         self.posted: list[Event] = []
         service = SimpleNamespace(events=EventLog(1), metrics=Metrics.create(), post=self.posted.append)
         service.engine = lambda replica: Engine(0, ReplicaStats(step=replica))
+        service.on_quarantined = lambda callback: None
         service.core = SimpleNamespace(affinity_hits=lambda replica: 7)
         self.service = cast(Service, service)
         edges = Edges(
@@ -165,8 +166,8 @@ def test_the_cluster_serves_while_one_replica_does_and_is_ready_once_all_did() -
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time passes between a fault and what is made of it."""
-    monkeypatch.setattr(replica_core, "backoff_s", lambda failures: 0.0)
-    monkeypatch.setattr(replica_attempt, "FAULT_S", 0.0)
+    monkeypatch.setattr(replica_recovery, "restart", lambda *known: replica_recovery.Restart(0.0, "at once"))
+    monkeypatch.setattr(replica_told, "FAULT_S", 0.0)
 
 
 def test_a_replica_that_cannot_be_started_ends_the_start_with_its_own_error(at_once: None) -> None:

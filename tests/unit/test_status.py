@@ -32,7 +32,8 @@ def sent(error: EchelonError) -> grpc.RpcError:
 
 @pytest.mark.parametrize("kind", WIRE_ERRORS)
 def test_every_error_comes_back_as_itself(kind: type[EchelonError]) -> None:
-    error = kind("what and why: größer", reason="REASON", field="sampling.top_p", request_id="r-1", retry_after_s=1.5)
+    known = {"field": "sampling.top_p", "request_id": "r-1"}
+    error = kind("what and why: größer", reason=kind.default_reason, retry_after_s=1.5, **known)
     for back in (status.unpack(status.pack(error)), status.from_rpc(sent(error), "host:1")):
         assert type(back) is kind
         assert vars(back) == vars(error)

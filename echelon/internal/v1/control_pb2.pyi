@@ -1,6 +1,7 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -15,7 +16,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +27,7 @@ class RankMessage(_message.Message):
     RETIRED_FIELD_NUMBER: _ClassVar[int]
     LOADED_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    BLAMED_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -36,7 +38,8 @@ class RankMessage(_message.Message):
     retired: RankRetired
     loaded: WeightsLoaded
     written: ShardWritten
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ...) -> None: ...
+    blamed: RankBlamed
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
@@ -119,12 +122,26 @@ class ShardWritten(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RankFault(_message.Message):
-    __slots__ = ("phase", "error")
+    __slots__ = ("phase", "error", "first_step", "last_step", "of_peer", "requests")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    OF_PEER_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
     phase: str
     error: str
-    def __init__(self, phase: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    first_step: int
+    last_step: int
+    of_peer: bool
+    requests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, phase: _Optional[str] = ..., error: _Optional[str] = ..., first_step: _Optional[int] = ..., last_step: _Optional[int] = ..., of_peer: bool = ..., requests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RankBlamed(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, requests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RankRetired(_message.Message):
     __slots__ = ("memory_bytes",)
@@ -133,20 +150,22 @@ class RankRetired(_message.Message):
     def __init__(self, memory_bytes: _Optional[int] = ...) -> None: ...
 
 class RankCommand(_message.Message):
-    __slots__ = ("fence", "accepted", "open_store", "form", "refused", "retire")
+    __slots__ = ("fence", "accepted", "open_store", "form", "refused", "retire", "blame")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     RETIRE_FIELD_NUMBER: _ClassVar[int]
+    BLAME_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     accepted: Accepted
     open_store: OpenStore
     form: FormEpoch
     refused: Refused
     retire: Retire
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., form: _Optional[_Union[FormEpoch, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., retire: _Optional[_Union[Retire, _Mapping]] = ...) -> None: ...
+    blame: Blame
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., form: _Optional[_Union[FormEpoch, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., retire: _Optional[_Union[Retire, _Mapping]] = ..., blame: _Optional[_Union[Blame, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()
@@ -165,6 +184,14 @@ class Refused(_message.Message):
 class Retire(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Blame(_message.Message):
+    __slots__ = ("first_step", "last_step")
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    first_step: int
+    last_step: int
+    def __init__(self, first_step: _Optional[int] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class FormEpoch(_message.Message):
     __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "trace_dir", "checkpoint_dir", "model_digest", "layout")

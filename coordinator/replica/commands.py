@@ -1,0 +1,49 @@
+"""What a replica's core has its ranks told.
+
+Frozen values, in the coordinator; `coordinator/internal_server.py` puts them on the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The rank belongs to this coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStore:
+    """To rank 0: open the rendezvous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Form the epoch of the fence."""
+
+    store_address: str
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """End the epoch that you serve, and wait for the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """To rank 0: another rank has broken in one of these steps; say which requests are in them."""
+
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """End yourself."""
+
+    reason: str
+
+
+Command = Accept | OpenStore | Form | Retire | Blame | Refuse
