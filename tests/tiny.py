@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from models.config import ModelConfig, read_model_config
@@ -23,6 +23,7 @@ from models.tables import EMBEDDING, Parameter, parameter_table
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"
 TOKENIZER_VOCABULARY = 320
+POISON = 511
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -146,6 +147,15 @@ def make_checkpoint(
         },
     )
     write_weights(directory, seed=seed, shards=shards)
+    return directory
+
+
+def make_poisoned_checkpoint(directory: Path, family: str = "llama") -> Path:
+    """One whose last token, beyond its tokenizer's vocabulary, is poison: its embedding is NaN."""
+    make_checkpoint(directory, family, vocab_size=POISON + 1)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][POISON] = np.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

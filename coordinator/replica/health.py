@@ -26,8 +26,8 @@ class HealthLimits:
     not.
 
     A step may take as long as its phase allows until one of its kind has been measured: the first of a kind compiles
-    and warms up. From then on it has step_factor times the slowest of late, and never less than step_least_s: a busy
-    machine makes all steps slow, and the bound with them.
+    and warms up. From then on it has step_factor times the slowest of late, and never less than step_least_s or six
+    heartbeats, which alone tell of progress: a busy machine makes all steps slow, and the bound with them.
     """
 
     heartbeat_s: float = 0.5
@@ -129,4 +129,4 @@ def _standstill_s(seen: Observation, bounds: Bounds, limits: HealthLimits) -> fl
     """How long it may go on without progress; None: for ever."""
     if seen.phase != STEPPING or not seen.slowest_s:
         return bounds.standstill_s
-    return max(limits.step_least_s, limits.step_factor * seen.slowest_s)
+    return max(limits.step_least_s, 6 * limits.heartbeat_s, limits.step_factor * seen.slowest_s)

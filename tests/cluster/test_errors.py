@@ -10,9 +10,11 @@ import asyncio
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,21 +22,25 @@ import pydantic
 import pytest
 
 import echelon.errors
+from coordinator.journal.state import Finished
+from coordinator.requests.life import error_of as ended_with
+from coordinator.requests.quarantine import decide
 from coordinator.server import refuse
 from echelon import Client, EchelonError, SamplingParams
 from echelon.config import resolve_config
 from echelon.errors import error_of
 from echelon.retry import RetryPolicy
-from echelon.status import from_rpc
+from echelon.status import from_rpc, pack, unpack
 from echelon.testing import LocalCluster
 from echelon.v1 import generation_pb2, generation_pb2_grpc
 from tests.architecture.source import ROOT
 from tests.cluster.conftest import free_ports
 from tests.cluster.streams import no_writing
-from tests.tiny import make_checkpoint
+from tests.tiny import POISON, make_checkpoint, make_poisoned_checkpoint
 
 pytestmark = pytest.mark.cluster
 
+MODELS: list[Path] = []  # the one that is served
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 RETRYABLE = re.compile(r"^`(\w+)` and `(\w+)` are retryable", re.MULTILINE)
 
@@ -86,6 +92,7 @@ def provokes(reason: str, words: str) -> Callable[[Call], Call]:
 @pytest.fixture(scope="module")
 def cluster(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     model = make_checkpoint(tmp_path_factory.mktemp("errors") / "tiny")
+    MODELS.append(model)
     with LocalCluster(model, ray_address=ray_address, max_running=2, max_queue_tokens=10) as made:
         yield made
 
@@ -131,6 +138,18 @@ def _(cluster: LocalCluster, client: Client) -> object:
     return sent(client_of(cluster).Generate, text="x", request_id="strange", sampling=sampling, resume=resume)
 
 
+@provokes("NON_FINITE", "change the prompt")
+def _(cluster: LocalCluster, client: Client) -> object:
+    """A model in which one token is poison."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster.reconfigure(model=make_poisoned_checkpoint(Path(folder)))
+        try:
+            return client.generate(token_ids=[5, POISON, 6], max_tokens=4)
+        finally:
+            assert client.generate(token_ids=[5, 6], max_tokens=4, logit_bias={POISON: -100.0}).token_ids
+            cluster.reconfigure(model=MODELS[-1])
+
+
 @provokes("MODEL_NOT_FOUND", "leave model empty")
 def _(cluster: LocalCluster, client: Client) -> object:
     return client.generate("x", model="large")
@@ -163,6 +182,13 @@ def _(cluster: LocalCluster, client: Client) -> object:
         return list(first)
     finally:
         second.close()
+
+
+@provokes("REQUEST_QUARANTINED", "it was alone")
+def _(cluster: LocalCluster, client: Client) -> object:
+    """No client can break a step: as the coordinator words and sends it."""
+    _, why = decide(3, alone=True)
+    raise unpack(pack(ended_with(Finished("r", 0.0, (), "REQUEST_QUARANTINED", why))))
 
 
 @provokes("QUEUE_FULL", "try again")

@@ -97,3 +97,9 @@ def test_nobody_is_blamed_for_waiting_for_a_rank_that_compiles() -> None:
     assert (found := first_unfit(200.0, ranks, LIMITS)) and found[0] == 0, "a silence has other reasons"
     late = Observation(COMPILING, 7, heard_s=170.0, moved_s=170.0)
     assert (found := first_unfit(200.0, {0: stepping(0.01), 1: late}, LIMITS)) and found[0] == 1
+
+
+def test_slow_heartbeats_are_no_standstill() -> None:
+    seen = stepping(0.01, moved_s=180.0)
+    assert judge(200.0, seen, HealthLimits(heartbeat_s=5.0))[0]
+    assert not judge(211.0, seen, HealthLimits(heartbeat_s=5.0))[0]

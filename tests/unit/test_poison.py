@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from echelon.internal.link import Assign, Command, Progress, Released
 from parallel.degrees import Degrees
-from tests.tiny import make_checkpoint
+from tests.tiny import POISON, make_poisoned_checkpoint
 from tests.unit.paged_device import request
 from tests.unit.pipelines import Pipeline
 from tests.unit.plans import FENCE
@@ -27,17 +25,7 @@ from worker.scheduler import Scheduler
 from worker.sequence import SPOILT, Outcome
 from worker.slots import SlotState
 
-POISON = 511
 COMMON = tuple(range(10, 19))  # two full blocks, and the beginning of a third
-
-
-def poisoned_checkpoint(directory: Path, family: str = "llama") -> Path:
-    """Padded beyond its tokenizer's vocabulary; the last token is poison."""
-    make_checkpoint(directory, family, vocab_size=POISON + 1)
-    weights = load_file(directory / "model.safetensors")
-    weights["model.embed_tokens.weight"][POISON] = np.nan
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 def asked(name: str, *prompt: int, attempt: int = 1, generated: tuple[int, ...] = ()) -> Assign:
@@ -93,7 +81,7 @@ def answers(checkpoint: Path, degrees: Degrees, assigns: list[Assign]) -> tuple[
 def test_a_poisonous_request_fails_and_all_others_are_answered_as_without_it(
     tmp_path: Path, family: str, degrees: Degrees
 ) -> None:
-    checkpoint = poisoned_checkpoint(tmp_path, family)
+    checkpoint = make_poisoned_checkpoint(tmp_path, family)
     undisturbed, _ = answers(checkpoint, degrees, [assign for assign in ask_all() if assign.request != "p"])
     ends, _ = answers(checkpoint, degrees, ask_all())
     assert ends.pop("p") == ([], "NON_FINITE")
@@ -103,7 +91,7 @@ def test_a_poisonous_request_fails_and_all_others_are_answered_as_without_it(
 
 def test_what_a_poisonous_request_left_in_the_cache_is_not_found(tmp_path: Path) -> None:
     """In the layer above, the NaN of its last token is in the keys of the common beginning: 0 times NaN is NaN."""
-    checkpoint = poisoned_checkpoint(tmp_path)
+    checkpoint = make_poisoned_checkpoint(tmp_path)
     alone, _ = answers(checkpoint, Degrees(), [asked("late", *COMMON, 34)])
     limits = EngineLimits(max_running=4, kv_blocks=32, block_tokens=4, max_step_tokens=32, max_context=64)
     with Pipeline(checkpoint, Degrees(), limits) as pipeline:
