@@ -80,6 +80,15 @@ def test_a_rank_that_fell_silent_while_loading_was_struck_in_load() -> None:
     assert phase_hit(trial([strike(10.0)], [ONE], [silent]), 0) == "load"
 
 
+def test_a_rank_that_had_loaded_while_others_load_was_struck_in_load() -> None:
+    look = cluster([rank(0, "loading"), rank(1, "ready")], state="forming")
+    second = strike(11.0, Injection("kill", "rank:1", "load"), look)
+    told = [lost(10.01), lost(11.01, "ready"), event(12.0, "replica.ready", "replica/0")]
+    assert phase_hit(trial([strike(10.0), second], [ONE, TWO], told), 1) == "load"
+    served = event(10.9, "replica.ready", "replica/0")
+    assert phase_hit(trial([strike(10.0), second], [ONE, TWO], [*told, served]), 1) == "replay", "it served meanwhile"
+
+
 @pytest.mark.parametrize(("state", "told"), [("loading", "load"), ("store", "form")])
 def test_of_a_coordinator_the_last_look_tells_the_phase(state: str, told: str) -> None:
     look = cluster([rank(0, state), rank(1, "waiting")], state="forming")
@@ -145,7 +154,7 @@ def test_a_spare_that_is_lost_tells_of_a_struck_spare_alone() -> None:
 @pytest.mark.parametrize(
     ("stream", "told"),
     [
-        (heard("one", [8.0, 9.0, 13.0], PROMPT_TOKENS + 3), "one: recomputed 10, told.*10.*delivered.*9"),
+        (heard("one", [8.0, 9.0, 13.0], PROMPT_TOKENS + 3), "one: recomputed 10, told .10., prompt and delivered .9."),
         (heard("one", [8.0, 9.0, 10.001, 13.0], PROMPT_TOKENS + 4), "one: recomputed 11, told.*10"),
         (heard("one", [8.0, 9.0, 10.001, 13.0], 0), "one: recomputed 0, told"),
     ],
@@ -155,6 +164,18 @@ def test_more_or_less_than_prompt_and_delivered_is_wrong(stream: Heard, told: st
     (line,) = miscounted(found)
     assert re.search(told, line), line
     assert len(wrong(found)) == 1
+
+
+def test_an_interruption_that_two_coordinators_tell_counts_once() -> None:
+    """And what the first wrote and did not deliver was no client's."""
+    struck = replace(strike(11.0, Injection("kill", "coordinator")), target=Target("coordinator", "coordinator", (1,)))
+    told = [*EVENTS, replayed(12.5, "one", PROMPT_TOKENS + 3), replayed(12.5, "two", PROMPT_TOKENS + 4)]
+    assert miscounted(trial([strike(10.0), struck], [ONE, TWO], told)) == []
+    more = heard("one", [8.0, 9.0, 13.0], 2 * PROMPT_TOKENS + 7)
+    assert len(miscounted(trial([strike(10.0), struck], [more], told))) == 1
+    less = heard("one", [8.0, 9.0, 13.0], PROMPT_TOKENS + 2)
+    assert len(miscounted(trial([strike(10.0), struck], [less], told))) == 1
+    assert len(miscounted(trial([strike(10.0), strike(11.0)], [ONE, TWO], told))) == 2, "nobody else tells twice"
 
 
 def test_every_difference_is_told_with_its_injection() -> None:
