@@ -110,6 +110,14 @@ def test_an_empty_store_is_no_error_and_none_is(store: Path) -> None:
     assert checkpoint("list").stdout.splitlines()[-1] == "0 shards, 0 B"
 
 
+def test_what_cannot_be_read_is_named(store: Path) -> None:
+    folder = store / "a" / "b" / "p0-d0-t0"
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file")
+    result = checkpoint("list")
+    assert result.exit_code == 2 and f"{folder} cannot be read: Not a directory" in result.stderr
+
+
 # verify
 
 

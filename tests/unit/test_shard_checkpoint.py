@@ -160,7 +160,6 @@ def test_a_device_copies_from_the_mapped_file(kept: KeepingRank, monkeypatch: py
             mapped = torch.frombuffer(mapping, dtype=torch.uint8)
             mapped_bytes.append(len(mapped))
             yield mapped
-            del mapped
 
     monkeypatch.setattr(restore, "host_bytes", host_bytes)
     assert_kept(kept, expected)

@@ -129,4 +129,3 @@ def host_bytes(path: Path, device: torch.device) -> Iterator[Tensor | None]:
             torch.cuda.synchronize(device)
             if registered:
                 runtime.cudaHostUnregister(mapped.data_ptr())
-            del mapped  # a mapping that is in use cannot be closed

@@ -11,7 +11,7 @@ import enum
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +61,17 @@ class Damage:
 
 
 def shards(root: Path) -> list[StoredShard]:
-    """All of the store, ordered by model, layout and place. Raises ConfigError where there is no folder."""
+    """All of the store, ordered by model, layout and place. Raises ConfigError where it cannot be read."""
     if not root.is_dir():
         raise ConfigError(f"{root} is no folder; give the --checkpoint-dir of `serve`", field="checkpoint_dir")
     found = []
     for folder in root.glob(FOLDERS):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        try:
             found.append(_look(folder))
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be read: {error.strerror}", field="checkpoint_dir") from error
     return sorted(found, key=lambda shard: (shard.model, shard.model_digest, shard.layout_digest, shard.place))
 
 
@@ -139,7 +143,7 @@ def verify(shard: StoredShard) -> list[Damage]:
 
 
 def superfluous(
-    found: Iterable[StoredShard], keep: Sequence[str], older_than_s: float | None, now_unix_s: float
+    found: Sequence[StoredShard], keep: Sequence[str], older_than_s: float | None, now_unix_s: float
 ) -> list[StoredShard]:
     """Which shards go. What is torn goes, what is being written stays, and so does what keep names.
 
