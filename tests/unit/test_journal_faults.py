@@ -20,7 +20,7 @@ from coordinator.journal.file import JournalFile
 from coordinator.journal.segment import Copy, Segment
 from coordinator.journal.state import Assigned, Finished, Forgotten, JournalState, Opened, Record, Tokens
 from coordinator.requests.events import Submit
-from echelon.internal.link import Finish, Running
+from echelon.internal.link import Finish, Progress, Running
 from tests.unit.core_shell import Shell, request
 from tests.unit.test_journal_file import append, reopened, segments, until
 
@@ -378,6 +378,28 @@ def test_what_was_edited_with_the_right_checksum_is_believed_or_forgotten() -> N
         state = JournalState()
         state.apply_all(unframe(frame([opened("a"), opened("b"), misfit], 1))[0])
         assert list(state.entries) == (["a", "b"] if misfit == misfits[2] else ["b"])
+
+
+def test_what_stands_in_the_journal_is_what_is_gone_on_from(tmp_path: Path) -> None:
+    """A token that is edited on the disk is delivered, and the model goes on behind it: nothing is run from scratch."""
+    shell, journal = Shell(), JournalFile(tmp_path, term=1)
+    shell.open()
+    shell.post(Submit(1, request()))
+    shell.run(0, 5, 6, 7)
+    journal.state.apply_all(shell.records)
+    journal.append(shell.records)
+    journal.close()
+    path = tmp_path / "000001.log"
+    records, _ = unframe(path.read_bytes())
+    assert Tokens("r", 1, 0, (5, 6, 7)) in records
+    edited = [Tokens("r", 1, 0, (5, 6, 8)) if isinstance(each, Tokens) else each for each in records]
+    path.write_bytes(frame(edited, 1))
+    successor = Shell(reopened(tmp_path).state, term=2)
+    successor.post(Submit(1, request()))
+    successor.open()
+    (assign,) = successor.assigns()
+    assert assign.choices == (Progress(0, (5, 6, 8)),) and assign.prompt == request().prompt
+    assert successor.ids(1) == [5, 6, 8]
 
 
 def checksum(payload: bytes) -> int:
