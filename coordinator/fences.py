@@ -87,10 +87,7 @@ class Fences:
 
     def check(self) -> None:
         """Raises SupersededError."""
-        later = _read(self._directory).term
-        if later > self.term:
-            message = f"another coordinator has taken term {later}; this one, of term {self.term}, may do nothing more"
-            raise SupersededError(errno.ESTALE, message)
+        refuse_older(self.term, _read(self._directory))
 
     def close(self) -> None:
         """Release the lock."""
@@ -110,6 +107,13 @@ class Fences:
         finally:
             os.close(folder)
         self._numbers = numbers
+
+
+def refuse_older(term: int, found: Numbers) -> None:
+    """found: what is on disk now. Raises SupersededError where that is a later coordinator's."""
+    if found.term > term:
+        message = f"another coordinator has taken term {found.term}; this one, of term {term}, may do nothing more"
+        raise SupersededError(errno.ESTALE, message)
 
 
 def _overwrite(path: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from coordinator.events import EventLog
+from coordinator.fences import SupersededError
 from coordinator.journal.damage import Damage
 from coordinator.journal.state import Record
 from coordinator.metrics import Metrics
@@ -74,7 +75,7 @@ class Recorder:
         return f"not durable: {self._error}" if self._error else "durable"
 
     def write(self, records: Sequence[Record]) -> None:
-        """All of a step at once. Without records it is tried again if the last try failed."""
+        """All of a step at once. Without records it is tried again if the last try failed. Raises SupersededError."""
         if records or self._error:
             self._append(records)
 
@@ -82,6 +83,8 @@ class Recorder:
         error = ""
         try:
             self._journal.append(records)
+        except SupersededError:  # nobody may hear of this step: a successor knows nothing of it
+            raise
         except OSError as failure:
             error = str(failure)
         told, self._error = self._error, error

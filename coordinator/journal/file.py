@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from coordinator.clock import ClockOrigin
+from coordinator.fences import SupersededError
 from coordinator.journal.codec import find_damage, frame, unframe
 from coordinator.journal.damage import Damage
 from coordinator.journal.segment import Copy, Segment
@@ -78,7 +79,7 @@ class JournalFile:
     def append(self, records: Sequence[Record]) -> None:
         """Write all records of a step, or raise OSError; then they go ahead of the next ones, so no gap ever shows.
 
-        Without records, what is left over is tried again.
+        Without records, what is left over is tried again. Raises SupersededError where a successor writes.
         """
         content = frame(records, self._term)
         refused = None
@@ -88,6 +89,8 @@ class JournalFile:
             refused = error
         try:
             self._compact(content)
+        except SupersededError:
+            raise
         except OSError as error:
             self._give_up_copy(error)
         if self._segment is None or self._unwritten:
@@ -196,7 +199,7 @@ class JournalFile:
         """A later segment than ours: a successor writes here, and what we know is old."""
         later = [path.name for path in self._segments() if _number_of(path) > self._number]
         if later:
-            raise OSError(errno.ESTALE, f"another coordinator writes this journal: {later[-1]}")
+            raise SupersededError(errno.ESTALE, f"another coordinator writes this journal: {later[-1]}")
 
     def _take_over(self, copy: Copy) -> None:
         """Since it has its name it is in charge; everything that was appended is in it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
+from coordinator.fences import SupersededError
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import (
     Attached,
@@ -160,11 +161,13 @@ class ReplicaService:
             outbox.put_nowait(told)
 
     def _persist(self) -> bool:
-        """Whether the epoch is on disk."""
+        """Whether the epoch is on disk. Raises SupersededError."""
         if self._unpersisted is None:
             return True
         try:
             self._callbacks.persist_epoch(self._unpersisted)
+        except SupersededError:  # the ranks are a successor's: kill none of them
+            raise
         except OSError as error:
             self._emit("replica.not_persisted", error)
             return False

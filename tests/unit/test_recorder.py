@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from coordinator.events import EventLog
+from coordinator.fences import SupersededError
 from coordinator.journal.damage import Damage
 from coordinator.journal.memory import NoJournal
 from coordinator.journal.state import Forgotten, Record
@@ -118,3 +119,11 @@ def test_no_journal_keeps_nothing_and_refuses_nothing() -> None:
     recorder.check_writable("new")
     assert (recorder.state, recorder.durable, len(events)) == ("off", False, 0)
     recorder.close()
+
+
+def test_of_a_step_that_a_successor_will_not_know_nobody_hears() -> None:
+    site = Site(Journal())
+    site.journal.refusal = SupersededError(errno.ESTALE, "another coordinator writes this journal")
+    with pytest.raises(SupersededError):
+        site.recorder.write([Forgotten("a")])
+    assert site.kinds() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from coordinator.events import EventLog
+from coordinator.fences import SupersededError
 from coordinator.internal_server import event_of
 from coordinator.metrics import Metrics
 from coordinator.placement import ReplicaPlan
@@ -35,10 +37,11 @@ PLAN = ReplicaPlan(
 
 
 class Site:
-    """Processes, disk and coordinator around one replica. full: the disk refuses."""
+    """Processes, disk and coordinator around one replica. full: the disk refuses. superseded: it is a successor's."""
 
     def __init__(self) -> None:
-        self.full = False
+        self.full = self.superseded = False
+        self.killed = 0
         self.persisted: list[int] = []
         self.launched: list[str] = []
         self.failures: list[Exception] = []
@@ -53,6 +56,8 @@ class Site:
         self.replica = ReplicaService(0, core, self, service, callbacks)
 
     def persist(self, epoch: int) -> None:
+        if self.superseded:
+            raise SupersededError(errno.ESTALE, "another coordinator has taken term 2")
         if self.full:
             raise OSError("no space left on device")
         self.persisted.append(epoch)
@@ -60,7 +65,8 @@ class Site:
     async def launch(self, replica: int, rank: int, incarnation: str) -> None:
         self.launched.append(incarnation)
 
-    async def kill(self, replica: int, suspect: int | None) -> None: ...
+    async def kill(self, replica: int, suspect: int | None) -> None:
+        self.killed += 1
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -96,6 +102,18 @@ def test_an_epoch_begins_once_it_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> 
         await settled()
         assert (site.persisted, site.launched, site.failures) == ([1], ["1"], [])
         running.cancel()
+
+    run(work())
+
+
+def test_one_that_was_replaced_kills_no_rank_of_its_successor() -> None:
+    async def work() -> None:
+        site = Site()
+        site.superseded = True
+        with pytest.raises(SupersededError):
+            site.replica.post(Started(frozenset()))
+        await settled()
+        assert (site.killed, site.launched, site.persisted) == (0, [], [])
 
     run(work())
 
