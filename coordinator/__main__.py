@@ -1,8 +1,8 @@
 """The coordinator process: `python -m coordinator`, started and replaced by the supervisor.
 
-Reads its configuration as one JSON line on stdin, which stays open: each further line is one to change to, its end
-means that the supervisor is gone. Tells the supervisor JSON lines on stdout: beats, loading, ready, failed, and what
-becomes of a change. The only place that wires the parts.
+Reads its configuration as one JSON line on stdin, for which a successor waits until it is needed. stdin stays open:
+each further line is one to change to, its end means that the supervisor is gone. Tells the supervisor JSON lines on
+stdout: waiting, beats, loading, ready, failed, and what becomes of a change. The only place that wires the parts.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ def main() -> int:
     """Exit codes: 0 ended as told, 1 failed."""
     configure_logs()
     supervisor = Supervisor()
-    config = CoordinatorConfig.model_validate_json(sys.stdin.readline())
+    supervisor.tell(waiting=True)
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # a successor that nobody needed
+    config = CoordinatorConfig.model_validate_json(line)
     try:
         asyncio.run(run(config, supervisor))
     except EchelonError as error:

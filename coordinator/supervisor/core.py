@@ -18,6 +18,7 @@ from coordinator.supervisor.events import (
     Effect,
     Event,
     Exit,
+    PrepareSuccessor,
     RayEnded,
     RayFailed,
     RayUp,
@@ -136,7 +137,8 @@ class SupervisorCore:
             case {"ready": str(address)}:
                 shown: list[Effect] = [] if self._shown_ready else [ShowReady(address)]
                 self._shown_ready = True
-                return shown + self._changed()  # that a coordinator died of may be done by its successor
+                # A change that a coordinator died of may be done by its successor.
+                return [*shown, PrepareSuccessor(), *self._changed()]
             case {"reconfiguring": True} if self._change is Change.SENT:
                 self._change = Change.BEGUN
                 return [TakeConfiguration(read=True)]

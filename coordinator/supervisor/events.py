@@ -98,6 +98,11 @@ class StartCoordinator:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareSuccessor:
+    """Have a process that waits to be the next coordinator: importing takes longer than all else that it does."""
+
+
+@dataclass(frozen=True, slots=True)
 class SignalCoordinator:
     """Send it a signal."""
 
@@ -154,6 +159,7 @@ class Exit:
 Effect = (
     StartRay
     | StartCoordinator
+    | PrepareSuccessor
     | SignalCoordinator
     | ReadConfiguration
     | SendConfiguration

@@ -49,7 +49,7 @@ class Display(Protocol):
 class CoordinatorProcess:
     """One coordinator: its pipes and its end."""
 
-    def __init__(self, config: CoordinatorConfig, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         # An empty working folder: Ray puts a driver's at the front of its workers' import path. Ray must never start
         # another Ray when it is called too late. A SIGTERM waits until the coordinator can end its ranks.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -69,10 +69,9 @@ class CoordinatorProcess:
         self._partial = b""
         os.set_blocking(self.stdout.fileno(), False)
         self._stdin = self._process.stdin
-        self.configure(config)
 
     def configure(self, config: CoordinatorConfig) -> None:
-        """What it is to serve, now or from now on."""
+        """What it is to serve, now or from now on. Before the first it waits."""
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its exit code says
             self._stdin.write(config.model_dump_json().encode() + b"\n")
             self._stdin.flush()
@@ -127,6 +126,7 @@ class Supervisor:
         self._display = display
         self._core = SupervisorCore(ray is not None, config.drain_timeout_s, reread is not None)
         self._coordinator: CoordinatorProcess | None = None
+        self._successor: CoordinatorProcess | None = None
         self._exit: supervision.Exit | None = None
 
     def run(self) -> supervision.Exit:
@@ -148,8 +148,8 @@ class Supervisor:
                         self._step(supervision.Tick(lag_s=now_s - due_s))
                         due_s = time.monotonic() + POLL_S
             finally:
-                if self._coordinator is not None:
-                    self._coordinator.close()
+                for process in filter(None, (self._coordinator, self._successor)):
+                    process.close()
                 if self._ray is not None:
                     self._ray.stop()
         return self._exit
@@ -222,7 +222,12 @@ class Supervisor:
                 self._ray.start(self._environment)
                 self._ray_starting = True
             case supervision.StartCoordinator():
-                self._coordinator = CoordinatorProcess(self._config, self._folder, self._environment)
+                self._prepare()
+                self._coordinator, self._successor = self._successor, None
+                assert self._coordinator is not None
+                self._coordinator.configure(self._config)
+            case supervision.PrepareSuccessor():
+                self._prepare()
             case supervision.SignalCoordinator(number):
                 if self._coordinator is not None:
                     self._coordinator.signal(number)
@@ -244,6 +249,12 @@ class Supervisor:
                 self._display.warn(message)
             case supervision.Exit():
                 self._exit = effect
+
+    def _prepare(self) -> None:
+        if self._successor is not None and self._successor.exit_code() is not None:
+            self._successor.close()
+            self._successor = None
+        self._successor = self._successor or CoordinatorProcess(self._folder, self._environment)
 
 
 def _object(line: bytes) -> Mapping[str, object] | None:

@@ -20,6 +20,7 @@ from coordinator.supervisor.events import (
     ConfigurationRefused,
     CoordinatorEnded,
     Exit,
+    PrepareSuccessor,
     RayEnded,
     RayFailed,
     RayUp,
@@ -66,9 +67,9 @@ def test_a_ray_that_does_not_start_ends_it_with_its_message() -> None:
 def test_ready_is_shown_once_for_all_coordinators() -> None:
     core = running()
     assert core.step(1.0, Told({"loading": {"loaded_bytes": 1, "total_bytes": 2}})) == [ShowLoading(1, 2)]
-    assert core.step(1.0, Told({"ready": "h:1"})) == [ShowReady("h:1")]
+    assert core.step(1.0, Told({"ready": "h:1"})) == [ShowReady("h:1"), PrepareSuccessor()]
     core.step(2.0, CoordinatorEnded(-9))
-    assert core.step(3.0, Told({"ready": "h:1"})) == []
+    assert core.step(3.0, Told({"ready": "h:1"})) == [PrepareSuccessor()]
 
 
 def test_a_dead_coordinator_is_replaced_and_one_that_keeps_dying_ends_it() -> None:

@@ -15,6 +15,9 @@ from echelon.config import CoordinatorConfig
 # Read like the real one: configuration on stdin, messages on stdout. {script} runs with `tell`, `line` and `folder`.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
+waits = pathlib.Path(__file__).parent / "waits"
+waits.mkdir(exist_ok=True)
+(waits / str(os.getpid())).touch()
 line = sys.stdin.readline()
 folder = pathlib.Path(json.loads(line)["state_dir"])
 def tell(**message):
@@ -80,6 +83,33 @@ def test_a_dead_coordinator_gets_a_successor_with_the_same_configuration_in_an_e
     assert first == second
     assert first.endswith(str(tmp_path / "folder" / "empty"))
     assert list((tmp_path / "folder" / "empty").iterdir()) == []
+
+
+class Patient(Recorder):
+    """Signals nobody."""
+
+    def ready(self, address: str) -> None:
+        self.told.append(f"ready {address}")
+
+
+def test_a_successor_waits_to_take_over_and_goes_with_the_rest(tmp_path: Path) -> None:
+    script = """
+(folder / f"pid{count}").write_text(str(os.getpid()))
+tell(ready='h:1')
+while count == 0:
+    time.sleep(0.01)
+    if len(waiting := [each.name for each in waits.iterdir()]) == 2:
+        (folder / "waiting").write_text(" ".join(waiting))
+        os.kill(os.getpid(), signal.SIGKILL)
+tell(failed='over')
+"""
+    display = Patient()
+    assert supervise(tmp_path, script, display) == Exit(1, "over")
+    assert display.told == ["ready h:1", "the coordinator is replaced: it ended with signal SIGKILL"]
+    state = tmp_path / "state"
+    assert (state / "pid1").read_text() in (state / "waiting").read_text().split(), "it was there before it was needed"
+    started = [each.name for each in (tmp_path / "stand-in" / "coordinator" / "waits").iterdir()]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
 def test_a_failure_ends_it_with_the_message(tmp_path: Path) -> None:
