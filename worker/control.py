@@ -69,6 +69,10 @@ class ControlLink:
         """Queue one message; the keyword is the field of RankMessage.body that is set."""
         self._outgoing.put_nowait(control_pb2.RankMessage(fence=self._fence(), **body))  # type: ignore[arg-type]
 
+    def leave(self) -> None:
+        """It is of no epoch until it is told the next: another may begin without it, and must hear that it lives."""
+        self._epoch = 0
+
     async def flush(self) -> None:
         """Return when all that was queued has been given to the stream, or was lost with it."""
         await self._outgoing.join()

@@ -167,6 +167,7 @@ class RankProcess:
             torch.cuda.empty_cache()
         self._phase = "waiting"
         self._control.send(retired=control_pb2.RankRetired(memory_bytes=free_memory_bytes(self._device)))
+        self._control.leave()
 
     def _resident(self) -> control_pb2.RankReady | None:
         if self._epoch is None:

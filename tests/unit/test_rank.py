@@ -114,6 +114,8 @@ class Drill(control_pb2_grpc.RankControlServicer):
                 yield control_pb2.RankCommand(fence=fence, retire=control_pb2.Retire())
                 retired = await heard("retired")
                 assert retired.fence.epoch == fence.epoch
+            idle = await heard("heartbeat")
+            assert idle.fence.epoch == 0, "another epoch may begin without it, and must hear that it lives"
             self.threads.append(threading.active_count())
             self.idle_bytes.append(sum(each.nbytes for each in gc.get_objects() if isinstance(each, torch.Tensor)))
         yield control_pb2.RankCommand(fence=fence, refused=control_pb2.Refused(reason="end"))
