@@ -78,7 +78,7 @@ LAYOUTS = {
     "llama-1": Layout("llama", Degrees(), LLAMA3, long=True),
     "llama-2": Layout("llama", Degrees(tensor=2), LLAMA3, long=True),
     "qwen3-1-chunked": Layout("qwen3", Degrees(), TIED_ODD, CHUNKED),
-    "qwen3-pipeline-2-tensor-2": Layout("qwen3", Degrees(pipeline=2, tensor=2), TIED_ODD),
+    "qwen3-pipeline-2-tensor-2": Layout("qwen3", Degrees(pipeline=2, tensor=2), TIED_ODD, long=True),
     "qwen3-2": Layout("qwen3", Degrees(tensor=2), TIED_ODD, long=True),
     "phi3-1-chunked": Layout("phi3", Degrees(), LONGROPE, CHUNKED, long=True),
     "gemma2-2": Layout("gemma2", Degrees(tensor=2), {}, long=True),
