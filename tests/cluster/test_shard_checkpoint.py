@@ -37,7 +37,7 @@ def await_shards(cluster: LocalCluster, epoch: int, count: int) -> None:
 
 
 def test_a_killed_rank_comes_back_from_its_shard_with_the_source_gone(case: Case, tmp_path: Path) -> None:
-    """Experts have been moved when the shards are written and when they are restored; then one of them rots."""
+    """Experts have been moved when its rank is killed; then the other shard rots."""
     cluster, first = case.cluster, case.cluster.ranks()[0].epoch
     assert [each["origin"] for each in told(cluster, "weights.loaded", first)] == ["source", "source"]
     await_shards(cluster, first, 2)
