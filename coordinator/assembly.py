@@ -20,7 +20,8 @@ from coordinator.journal.memory import NoJournal
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts
 from coordinator.placement import ReplicaPlan, plan_replica
-from coordinator.requests.core import CoordinatorCore, CoreConfig
+from coordinator.requests.config import CANARY_IDLE_S, CoreConfig
+from coordinator.requests.core import CoordinatorCore
 from coordinator.service import Parts, Service
 from coordinator.settle import Served
 from coordinator.spares import Spares
@@ -89,7 +90,8 @@ def build_service(layout: Layout, fences: Fences) -> Service:
     def new_text(stops: Stops) -> AnswerText:
         return AnswerText(Detokenizer(service.served.tokenizer.decode), stops)
 
-    core_config = CoreConfig(fences.term, config.resume_window_s, config.max_queue_tokens, config.replicas)
+    limits = config.resume_window_s, config.max_queue_tokens
+    core_config = CoreConfig(fences.term, *limits, config.replicas, canary_idle_s=CANARY_IDLE_S)
     parts = Parts(
         core=CoordinatorCore(core_config, new_text, journal.state),
         journal=journal,

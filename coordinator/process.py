@@ -35,6 +35,7 @@ from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
+from coordinator.serving import Serving
 from coordinator.spares import Spares
 from echelon import types
 from echelon.config import CoordinatorConfig
@@ -63,6 +64,12 @@ class Coordinator:
         self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
         identity = self._fences.cluster, self._fences.term
         self._spares = Spares(self._cluster, identity, config.device, self._need_of_spares, self._service.events)
+        self._serving = Serving(
+            lambda: self._replicas.services,
+            lambda serves: self._spawn(self._set_serving(serves)),
+            lambda: self._tell(ready=self._config.address),
+        )
+        self._service.on_proven(self._serving.proven)
         self._replicas = self._build_replicas(layout)
         self._reconfiguration = Reconfiguration(layout, self._service, self._replicas.services, tell)
         self._health = health.aio.HealthServicer()
@@ -90,6 +97,7 @@ class Coordinator:
 
     async def drain(self) -> None:
         """Let what runs finish while `run` goes on, and refuse what is new."""
+        self._serving.close()
         await self._set_serving(False)
         self._service.post(Drain())
         deadline_s = time.monotonic() + self._config.drain_timeout_s
@@ -155,7 +163,7 @@ class Coordinator:
             persist_epoch=self._fences.persist_epoch,
             loading=lambda loaded, total: self._tell(loading={"loaded_bytes": loaded, "total_bytes": total}),
             serving=self._on_serving,
-            ready=lambda: self._tell(ready=self._config.address),
+            ready=self._serving.started,
             fail=self._fail,
         )
         make = functools.partial(self._build_replica, layout)
@@ -247,7 +255,7 @@ class Coordinator:
         return self._replicas.ranks(), config.spares, self._replicas.all_serving_s, queued
 
     def _on_serving(self, replicas: int) -> None:
-        self._spawn(self._set_serving(replicas > 0))
+        self._serving.look()
         self._reconfiguration.serving()
 
     async def _set_serving(self, serving: bool) -> None:

@@ -95,6 +95,7 @@ class Service:
         self._links: dict[int, Callable[[Command], None]] = {}
         self._interrupted: Callable[[str], None] = lambda request_id: None
         self._quarantined: Callable[[int], None] = lambda replica: None
+        self._proven: Callable[[int, int, bool], None] = lambda replica, epoch, yes: None
         self._engines: dict[int, Engine] = {}
 
     @property
@@ -161,6 +162,10 @@ class Service:
     def on_quarantined(self, callback: Callable[[int], None]) -> None:
         """Call back with the replica whose step broke each time a request was found to be why."""
         self._quarantined = callback
+
+    def on_proven(self, callback: Callable[[int, int, bool], None]) -> None:
+        """Call back with a replica and its epoch when it has drawn a token in it, and when it draws none any more."""
+        self._proven = callback
 
     def open_link(self, report: Report, send: Callable[[Command], None]) -> None:
         """A leader's hello: its commands go to `send` from now on."""
@@ -264,6 +269,8 @@ class Service:
         if kind == "request.replayed":
             self.metrics.replayed_requests.inc()
             self._interrupted(subject)
+        if kind in ("replica.proven", "replica.unproven"):
+            self._proven(int(subject), cast(int, detail["epoch"]), kind == "replica.proven")
         if kind == "request.quarantined":
             self._quarantined(cast(int, detail["replica"]))
         self.events.emit(kind, subject, detail)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from coordinator.journal.state import Assigned, JournalState
 from coordinator.journal.state import Prompted as PromptedRecord
+from coordinator.requests import canary
 from coordinator.requests.config import CoreConfig as CoreConfig
 from coordinator.requests.events import (
     Cancel,
@@ -56,7 +57,7 @@ class CoordinatorCore:
 
     def __init__(self, config: CoreConfig, new_text: NewText, state: JournalState) -> None:
         self._term = config.term
-        self._replicas = config.replicas
+        self._replicas, self._canary_idle_s = config.replicas, config.canary_idle_s
         self._router = Router()
         self._lives = Lives(config, new_text, state, self._router)
         self._restored = False
@@ -93,6 +94,8 @@ class CoordinatorCore:
             case Tick():
                 pass
         self._assign(now)
+        for kind, link, why in canary.look(now, self._router.links.values(), self._canary_idle_s):
+            self._lives.emit(kind, str(link.fence.replica), epoch=link.fence.epoch, reason=why)
         return self._lives.take_effects([Send(command) for command in self._router.take_commands()])
 
     @property
@@ -182,6 +185,7 @@ class CoordinatorCore:
             link.computed(prompted.request, prompted.attempt)
             self._take_prompted(prompted)
         for run in report.runs:
+            link.token_s = now
             self._take_run(now, run)
         for released in report.released:
             link.release(released.request, released.attempt)

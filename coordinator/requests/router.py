@@ -68,6 +68,9 @@ class Link:
     held: dict[Attempt, Size] = field(default_factory=dict)  # what was assigned, and not released
     prefixes: Prefixes = field(default_factory=Prefixes)
     reserved: bool = False  # for a request that has to be alone
+    token_s: float | None = None  # when it last drew one
+    asked_s: float | None = None  # when it was last asked for one that nobody needs
+    proven: bool = False  # what it draws is heard
     uncomputed_tokens: int = 0  # of what was assigned and is not computed yet, beyond what is cached
     _held_slots: int = 0
     _held_blocks: int = 0

@@ -82,7 +82,8 @@ class Coordinator:
         compacted = self.world.random.random() < 0.5
         self._journal = frame(state.records(), self.term) if compacted else self._journal[:size]
         settings = self._settings
-        config = CoreConfig(self.term, settings.resume_window_s, settings.max_queue_tokens, len(self._sites))
+        limits = settings.resume_window_s, settings.max_queue_tokens
+        config = CoreConfig(self.term, *limits, len(self._sites), canary_idle_s=3.0)
         self._streams: dict[int, Callable[[Shown], None]] = {}
         self._next_stream = 1
         self._links: dict[int, Connection] = {}

@@ -72,9 +72,11 @@ class Shell:
     report_seq: int = 0
     hello: ReplicaHello = HELLO
     replicas: int = 1
+    canary_idle_s: float | None = None
 
     def __post_init__(self) -> None:
-        config = CoreConfig(self.term, WINDOW_S, self.max_queue_tokens, self.replicas)
+        limits = WINDOW_S, self.max_queue_tokens
+        config = CoreConfig(self.term, *limits, self.replicas, canary_idle_s=self.canary_idle_s)
         self.core = CoordinatorCore(config, new_text, self.state)
 
     def post(self, event: Event) -> list[Effect]:
