@@ -150,7 +150,9 @@ class Coordinator:
         waiting = [life.request_id for life in lives if life.phase is Phase.QUEUED]
         self._check_routes(event, effects)
         self._execute(effects)
-        self.world.checker.assigned(assigned, waiting)
+        suspects = self.core._lives.quarantine.suspects  # have an order of their own
+        in_turn = [[each for each in some if not suspects(each)] for some in (assigned, waiting)]
+        self.world.checker.assigned(*in_turn)
 
     def _check_routes(self, event: Event, effects: list[Effect]) -> None:
         """What ends with one replica, and what waits, before the effects reach the disk."""
