@@ -270,7 +270,7 @@ class Service:
             self.metrics.replayed_requests.inc()
             self._interrupted(subject)
         if kind in ("replica.proven", "replica.unproven"):
-            self._proven(int(subject), cast(int, detail["epoch"]), kind == "replica.proven")
+            self._proven(int(subject.removeprefix("replica/")), cast(int, detail["epoch"]), kind == "replica.proven")
         if kind == "request.quarantined":
             self._quarantined(cast(int, detail["replica"]))
         self.events.emit(kind, subject, detail)

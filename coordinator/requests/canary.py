@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from coordinator.requests.router import Link, Size
 from echelon.internal.link import Assign, Progress, Sampling
 
-REQUEST = "canary"
+REQUEST = "@canary"  # no client may choose such an id
 ANSWER_S = 5.0  # for it to come
 _SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=-1)
 _PROMPT = (0,)

@@ -95,7 +95,7 @@ class CoordinatorCore:
                 pass
         self._assign(now)
         for kind, link, why in canary.look(now, self._router.links.values(), self._canary_idle_s):
-            self._lives.emit(kind, str(link.fence.replica), epoch=link.fence.epoch, reason=why)
+            self._lives.emit(kind, f"replica/{link.fence.replica}", epoch=link.fence.epoch, reason=why)
         return self._lives.take_effects([Send(command) for command in self._router.take_commands()])
 
     @property
