@@ -19,7 +19,7 @@ Moment = Literal["prefill", "decode", "journal", "form", "load", "replay"]
 
 ORDER = get_args(Moment)
 RECOVERY = ("form", "load", "replay")
-JOURNAL = ("journal", ".log")  # the folder of the files that the coordinator writes records to, and their suffix
+JOURNAL = "journal"  # the folder of the files that the coordinator writes records to
 LOOK_PAUSE_S = 0.002  # a tiny model's load is over in 50 ms
 
 _COUNTERS = {"prefill": "prefill_chunks", "decode": "decode_rows", "replay": "replayed_requests"}
@@ -65,7 +65,7 @@ def wait_for(
 def wait_journal(coordinator_pid: int, timeout_s: float) -> None:
     """Until the coordinator, a process of this machine, has just written to its journal. Raises TimeoutError."""
     deadline_s = time.monotonic() + timeout_s
-    before_bytes = processes.written_bytes(coordinator_pid, *JOURNAL)
-    while processes.written_bytes(coordinator_pid, *JOURNAL) == before_bytes:
+    before_bytes = processes.written_bytes(coordinator_pid, JOURNAL)
+    while processes.written_bytes(coordinator_pid, JOURNAL) == before_bytes:
         if time.monotonic() >= deadline_s:
             raise TimeoutError(f"waited {timeout_s:g} s for journal, to which {coordinator_pid} wrote nothing")

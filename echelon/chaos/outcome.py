@@ -139,22 +139,17 @@ def next_tokens_s(trial: Trial) -> dict[str, float]:
     first, last = trial.strikes[0].unix_s, trial.strikes[-1].unix_s
     found: dict[str, float] = {}
     for name, heard in trial.heard.items():
-        resumed = resumed_unix_s(heard.arrivals, last)
+        resumed = _next_unix_s(trial, heard.arrivals, last)
         if name != LATE and resumed is not None and heard.arrivals[0].unix_s < first:
             found[name] = resumed - last
     return found
 
 
-def resumed_unix_s(arrivals: Sequence[Arrival], struck_unix_s: float, until_unix_s: float = math.inf) -> float | None:
-    """The end of the longest silence since the strike: what was already on its way came at once.
-
-    None where nothing came, or where the silence lasted until the end.
-    """
-    since = (one.unix_s for one in arrivals if struck_unix_s < one.unix_s < until_unix_s and one.event.token_ids)
-    times = [struck_unix_s, *since, *([] if until_unix_s == math.inf else [until_unix_s])]
+def resumed_unix_s(arrivals: Sequence[Arrival], struck_unix_s: float) -> float | None:
+    """The end of the longest silence since the strike: what was already on its way came at once. None: nothing came."""
+    times = [struck_unix_s, *(one.unix_s for one in arrivals if one.unix_s > struck_unix_s and one.event.token_ids)]
     silences = [(later - earlier, later) for earlier, later in itertools.pairwise(times)]
-    resumed = max(silences)[1] if silences else until_unix_s
-    return None if resumed == until_unix_s else resumed
+    return max(silences)[1] if silences else None
 
 
 def wrong(trial: Trial) -> list[str]:
@@ -173,6 +168,19 @@ def _gaps(verdict: Verdict) -> list[str]:
     return [f"{count} tokens {what}" for what, count in counts.items() if count]
 
 
+def _next_unix_s(trial: Trial, arrivals: Sequence[Arrival], struck_unix_s: float) -> float | None:
+    """No token of a new epoch is older than it. Where none was formed, the longest silence tells."""
+    formed = _first(trial, "replica.ready", struck_unix_s)
+    if formed is None:
+        return resumed_unix_s(arrivals, struck_unix_s)
+    return next((one.unix_s for one in arrivals if one.unix_s > formed and one.event.token_ids), None)
+
+
+def _first(trial: Trial, kind: str, after_unix_s: float) -> float | None:
+    """When an event of the kind came first after a time."""
+    return next((event.unix_s for event in trial.events if event.kind == kind and event.unix_s > after_unix_s), None)
+
+
 def miscounted(trial: Trial) -> list[str]:
     """Streams whose recomputed tokens are not the prompt and what was delivered until then, at each interruption.
 
@@ -188,7 +196,7 @@ def miscounted(trial: Trial) -> list[str]:
         told = [event for event in trial.events if event.kind == REPLAYED and event.subject == answer.request_id]
         counts = [int(str(event.detail["recomputed_tokens"])) for event in told]
         times = [*(event.unix_s for event in told), math.inf]
-        had = [_delivered(heard.arrivals, *window) for window in itertools.pairwise(times)]
+        had = [_delivered(trial, heard.arrivals, *window) for window in itertools.pairwise(times)]
         expected = [answer.usage.prompt_tokens + tokens for tokens in had]
         least = sum(counts if delivers else set(counts))
         if (delivers and counts != expected) or not least <= answer.usage.recomputed_tokens <= sum(counts):
@@ -197,10 +205,10 @@ def miscounted(trial: Trial) -> list[str]:
     return wrongly
 
 
-def _delivered(arrivals: Sequence[Arrival], interrupted_unix_s: float, until_unix_s: float) -> int:
-    """Tokens that a client had before it went on after an interruption, or until the next one if it did not."""
-    resumed = resumed_unix_s(arrivals, interrupted_unix_s, until_unix_s)
-    end = until_unix_s if resumed is None else resumed
+def _delivered(trial: Trial, arrivals: Sequence[Arrival], interrupted_unix_s: float, until_unix_s: float) -> int:
+    """Tokens that a client had before the next epoch was formed, or until it was interrupted once more."""
+    formed = _first(trial, "replica.ready", interrupted_unix_s)
+    end = until_unix_s if formed is None else min(formed, until_unix_s)
     return sum(len(one.event.token_ids) for one in arrivals if one.unix_s < end)
 
 

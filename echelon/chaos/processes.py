@@ -62,17 +62,18 @@ def processes() -> list[int]:
 
 def listens(pid: int, port: int) -> bool:
     """Whether the process has a TCP socket that waits for connections at the port."""
-    return bool(_listening(port) & set(_open_files(pid)))
+    return bool(_listening(port) & {name for _, name in _open_files(pid)})
 
 
-def written_bytes(pid: int, folder: str, suffix: str) -> int:
-    """Size of all files of that suffix that the process has open in a folder of that name."""
-    paths = (Path(name) for name in _open_files(pid) if name.endswith(suffix))
-    size = 0
-    for path in paths:
-        with contextlib.suppress(OSError):
-            size += path.stat().st_size if path.parent.name == folder else 0
-    return size
+def written_bytes(pid: int, folder: str) -> int:
+    """How far the process has got in all files that it opened in a folder of that name, whatever their names now."""
+    position = 0
+    for number, path in _open_files(pid):
+        if Path(path).parent.name == folder:
+            with contextlib.suppress(OSError):
+                told = Path(f"/proc/{pid}/fdinfo/{number}").read_text().split()
+                position += int(told[told.index("pos:") + 1])
+    return position
 
 
 def _listening(port: int) -> set[str]:
@@ -87,11 +88,12 @@ def _listening(port: int) -> set[str]:
     return found
 
 
-def _open_files(pid: int) -> Iterator[str]:
+def _open_files(pid: int) -> Iterator[tuple[str, str]]:
+    """Numbers, and what they are of."""
     with contextlib.suppress(OSError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                yield str(descriptor.readlink())
+                yield descriptor.name, str(descriptor.readlink())
 
 
 def _stat(pid: int) -> list[str]:

@@ -50,6 +50,7 @@ def chaos(
     tokens: Annotated[int, typer.Option(help="Of each answer.", min=24)] = 240,
     tolerance: Annotated[float, typer.Option(help="How far log-probabilities may be off.", min=0.0)] = 1e-9,
     lease_s: Annotated[float, typer.Option("--lease-s", help="The cluster's: a partition lasts longer.")] = 30.0,
+    settle_s: Annotated[float, typer.Option("--settle-s", help="Of serving between two rounds.")] = 12.0,
     report: Annotated[Path | None, typer.Option("--output", "-o", help="Write the matrix there as Markdown.")] = None,
     address: Address = None,
     as_json: output.AsJson = False,
@@ -63,7 +64,9 @@ def chaos(
     """
     drawn = injections, _names(faults), _names(victims), _names(moments)
     rounds = _read_plan(plan) if plan else draw_plan(seed, *drawn)
-    settings = Settings(streams=streams, tokens=tokens, tolerance=tolerance, lease_s=lease_s, seed=seed)
+    settings = Settings(
+        streams=streams, tokens=tokens, tolerance=tolerance, lease_s=lease_s, settled_s=settle_s, seed=seed
+    )
     found: list[Outcome] = []
     differing: list[str] = []
     with Runner(address, settings) as runner:

@@ -57,7 +57,14 @@ def test_the_next_token_ends_the_longest_silence() -> None:
     assert resumed_unix_s(ONE.arrivals, 10.0) == 13.0
     assert resumed_unix_s(ONE.arrivals, 13.15) == 13.2
     assert resumed_unix_s(ONE.arrivals, 13.2) is None
-    assert resumed_unix_s(ONE.arrivals, 10.0, until_unix_s=12.0) is None, "two were under way, then nothing came"
+
+
+def test_tokens_after_a_new_epoch_are_its_however_short_the_pause() -> None:
+    """A later silence, of a busy machine, may be longer than the recovery."""
+    slow = heard("slow", [8.0, 9.0, 10.001, 12.1, 19.0], PROMPT_TOKENS + 3)
+    found = trial([strike(10.0)], [slow], [lost(10.01), replayed(10.02, "slow", PROMPT_TOKENS + 3), EVENTS[-1]])
+    assert next_tokens_s(found) == {"slow": pytest.approx(2.1)}
+    assert miscounted(found) == []
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, unique=True).map(sorted), st.floats(0, 100))

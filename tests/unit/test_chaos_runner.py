@@ -86,6 +86,7 @@ class PlayedCluster(ScriptedServer):
             self._recomputed[request_id] = self._recomputed.get(request_id, 0) + known
             self._emit("request.replayed", request_id, recomputed_tokens=known)
         time.sleep(0.2)  # longer than any step
+        self._emit("replica.ready", "replica/0")
 
     def _generate(self, request: Any) -> Iterator[Any]:
         request_id, choices = request.request_id, max(request.sampling.n, 1)
@@ -122,7 +123,7 @@ class PlayedCluster(ScriptedServer):
 
 
 def chaos(played: PlayedCluster, *arguments: str) -> Result:
-    flags = ("--streams", "4", "--tokens", str(TOKENS), "--target", played.address)
+    flags = ("--streams", "4", "--tokens", str(TOKENS), "--settle-s", "0", "--target", played.address)
     return CliRunner().invoke(app, ("chaos", *flags, *arguments))
 
 

@@ -165,6 +165,7 @@ def test_the_journal_s_moment_is_its_next_write(tmp_path: Path) -> None:
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "other.write(b'x')\n"
+        "pathlib.Path(sys.argv[1]).unlink()\n"
         "journal.write(b'y')\n"
         "time.sleep(60)\n"
     )
@@ -177,12 +178,12 @@ def test_the_journal_s_moment_is_its_next_write(tmp_path: Path) -> None:
         writer.stdout.readline()
         with pytest.raises(TimeoutError, match="wrote nothing"):
             wait_journal(writer.pid, timeout_s=0.05)
-        assert processes.written_bytes(writer.pid, "journal", ".log") == 0
+        assert processes.written_bytes(writer.pid, "journal") == 0
         writer.stdin.write("go\n")
         writer.stdin.flush()
-        while processes.written_bytes(writer.pid, "journal", ".log") == 0:
+        while processes.written_bytes(writer.pid, "journal") == 0:
             time.sleep(0.001)
-        assert processes.written_bytes(writer.pid, "journal", ".log") == 1
+        assert processes.written_bytes(writer.pid, "journal") == 1
     finally:
         writer.kill()
         writer.communicate()
