@@ -26,15 +26,13 @@ _PHASES = {"waiting": "form", "store": "form", "loading": "load"}  # of a rank t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strike:
-    """look: the last before the signal. late_waited: a long prompt was under way. successor: when the coordinator that
-    followed a struck one began, None where none was struck."""
+    """look: the last before the signal. late_waited: a long prompt was under way."""
 
     injection: Injection
     target: Target
     unix_s: float
     look: Cluster
     late_waited: bool = False
-    successor_unix_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +112,11 @@ def phase_hit(trial: Trial, number: int) -> str:
 
 
 def detected_s(trial: Trial, number: int) -> float | None:
-    """Until the cluster told of a loss, or began another coordinator."""
+    """Until the cluster told of a loss, or another coordinator of its beginning."""
     strike = trial.strikes[number]
-    if strike.successor_unix_s is not None:
-        return strike.successor_unix_s - strike.unix_s
+    if strike.target.role in ("coordinator", "supervisor"):
+        began = _first(trial, "coordinator.started", strike.unix_s)
+        return None if began is None else began - strike.unix_s
     told = lost(trial, number)
     return told[0].unix_s - strike.unix_s if told else None
 

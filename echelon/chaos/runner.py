@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from echelon.chaos import load, moments, processes, victims
 from echelon.chaos.compare import Verdict, compare
@@ -107,7 +107,7 @@ class Runner:
             after = self._settle(events, before)
             verdicts = self._judge(heard)
         return Trial(
-            strikes=tuple(_with_successor(strike, after) for strike in strikes),
+            strikes=tuple(strikes),
             heard=heard,
             verdicts=verdicts,
             events=tuple(events),
@@ -202,10 +202,3 @@ def _is_settled(now: Cluster, like: Cluster | None) -> bool:
     spares = [sum(spare.state == "warm" for spare in cluster.spares) for cluster in (now, like or now)]
     serving = all(replica.state == "ready" and not replica.kv_blocks_referenced for replica in now.replicas)
     return serving and not now.queued and not now.running and spares[0] >= spares[1]
-
-
-def _with_successor(strike: Strike, after: Cluster) -> Strike:
-    """A coordinator is missed when another is started in its place."""
-    if strike.look.coordinator_pid not in strike.target.pids or after.coordinator_pid in strike.target.pids:
-        return strike
-    return replace(strike, successor_unix_s=processes.started_unix_s(after.coordinator_pid))

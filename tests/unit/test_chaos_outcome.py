@@ -142,8 +142,11 @@ def test_after_the_last_stream_has_gone_on_it_is_no_replay_any_more() -> None:
 
 
 def test_a_coordinator_is_missed_when_its_successor_begins() -> None:
-    struck = replace(strike(10.0, Injection("kill", "coordinator")), successor_unix_s=10.25)
-    assert detected_s(trial([struck], [ONE], []), 0) == pytest.approx(0.25)
+    coordinator = Target("coordinator", "coordinator", (1,))
+    struck = replace(strike(10.0, Injection("kill", "coordinator")), target=coordinator)
+    began = [event(5.0, "coordinator.started"), lost(10.1), event(10.25, "coordinator.started")]
+    assert detected_s(trial([struck], [ONE], began), 0) == pytest.approx(0.25)
+    assert detected_s(trial([struck], [ONE], began[:2]), 0) is None
 
 
 def test_what_nobody_missed_was_not_detected() -> None:
