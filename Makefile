@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: setup demo test test-long test-cluster test-rest lint format bench proto clean
+.PHONY: setup demo test test-long test-cluster test-rest mutants lint format bench proto clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test-cluster: $(STAMP)
 
 test-rest: $(STAMP)
 	$(BIN)/python -m pytest -m "not cluster $(LONG)"
+
+# Breaks one line of the production code after another; the simulation must turn red under each.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.simulation.mutants
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

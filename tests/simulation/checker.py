@@ -6,9 +6,11 @@ that anyone is told with it.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from coordinator.journal.state import (
     Assigned,
@@ -58,13 +60,18 @@ def require(holds: object, message: str, *values: object) -> None:
 class Written:
     """What reached the disk of one request. place: its turn. recomputed_tokens: given to replicas once more.
 
-    coordinator: which one assigned it last, counted from the first.
+    coordinators: which one assigned each attempt, counted from the first. told: the last attempt that brought tokens.
+    gaps: attempts of which tokens were acknowledged and not recorded: nobody read them, or the disk was full.
+    damaged: its records were lost once, and its client may have told of them.
     """
 
     place: tuple[int, int]
     answers: list[Reference]
     recomputed_tokens: int = 0
-    coordinator: int = 0
+    coordinators: dict[int, int] = field(default_factory=dict)
+    gaps: set[int] = field(default_factory=set)
+    told: int = 0
+    damaged: bool = False
 
 
 @dataclass(slots=True)
@@ -111,19 +118,43 @@ class Checker:
                     del self._written[request_id]
             self.disk.apply(record)
 
-    def restarted(self, state: JournalState) -> None:
-        """A coordinator has read the disk."""
+    def restarted(self, state: JournalState, lost: bool) -> None:
+        """A coordinator has read the disk. lost: the disk may lack the last of what was told of as written."""
+        if lost and state != self.disk:
+            self.seen["written again after the disk lost it"] += 1
+            self.disk = copy.deepcopy(state)
+            self._written = {request_id: self._restored(entry) for request_id, entry in state.entries.items()}
         require(state == self.disk, "replay differs from what was written")
         self._coordinators += 1
+
+    def _restored(self, entry: Entry) -> Written:
+        """Of a request whose last records are gone."""
+        answers = [Reference(entry.request, choice) for choice in range(entry.request.sampling.n)]
+        known = self._written.get(entry.request.request_id)  # None: it was forgotten, and that was lost
+        place = known.place if known else (entry.request.priority, 0)
+        written = Written(place, answers, entry.recomputed_tokens, gaps={entry.attempt}, damaged=True)
+        for answer, held in zip(answers, entry.answers, strict=True):
+            for token_id, logprob in zip(held.ids, held.logprobs, strict=True):
+                self._push(answer, token_id, logprob)
+        return written
+
+    def told_by(self, request_id: str) -> int:
+        """The last attempt that brought tokens; 0 before the first."""
+        return self._written[request_id].told
 
     def submitted(self, stream: int, request_id: str, choices: int, received: Received) -> None:
         held = [len(ids) for ids in received]
         self.streams[stream] = StreamHistory(request_id, held + [0] * (choices - len(held)))
         self.seen["resumed with several choices"] += sum(map(bool, held)) > 1
 
-    def delivered(self, stream: int, event: Shown) -> None:
-        """A stream is shown this, and its client may have seen it from now on."""
+    def delivered(self, stream: int, event: Shown, superseded: bool = False) -> None:
+        """A stream is shown this, and its client may have seen it from now on.
+
+        superseded: by a coordinator that does not know of its successor yet, and can only repeat itself.
+        """
         history = self.streams[stream]
+        if superseded and history.request_id not in self._written:
+            return
         require(not history.ended, "stream {} of {} goes on after its end: {}", stream, history.request_id, event)
         refused = isinstance(event, EchelonError)
         require(refused or history.admitted != isinstance(event, Admitted), "{} is out of turn", event)
@@ -146,15 +177,19 @@ class Checker:
                 self._written[other].place[1] < place[1] for other in waiting
             )
 
-    def heard(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
+    def heard(self, kind: str, subject: str, detail: Mapping[str, Any]) -> None:
         """What is told of decisions."""
         self.told[kind] += 1
         reason = str(detail.get("reason"))
         self.seen["constraint broke"] += reason == "CONSTRAINT_FAILED"
-        if kind == "request.replayed" and subject in self._written:
+        written = self._written.get(subject)
+        if written and kind == "request.parked":
+            written.gaps.add(self.disk.entries[subject].attempt)
+        if written and kind == "request.replayed":
             # A leader keeps what it holds to its end, and tells every token in its turn. But what it told while a
             # coordinator had the request parked was acknowledged and dropped, and a successor knows nothing of parking.
-            adopted = self._written[subject].coordinator < self._coordinators
+            attempt = detail["attempt"]
+            adopted = written.coordinators.get(attempt, 0) < self._coordinators and attempt in written.gaps
             lost = not reason.startswith("its leader let go") and (adopted or not reason.startswith("a run starts"))
             require(lost, "{} is replayed: {}", subject, reason)
 
@@ -174,7 +209,7 @@ class Checker:
         written = self._written[record.request_id]
         going_on = [answer for answer in written.answers if not answer.ending]
         require(going_on, "{}, but every choice has ended", record)
-        written.coordinator = self._coordinators
+        written.coordinators[record.attempt] = self._coordinators
         if entry.assigned and entry.assigned.replica != record.replica:
             self.seen["taken over by another replica"] += 1
         if entry.attempt:
@@ -194,6 +229,7 @@ class Checker:
         require(entry.finished is None, "{} is written after the end", record)
         asked = entry.request.sampling.logprobs is not None and record.attempt > 0
         require(len(record.logprobs) == asked * len(record.ids), "{}: logprobs asked: {}", record, asked)
+        self._written[record.request_id].told = record.attempt
         logprobs: tuple[Logprob | None, ...] = record.logprobs or (None,) * len(record.ids)
         for token_id, logprob in zip(record.ids, logprobs, strict=True):
             self._push(answer, token_id, logprob)
@@ -242,7 +278,8 @@ class Checker:
         require(event.usage == usage, "{}, but {}", event.usage, usage)
         # A client that holds every token of every choice is answered without a replica.
         expected = prompt_logprobs(request) if entry.assigned else ()
-        require(event.prompt_logprobs == expected, "{} instead of {}", event.prompt_logprobs, expected)
+        known = event.prompt_logprobs == expected or (written.damaged and not event.prompt_logprobs)
+        require(known, "{} instead of {}", event.prompt_logprobs, expected)
         self._see(event, written)
 
     def _choice(self, choice: Choice, answer: Reference, entry: Entry) -> None:

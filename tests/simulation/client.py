@@ -22,9 +22,9 @@ from echelon.internal.link import Sampling
 from echelon.retry import RetryPolicy
 from echelon.types import Completion, StreamEvent
 from tests.simulation.checker import require
-from tests.simulation.coordinator import Coordinator
 from tests.simulation.model import BREAKS
 from tests.simulation.network import Connection
+from tests.simulation.supervisor import Supervisor
 from tests.simulation.world import PEER, World
 
 
@@ -48,13 +48,14 @@ class Order:
 class User:
     """One session from start to end."""
 
-    def __init__(self, world: World, coordinator: Coordinator, order: Order) -> None:
+    def __init__(self, world: World, supervisor: Supervisor, order: Order) -> None:
         self.order = order
         self.completion: Completion | None = None
         self.error: EchelonError | None = None
         self.gone = False
         self._world = world
-        self._coordinator = coordinator
+        self._supervisor = supervisor
+        self._unreachable_until = 0.0
         self._session = GenerationSession(order.request_id, order.timeout_s, RetryPolicy())
         self._connection: Connection | None = None
         choices = range(order.sampling.n)
@@ -94,6 +95,23 @@ class User:
         self.gone = True
         self.break_stream()
 
+    @property
+    def reading(self) -> bool:
+        """A stream of its is open."""
+        return not self.ended and self._connection is not None and self._connection.open
+
+    def delay(self, seconds: float) -> None:
+        """What is under way to it and from it comes later."""
+        if self._connection:
+            self._connection.stall(seconds)
+
+    def part(self, seconds: float, notice_s: float) -> None:
+        """Nothing reaches it and nothing comes from it; either end gives up what is open if it takes too long."""
+        self._unreachable_until = self._world.clock.now + seconds
+        self.delay(seconds)
+        if self._connection and seconds > notice_s:
+            self._world.clock.after(notice_s, self._connection.cut)
+
     def break_stream(self) -> None:
         if self._connection:
             self._connection.cut()
@@ -114,8 +132,7 @@ class User:
                 case session.Yield(value):
                     self._take(value)
                 case session.CancelRemote(request_id):
-                    cancel = self._coordinator.act, self._coordinator.post, Cancel((request_id,))
-                    clock.after(0.01, *cancel)
+                    clock.after(0.01, self._cancel, Cancel((request_id,)))
                 case session.Finish(result):
                     self._finish(result)
                 case session.Raise(error):
@@ -126,10 +143,13 @@ class User:
                         late <= 1.0 + self.order.nap_s, "{} ended {} s after its deadline", self.order.request_id, late
                     )
 
+    def _cancel(self, cancel: Cancel) -> None:
+        self._supervisor.call(lambda coordinator: coordinator.post(cancel))
+
     def _open(self, resume: Received, timeout_s: float) -> None:
         self._drop()
         clock = self._world.clock
-        if not self._coordinator.up:
+        if not self._supervisor.up or clock.now < self._unreachable_until:
             clock.after(0.01, self._step, session.Broken(UnavailableError("nobody listens")))
             return
         connection = self._connection = self._world.connect()
@@ -140,7 +160,7 @@ class User:
 
     def _submit(self, connection: Connection, resume: Received, timeout_s: float) -> None:
         order, now = self.order, self._world.clock.now
-        if not connection.open or not self._coordinator.up:
+        if not connection.open or not self._supervisor.up:
             connection.cut()
             return
         request = Request(
@@ -154,7 +174,7 @@ class User:
             priority=order.priority,
             cache_salt=order.cache_salt,
         )
-        self._coordinator.act(self._coordinator.serve_user, connection, request, resume or None)
+        self._supervisor.call(lambda coordinator: coordinator.serve_user(connection, request, resume or None))
 
     def _receive(self, connection: Connection, event: Shown) -> None:
         if self._connection is connection:

@@ -23,6 +23,7 @@ from tests.simulation.world import World
 
 if TYPE_CHECKING:
     from tests.simulation.coordinator import Coordinator
+    from tests.simulation.supervisor import Supervisor
 
 ITEM_TIMEOUT_S = 86_400.0
 COMMIT_FAILS = 0.05  # how often
@@ -167,6 +168,9 @@ class Jobs:
         self._apply(events.Loaded(self._table.load()))
 
     def create(self, order: JobOrder, acknowledge: Callable[[], None]) -> None:
+        self._coordinator.disk.check_owner(self._coordinator.term)
+        if self._coordinator.disk.full:
+            return
         stored = self._table.create(order, self._coordinator.world.clock.now)
         self._coordinator.maybe_crash()
         self._apply(events.Loaded((stored,)))
@@ -202,6 +206,8 @@ class Jobs:
 
     def _check_shown(self) -> None:
         """After every step, every job is shown as it stands on disk."""
+        if self._coordinator.superseded:  # it is about to find out
+            return
         running = 0
         for shown in self._runner.statuses():
             counts = shown.counts
@@ -238,7 +244,8 @@ class Jobs:
 
     def _write(self) -> None:
         """Group commit: all that has gathered, in one transaction."""
-        if self._coordinator.world.random.random() < COMMIT_FAILS:
+        self._coordinator.disk.check_owner(self._coordinator.term)
+        if self._coordinator.disk.full or self._coordinator.world.random.random() < COMMIT_FAILS:
             self._coordinator.after(STORE_RETRY_S, self._write)
             return
         batch = tuple(self._unwritten)
@@ -255,10 +262,10 @@ class Jobs:
 class JobUser:
     """Submits a job until it is acknowledged, and may cancel it later."""
 
-    def __init__(self, world: World, coordinator: Coordinator, order: JobOrder) -> None:
+    def __init__(self, world: World, supervisor: Supervisor, order: JobOrder) -> None:
         self.order = order
         self._world = world
-        self._coordinator = coordinator
+        self._supervisor = supervisor
         self._acknowledged = False
         self._submit()
         if order.cancels_s is not None:
@@ -266,7 +273,7 @@ class JobUser:
 
     @property
     def state(self) -> JobState | None:
-        row = self._coordinator.job_table.rows.get(self.order.job_id)
+        row = self._supervisor.disk.jobs.rows.get(self.order.job_id)
         return row.status.state if row else None
 
     @property
@@ -282,8 +289,7 @@ class JobUser:
     def _submit(self) -> None:
         """Again until it is acknowledged, and sometimes once more."""
         if not self._acknowledged or self._world.random.random() < 0.2:
-            jobs = self._coordinator.jobs
-            self._coordinator.act(jobs.create, self.order, self._acknowledge)
+            self._supervisor.call(lambda coordinator: coordinator.jobs.create(self.order, self._acknowledge))
             self._world.clock.after(1.0, self._submit)
 
     def _acknowledge(self) -> None:
@@ -291,5 +297,5 @@ class JobUser:
 
     def _cancel(self) -> None:
         if self.state in (None, JobState.QUEUED, JobState.RUNNING):
-            self._coordinator.act(self._coordinator.jobs.cancel, self.order.job_id)
+            self._supervisor.call(lambda coordinator: coordinator.jobs.cancel(self.order.job_id))
             self._world.clock.after(0.5, self._cancel)

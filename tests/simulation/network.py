@@ -1,7 +1,7 @@
 """Virtual time, and connections between simulated processes.
 
 A connection keeps order and loses nothing until it is cut, like a gRPC stream; after a cut each end learns of it in
-its own time, and what was under way may still arrive at either end, or not.
+its own time, and what was under way may still arrive at either end, or not. A network that stalls delivers later.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self._actions: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._actions: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._count = itertools.count()
 
-    def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+    def after(self, delay_s: float, action: Callable[..., object], *arguments: Any) -> None:
+        self.at(self.now + delay_s, action, *arguments)
+
+    def at(self, time: float, action: Callable[..., object], *arguments: Any) -> None:
         count = next(self._count)
         assert count < MAX_ACTIONS, "it never comes to rest"
-        heapq.heappush(self._actions, (self.now + delay_s, count, action, arguments))
+        heapq.heappush(self._actions, (time, count, action, arguments))
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
         """Until that time, or until `done`."""
@@ -54,12 +57,26 @@ class Connection:
         self._random = random
         self._latency_s = latency_s
         self._stragglers = [True, True]
+        self._stalls = 0  # that go on
+        self._held: list[tuple[int, Any]] = []
+
+    def stall(self, seconds: float) -> None:
+        """Nothing arrives for so long; then all of it, in order."""
+        self._stalls += 1
+        self._clock.after(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._stalls -= 1
+        if not self._stalls:
+            held, self._held = self._held, []
+            for to, message in held:
+                self._arrive(to, message)
 
     def send(self, to: int, message: Any) -> None:
         if self.open:
             end = self.ends[to]
             end.last_arrival = max(end.last_arrival, self._clock.now + self._random.expovariate(1 / self._latency_s))
-            self._clock.after(end.last_arrival - self._clock.now, self._arrive, to, message)
+            self._clock.at(end.last_arrival, self._arrive, to, message)
 
     def cut(self) -> None:
         if self.open:
@@ -70,5 +87,7 @@ class Connection:
                 self._clock.after(notice_s, lambda end=end: end.on_cut())
 
     def _arrive(self, to: int, message: Any) -> None:
-        if self.open or self._stragglers[to]:
+        if self._stalls:
+            self._held.append((to, message))
+        elif self.open or self._stragglers[to]:
             self.ends[to].on_message(message)

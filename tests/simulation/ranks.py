@@ -1,12 +1,12 @@
-"""Simulated rank processes, and the leader that one of them is.
+"""Simulated rank processes, and the slots that they are in.
 
-A rank dials the coordinator again and again and does as it is told, like `worker/control.py` and `worker/rank.py`; the
-leader drives a real EngineCore on a fake device, like `worker/leader.py`.
+A rank dials the coordinator again and again and does as it is told, like `worker/control.py` and `worker/rank.py`. It
+may die, be stopped for a while, be cut off from the coordinator, or freeze with its whole node.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from coordinator.replica.events import (
@@ -24,29 +24,16 @@ from coordinator.replica.events import (
     StoreOpened,
     Tell,
 )
-from echelon.internal.link import Command, Fence
+from echelon.internal.link import Fence
 from parallel.degrees import Degrees
-from tests.simulation.attempts import Attempts
 from tests.simulation.checker import require
+from tests.simulation.leader import Leader
 from tests.simulation.network import Connection
-from tests.simulation.pipeline import Pipeline
-from tests.simulation.world import PEER, SERVER, World
-from worker.engine import (
-    Commanded,
-    Completed,
-    Drain,
-    EngineCore,
-    EngineLimits,
-    Event,
-    LinkClosed,
-    LinkOpened,
-    RunPlan,
-    SendReport,
-)
-from worker.plan import StepResult
+from tests.simulation.world import PEER, SERVER, Process, World
+from worker.engine import EngineLimits
 
 if TYPE_CHECKING:
-    from tests.simulation.coordinator import Coordinator
+    from tests.simulation.supervisor import Supervisor
 
 HEARTBEAT_S = 1.0
 SERVING = ("ready", "retiring")  # until it has ended, an epoch's work goes on
@@ -61,6 +48,7 @@ class Site:
         self.degrees = degrees
         self.limits = limits
         self.noisy = noisy
+        self.supervisor: Supervisor  # set before anything is started
         self.epoch = 0
         self.layouts: dict[int, Degrees] = {}  # of each epoch
         self.processes: list[RankProcess] = []
@@ -72,6 +60,11 @@ class Site:
         leaders = [process.leader for process in self.processes if process.epoch == self.epoch]
         return next((leader for leader in leaders if leader), None)
 
+    @property
+    def as_wanted(self) -> bool:
+        """It serves, in the layout that is wanted."""
+        return self.leader is not None and self.computes(self.epoch) and self.layouts[self.epoch] == self.degrees
+
     def persist(self, epoch: int) -> None:
         require(epoch > self.epoch, "epoch {} after {}", epoch, self.epoch)
         self.epoch, self.layouts[epoch] = epoch, self.degrees
@@ -79,21 +72,21 @@ class Site:
     def may_launch(self, incarnation: str) -> None:
         require(incarnation == str(self.epoch), "{} is launched, epoch {} is on disk", incarnation, self.epoch)
 
-    def start(self, coordinator: Coordinator, rank: int, incarnation: str) -> None:
-        self.processes.append(RankProcess(self, coordinator, rank, incarnation))
+    def start(self, rank: int, incarnation: str) -> None:
+        self.processes.append(RankProcess(self, rank, incarnation))
 
     def survivors(self) -> frozenset[tuple[int, str]]:
-        return frozenset((process.rank, process.incarnation) for process in self.processes if not process.unseen)
+        return frozenset((process.rank, process.incarnation) for process in self.processes if not process.out_of_reach)
 
     def form(self, epoch: int) -> None:
         """A group forms when all its ranks have come to it."""
         group = [process for process in self._peers(epoch) if process.phase == "loading"]
         if len(group) == self.layouts[epoch].ranks:
             for process in group:
-                self.world.clock.after(self.world.random.random() * 0.5, process.serve)
+                self.world.clock.after(self.world.random.random() * 0.5, process.here(process.serve))
 
     def serves_alone(self, epoch: int) -> None:
-        serving = {process.epoch for process in self.processes if process.phase in SERVING and not process.unseen}
+        serving = {each.epoch for each in self.processes if each.phase in SERVING and not each.out_of_reach}
         others = serving - {epoch}
         require(not others, "epoch {} of replica {} begins while {} serve", epoch, self.index, others)
 
@@ -101,61 +94,101 @@ class Site:
         """A step needs all ranks of its epoch."""
         return len([each for each in self._peers(epoch) if each.phase in SERVING]) == self.layouts[epoch].ranks
 
+    def woken(self, epoch: int) -> None:
+        """A rank of this epoch goes on: what the others waited for can come."""
+        self.form(epoch)
+        for process in self.processes:
+            if process.epoch == epoch and process.leader:
+                process.leader.catch_up()
+
     def _peers(self, epoch: int) -> list[RankProcess]:
-        return [each for each in self.processes if each.epoch == epoch and not each.stopped]
+        return [each for each in self.processes if each.epoch == epoch and each.running]
 
 
-class RankProcess:
-    """From launch to kill. phase is what it tells the coordinator. unseen: its node's agent is lost."""
+class RankProcess(Process):
+    """From launch to kill. phase is what it tells the coordinator.
 
-    def __init__(self, site: Site, coordinator: Coordinator, rank: int, incarnation: str) -> None:
+    unseen: its node's agent is lost. frozen: its whole node is stopped, the agent too. doomed: it was to be killed.
+    """
+
+    def __init__(self, site: Site, rank: int, incarnation: str) -> None:
+        super().__init__()
         self.rank = rank
         self.incarnation = incarnation
         self.phase = "waiting"
-        self.stopped = False
-        self.unseen = False
+        self.unseen = self.frozen = self.doomed = False
         self.leader: Leader | None = None
         self._site = site
-        self._coordinator = coordinator
+        self._supervisor = site.supervisor
         self._clock = site.world.clock
         self._random = site.world.random
         self.epoch = 0  # that it forms or serves, or ends
         self._term = 0
         self._told_epoch = 0
         self._blocks = 0
+        self._unreachable_until = 0.0
         self._stream: Connection | None = None
         self._outgoing: list[RankEvent] = []
         self._dial()
         self._beat()
 
     @property
-    def alive(self) -> bool:
-        return self in self._site.processes
+    def out_of_reach(self) -> bool:
+        """Of the coordinator, with its node's agent."""
+        return self.unseen or self.frozen or not self.reaches_coordinator
+
+    @property
+    def reaches_coordinator(self) -> bool:
+        return self._clock.now >= self._unreachable_until
+
+    @property
+    def connections(self) -> list[Connection]:
+        """That stand now."""
+        both = self._stream, self.leader.link if self.leader else None
+        return [connection for connection in both if connection and connection.open]
 
     def end(self) -> None:
         """SIGKILL."""
-        if self.alive:
+        if not self.ended:
+            super().end()
             self._site.processes.remove(self)
-            self.stopped = True
             self.cut()
             if self.leader:
-                self.leader.stop()
+                self.leader.close()
 
     def die(self) -> None:
         """By itself; its node's agent tells."""
-        if not self.alive:
+        if self.ended:
             return
+        told = not self.out_of_reach
         self.end()
-        if not self.unseen:
+        if told:
             died = Died(self.rank, self.incarnation)
             told_s = self._random.random() * self._random.choice((0.001, 0.1, 3.0))
-            self._clock.after(told_s, self._coordinator.tell_replica, self._site.index, died)
+            self._clock.after(told_s, self._supervisor.tell_replica, self._site.index, died)
 
-    def hang(self) -> None:
-        """SIGSTOP: nothing is heard of it any more, and its connections stand."""
-        self.stopped = True
-        if self.leader:
-            self.leader.stopped = True
+    def freeze(self) -> None:
+        """With its node."""
+        self.stop()
+        self.frozen = self.stopped
+
+    def wake(self) -> None:
+        """An agent that wakes finds its lease over if it was to kill this process meanwhile, and kills it."""
+        if self.stopped:
+            self.frozen, self.unseen = False, self.unseen or self.doomed
+            super().wake()
+            if self.epoch:
+                self._site.woken(self.epoch)
+            if self.doomed:
+                self._clock.after(self._random.random(), self.end)
+
+    def part(self, seconds: float, notice_s: float) -> None:
+        """Nothing reaches it and nothing comes from it; either end gives up what is open if it takes too long."""
+        self._unreachable_until = self._clock.now + seconds
+        for connection in self.connections:
+            connection.stall(seconds)
+            if seconds > notice_s:
+                self._clock.after(notice_s, connection.cut)
 
     def cut(self) -> None:
         if self._stream:
@@ -163,14 +196,15 @@ class RankProcess:
 
     def serve(self) -> None:
         """The group has formed, the weights are loaded."""
-        if self.stopped:
+        if self.phase != "loading":
             return
         self.phase = "ready"
-        self._site.serves_alone(self.epoch)
+        if not self.out_of_reach:
+            self._site.serves_alone(self.epoch)
         self._send(Ready(self.rank, self.incarnation, self._resident()))
         if self.rank == 0:
             fence = Fence(self._term, self._site.index, self.epoch)
-            self.leader = Leader(self._site, self._coordinator, fence, self._blocks)
+            self.leader = Leader(self, self._site, fence, self._blocks)
             self._site.leaders.append(self.leader)
             self.leader.dial()
 
@@ -181,14 +215,12 @@ class RankProcess:
         elif self.phase != "retiring":
             require(self.phase == "ready", "told to retire in phase {}", self.phase)
             self.phase = "retiring"
-            self._clock.after(self._random.random() * self._random.choice((0.1, 1.0, 10.0)), self._retired)
+            self._after(self._random.random() * self._random.choice((0.1, 1.0, 10.0)), self._retired)
 
     def _retired(self) -> None:
-        if self.stopped:
-            return
         self.epoch, self.phase = 0, "waiting"
         if self.leader:
-            self.leader.stop()
+            self.leader.close()
             self.leader = None
         self._retire()
 
@@ -196,15 +228,13 @@ class RankProcess:
         return Resident(0, self._blocks)
 
     def _dial(self) -> None:
-        if self.stopped:
-            return
-        if not self._coordinator.up:
-            self._clock.after(0.05 + 0.3 * self._random.random(), self._dial)
+        if not (self._supervisor.up and self.reaches_coordinator):
+            self._after(0.05 + 0.3 * self._random.random(), self._dial)
             return
         stream = self._stream = self._site.world.connect()
-        stream.ends[PEER].on_message = lambda command: self._obey(stream, command)
-        stream.ends[PEER].on_cut = lambda: self._detached(stream)
-        self._coordinator.replicas[self._site.index].serve_rank(stream)
+        stream.ends[PEER].on_message = self.here(self._obey, stream)
+        stream.ends[PEER].on_cut = self.here(self._detached, stream)
+        self._supervisor.coordinator.replicas[self._site.index].serve_rank(stream)
         hello = Attached(
             rank=self.rank,
             incarnation=self.incarnation,
@@ -225,7 +255,7 @@ class RankProcess:
     def _detached(self, stream: Connection) -> None:
         if self._stream is stream:
             self._stream = None
-            self._clock.after(0.2, self._dial)
+            self._after(0.2, self._dial)
 
     def _send(self, event: RankEvent) -> None:
         if self._stream:
@@ -234,13 +264,15 @@ class RankProcess:
             self._outgoing.append(event)
 
     def _beat(self) -> None:
-        if not self.stopped:
-            if self._stream:
-                self._send(Beat(self.rank, self.incarnation, self.phase, 0))
-            self._clock.after(HEARTBEAT_S, self._beat)
+        if self._stream:
+            self._send(Beat(self.rank, self.incarnation, self.phase, 0))
+        self._after(HEARTBEAT_S, self._beat)
+
+    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._clock.after(delay_s, self.here(action))
 
     def _obey(self, stream: Connection, tell: Tell) -> None:
-        if self.stopped or self._stream is not stream or tell.fence.term < self._term:
+        if self._stream is not stream or tell.fence.term < self._term:
             return
         self._term = tell.fence.term
         if self.leader:
@@ -259,84 +291,3 @@ class RankProcess:
                 self._retire()
             case Refuse():
                 self.die()
-
-
-class Leader:
-    """The engine of one epoch, its device, and a link that it dials again and again."""
-
-    def __init__(self, site: Site, coordinator: Coordinator, fence: Fence, kv_blocks: int) -> None:
-        degrees, random = site.layouts[fence.epoch], site.world.random
-        stages = degrees.pipeline
-        depth = random.randint(1, stages + 1)
-        limits = replace(site.limits, kv_blocks=kv_blocks, stages=stages, depth=depth, data=degrees.data)
-        self.core = EngineCore(fence, limits)
-        self.stopped = False
-        self.term = fence.term
-        self._site = site
-        self._coordinator = coordinator
-        self._epoch = fence.epoch
-        self._clock = site.world.clock
-        self._attempts = Attempts(limits)
-        self._step_s = random.choice((0.01, 0.05, 0.2)) / stages
-        self.pipeline = Pipeline(limits, random if site.noisy else None, self._slot_s, self._after)
-        self._link: Connection | None = None
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.cut()
-
-    def cut(self) -> None:
-        if self._link:
-            self._link.cut()
-
-    def dial(self) -> None:
-        if self.stopped:
-            return
-        if not self._coordinator.up:
-            self._clock.after(0.05 + 0.3 * self._site.world.random.random(), self.dial)
-            return
-        link = self._link = self._site.world.connect()
-        link.ends[PEER].on_message = lambda command: self._obey(link, command)
-        link.ends[PEER].on_cut = lambda: self._closed(link)
-        self._coordinator.serve_link(link)
-        self._step(LinkOpened(self.term))
-
-    def _obey(self, link: Connection, command: Command) -> None:
-        if self._link is link:
-            if command.fence == self.core.fence:
-                self._attempts.commanded(command)
-            self._step(Commanded(command))
-
-    def _closed(self, link: Connection) -> None:
-        if self._link is link:
-            self._link = None
-            self._step(LinkClosed())
-            self._clock.after(0.2, self.dial)
-
-    def _step(self, event: Event) -> None:
-        if self.stopped:
-            return
-        effects = self.core.step(self._clock.now, event)
-        self._attempts.running(self.core._lanes.schedulers)
-        for effect in effects:
-            match effect:
-                case RunPlan(plans):
-                    self._attempts.planned(plans)
-                    self.pipeline.take(self._clock.now, plans)
-                case Drain():
-                    self.pipeline.take(self._clock.now, None)
-                case SendReport(report):
-                    self._attempts.reported(report)
-                    assert self._link is not None
-                    self._link.send(SERVER, report)
-
-    def _slot_s(self) -> float:
-        """Slots of a step differ, and a slow one comes now and then."""
-        return self._step_s * self._site.world.random.choice((0.5, 1.0, 1.0, 1.5, 4.0))
-
-    def _after(self, delay_s: float, result: StepResult) -> None:
-        self._clock.after(delay_s, self._completed, Completed(result))
-
-    def _completed(self, event: Completed) -> None:
-        if self._site.computes(self._epoch):
-            self._step(event)

@@ -66,7 +66,7 @@ class Replica:
             launch_timeout_s=20.0,
         )
         self.core = ReplicaCore(config)
-        coordinator.after(self._random.random(), self._begin)
+        coordinator.after(self._random.random() * self._random.choice((0.01, 1.0)), self._begin)
 
     def serve_rank(self, connection: Connection) -> None:
         """A rank's call, like RankControlServicer."""
@@ -88,13 +88,14 @@ class Replica:
             shared_memory=False,
         )
 
-    def tick(self) -> None:
-        self.post(Tick())
+    def tick(self, lag_s: float) -> None:
+        self.post(Tick(lag_s))
 
     def post(self, event: Event) -> None:
         """One event through the core; its effects in order."""
         coordinator, site = self._coordinator, self._site
-        for effect in self.core.step(coordinator.world.clock.now, event):
+        effects = self.core.step(coordinator.world.clock.now, event)
+        for effect in effects:
             coordinator.maybe_crash()
             match effect:
                 case PersistEpoch(epoch):
@@ -110,7 +111,8 @@ class Replica:
                     if stream := self._streams.get((rank, incarnation)):
                         stream.send(PEER, effect)
                 case ReplicaUp(fence):
-                    require(fence.epoch == site.epoch, "{} serves, epoch {} is on disk", fence, site.epoch)
+                    stale = coordinator.superseded or fence.epoch == site.epoch
+                    require(stale, "{} serves, epoch {} is on disk", fence, site.epoch)
                     self.serving = fence
                 case ReplicaDown(fence, reason, step_broke, requests):
                     self.serving = None
@@ -119,6 +121,8 @@ class Replica:
                     coordinator.world.checker.told[kind] += 1
                 case GiveUp():
                     coordinator.give_up()
+        if effects:
+            coordinator.world.stepped()
 
     def _begin(self) -> None:
         self.post(Started(self._site.survivors()))
@@ -147,7 +151,7 @@ class Replica:
     def _persist(self) -> None:
         """Sometimes the disk refuses; the epoch does not begin before it takes it."""
         if self._unpersisted is not None and self._random.random() >= DISK_REFUSES:
-            self._site.persist(self._unpersisted)
+            self._coordinator.persist_epoch(self._site.index, self._unpersisted)
             self._unpersisted = None
 
     def _await_persisted(self, epoch: int) -> None:
@@ -159,19 +163,21 @@ class Replica:
 
     def _launch(self, rank: int, incarnation: str) -> None:
         """An order that is out is carried out even if the coordinator dies meanwhile."""
-        self._site.may_launch(incarnation)
+        if not self._coordinator.superseded:
+            self._site.may_launch(incarnation)
         if self._random.random() < LAUNCH_FAILS:
             self._coordinator.after(0.1, self.post, LaunchFailed(rank, incarnation, "no room"))
         else:
-            start = self._site.start, self._coordinator, rank, incarnation
-            self._coordinator.world.clock.after(self._random.random(), *start)
+            self._coordinator.world.clock.after(self._random.random(), self._site.start, rank, incarnation)
 
     def _kill(self, epoch: int) -> None:
         """Each process in its time, and the confirmation after the last. Of a lost node's there is none to wait for."""
         confirmed_s = 0.0
         for process in self._site.processes:
             delay_s = self._random.random()
-            if self._random.random() < AGENT_LOST:
+            if process.frozen:
+                process.doomed = True
+            elif process.out_of_reach or self._random.random() < AGENT_LOST:
                 process.unseen = True
                 self._coordinator.world.clock.after(self._random.random() * LEASE_S, process.end)
             else:

@@ -12,29 +12,22 @@ from echelon.internal.link import Sampling
 from parallel.degrees import Degrees
 from tests.simulation.checker import SEEN, Checker, require
 from tests.simulation.client import Order, User, answered
-from tests.simulation.coordinator import Coordinator, Settings
+from tests.simulation.coordinator import Settings
+from tests.simulation.faults import AIMED, FAULTS, STRIKES_S, Faults
 from tests.simulation.jobs import Item, JobOrder, JobUser
 from tests.simulation.model import VOCABULARY, draw_sampling
 from tests.simulation.network import Clock
 from tests.simulation.ranks import Site
+from tests.simulation.supervisor import Supervisor
 from tests.simulation.world import World
 from worker.engine import EngineLimits
 
 BLOCK_TOKENS = 4
-LOAD_S = 6.0  # requests arrive and faults strike within this time
+LOAD_S = 8.0  # requests arrive, and faults strike at random
 PATIENCE_S = 400.0  # of users that do not press: the slowest device comes to an end in it
 LIMIT_S = 500.0  # of peace: more than the longest deadline
 MAX_PREFIX, MAX_PROMPT = 10, 16
-FAULTS = {  # how often
-    "coordinator": (0, 1, 2),
-    "death": (0, 1, 2),
-    "hang": (0, 0, 1),
-    "rank": (0, 1, 4),
-    "replica": (0, 0, 1),
-    "link": (0, 1, 3),
-    "stream": (0, 3, 9),
-    "relayout": (0, 1, 2),
-}
+AIMS = 5  # faults of a life that are aimed; the seeds take their cells in turn
 
 LAYOUTS = (  # of a replica; most are of one rank
     *[Degrees()] * 3,
@@ -48,8 +41,8 @@ LAYOUTS = (  # of a replica; most are of one rank
 
 ENGINE = ("preemptions", "cache_hits", "shared_prefix_tokens", "chunked_prompts", "replayed_requests")
 MUST_HAPPEN = (
-    *FAULTS,
-    "coordinator.crashed within a step",
+    "write of an old term refused",
+    "written again after the disk lost it",
     "replica.adopted",
     "replica.relayout",
     "request.replayed",
@@ -82,43 +75,46 @@ class Simulation:
         self.prefixes = [self._ids(MAX_PREFIX) for _ in range(2)]
         self.sites = [self._site(index) for index in range(random.choice((1, 1, 2, 3)))]
         jobs = JobConfig(random.choice((1, 3, 64)), first_backoff_s=0.1, max_backoff_s=2.0)
-        self.settings = Settings(random.choice((2.0, 20.0)), random.choice((20, 1000)), jobs)
-        self.coordinator = Coordinator(self.world, self.settings, self.sites)
+        self.settings = Settings(random.choice((2.0, 10.0)), random.choice((20, 1000)), jobs)
+        self.supervisor = Supervisor(self.world, self.settings, self.sites)
         self.users: list[User] = []
         self.jobs: list[JobUser] = []
-        self.happened: Counter[str] = Counter()
+        self.faults = Faults(self.world, self.supervisor, self.sites, self.users, self._relayout)
+        self._aims = [AIMED[(seed * AIMS + aim) % len(AIMED)] for aim in range(AIMS)]
 
     def run(self) -> None:
         """Raises Violation when a promise is broken."""
         clock, random = self.world.clock, self.random
-        for number in range(random.randint(1, 5)):
+        for number in range(random.randint(1, 4)):
             order = self._order(f"r{number}")
             clock.after(order.starts_s, self._start, order)
         for number in range(random.choice((0, 1, 1, 2))):
             job = self._job_order(f"j{number}")
             clock.after(job.starts_s, self._start_job, job)
-        for fault, often in FAULTS.items():
-            for _ in range(random.choice(often)):
-                clock.after(random.uniform(0.1, LOAD_S), self._strike, fault)
-        self.coordinator.crash_rate = random.choice((0.0, 0.0, 0.005, 0.02))
-        clock.run(clock.now + LOAD_S)
-        self.coordinator.crash_rate = 0.0
+        for fault, phase in self._aims:
+            clock.after(random.uniform(0.1, LOAD_S / 2), self.faults.aim, fault, phase)
+        for _ in range(random.choice((0, 0, 1))):
+            clock.after(random.uniform(0.1, LOAD_S), self.faults.strike, random.choice(FAULTS))
+        self.supervisor.crashes.rate = random.choice((0.0, 0.0, 0.0, 0.005, 0.02))
+        clock.run(clock.now + STRIKES_S)
+        self.faults.end()
         clock.run(clock.now + LIMIT_S, self._settled)
         # The last lost requests are parked, then forgotten.
-        clock.run(clock.now + self.settings.resume_window_s + 15.0)
+        entries = self.world.checker.disk.entries
+        clock.run(clock.now + self.settings.resume_window_s + 15.0, lambda: not entries)
+        clock.run(clock.now + 5.0)  # and their leaders hear of it
         self._check_peace()
 
     def coverage(self) -> Counter[str]:
         """What happened in this life: faults, decisions, and what its answers were like."""
-        coordinator, checker = self.coordinator, self.world.checker
-        happened = self.happened + checker.told + checker.seen
+        checker, core = self.world.checker, self.supervisor.coordinator.core
+        happened = checker.told + checker.seen
         happened["answers"] += answered(self.users)
         happened["requests"] += len(self.users)
         happened["tokens"] += checker.tokens
         happened["epochs"] += sum(site.epoch for site in self.sites)
-        happened["coordinator.crashed within a step"] += coordinator.term - 1 - self.happened["coordinator"]
-        happened["affinity hits"] += sum(coordinator.core.affinity_hits(site.index) for site in self.sites)
-        rows = coordinator.job_table.rows.values()
+        happened["affinity hits"] += sum(core.affinity_hits(site.index) for site in self.sites)
+        rows = self.supervisor.disk.jobs.rows.values()
         happened["jobs.interrupted items"] += sum(len(row.interrupted) for row in rows)
         happened["jobs.results"] += sum(len(row.results) for row in rows)
         for leader in (leader for site in self.sites for leader in site.leaders):
@@ -132,13 +128,13 @@ class Simulation:
         return [*self.users, *self.jobs]
 
     def _settled(self) -> bool:
-        return all(user.ended for user in self._everyone()) and all(site.leader for site in self.sites)
+        return all(user.ended for user in self._everyone()) and all(site.as_wanted for site in self.sites)
 
     def _check_peace(self) -> None:
         for user in self._everyone():
             user.check()
         require(not self.world.checker.disk.entries, "never forgotten: {}", list(self.world.checker.disk.entries))
-        counts = self.coordinator.core.counts
+        counts = self.supervisor.coordinator.core.counts
         require((counts.queued, counts.running, counts.parked) == (0, 0, 0), "nothing to do, but {}", counts)
         for site in self.sites:
             self._check_empty(site)
@@ -157,7 +153,7 @@ class Simulation:
 
     def _probe(self, number: int, choices: int) -> User:
         sampling = Sampling(1.0, 1.0, 0, max_tokens=2, seed=number, n=choices)
-        return User(self.world, self.coordinator, Order(f"probe{number}", (1, 2, 3), sampling, 60.0, 0.0))
+        return User(self.world, self.supervisor, Order(f"probe{number}", (1, 2, 3), sampling, 60.0, 0.0))
 
     def _site(self, index: int) -> Site:
         random = self.random
@@ -186,7 +182,7 @@ class Simulation:
             prompt=self._prompt(),
             sampling=draw_sampling(random, random.getrandbits(60), self.limits.max_running),
             timeout_s=random.choice((2.0, PATIENCE_S, PATIENCE_S)),
-            starts_s=random.uniform(0.0, LOAD_S / 2),
+            starts_s=random.uniform(0.0, LOAD_S),
             cancels_s=self._sometimes(0.1),
             vanishes_s=self._sometimes(0.1),
             twin_s=self._sometimes(0.1),
@@ -196,7 +192,7 @@ class Simulation:
         )
 
     def _job_order(self, job_id: str) -> JobOrder:
-        items = [self._item(job_id, index) for index in range(self.random.randint(1, 5))]
+        items = [self._item(job_id, index) for index in range(self.random.randint(1, 4))]
         return JobOrder(job_id, tuple(items), self.random.uniform(0.0, LOAD_S / 2), self._sometimes(0.2))
 
     def _item(self, job_id: str, index: int) -> Item:
@@ -213,7 +209,7 @@ class Simulation:
             sampling=sampling,
             deadline_unix_s=0.0,
             opened_unix_s=0.0,
-            priority=random.choice((0, 0, 2)),
+            priority=random.choice((0, 0, 1)),
             cache_salt=self._salt(),
         )
         fits = len(prompt) + sampling.max_tokens <= limits.max_context and sampling.n <= limits.max_running
@@ -221,42 +217,18 @@ class Simulation:
 
     def _start(self, order: Order) -> None:
         clock = self.world.clock
-        user = User(self.world, self.coordinator, order)
+        user = User(self.world, self.supervisor, order)
         self.users.append(user)
         if order.cancels_s is not None:
             clock.after(order.cancels_s, user.cancel)
         if order.vanishes_s is not None:
             clock.after(order.vanishes_s, user.vanish)
         if order.twin_s is not None:
-            clock.after(order.twin_s, lambda: self.users.append(User(self.world, self.coordinator, order)))
+            clock.after(order.twin_s, lambda: self.users.append(User(self.world, self.supervisor, order)))
 
     def _start_job(self, order: JobOrder) -> None:
-        self.jobs.append(JobUser(self.world, self.coordinator, order))
+        self.jobs.append(JobUser(self.world, self.supervisor, order))
 
-    def _strike(self, fault: str) -> None:
-        random = self.random
-        processes = [process for site in self.sites for process in site.processes]
-        leaders = [process.leader for process in processes if process.leader]
-        match fault:
-            case "coordinator" if self.coordinator.up:
-                self.coordinator.crash()
-            case "relayout":
-                site = random.choice(self.sites)
-                site.degrees = random.choice(LAYOUTS)
-                self.coordinator.act(lambda: self.coordinator.replicas[site.index].relayout())
-            case "death" if processes:
-                random.choice(processes).die()
-            case "hang" if processes:
-                random.choice(processes).hang()
-            case "rank" if processes:
-                random.choice(processes).cut()
-            case "replica" if processes:
-                for process in list(random.choice(self.sites).processes):
-                    process.die()
-            case "link" if leaders:
-                random.choice(leaders).cut()
-            case "stream" if reading := [user for user in self.users if not user.ended]:
-                random.choice(reading).break_stream()
-            case _:
-                return
-        self.happened[fault] += 1
+    def _relayout(self, site: Site) -> None:
+        site.degrees = self.random.choice(LAYOUTS)
+        self.supervisor.call(lambda coordinator: coordinator.replicas[site.index].relayout())

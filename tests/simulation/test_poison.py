@@ -21,8 +21,9 @@ from coordinator.requests.quarantine import Decision
 from echelon.errors import QuarantinedError
 from tests.simulation.client import Order, User
 from tests.simulation.device import Device
+from tests.simulation.leader import Leader
 from tests.simulation.network import Connection
-from tests.simulation.ranks import Leader, RankProcess
+from tests.simulation.ranks import RankProcess
 from tests.simulation.run import Simulation
 from worker.engine import Event
 from worker.plan import StepPlan, StepResult
@@ -76,8 +77,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             step(self, event)
         except StepBroke as broke:
             seen["steps"] += 1
-            self.stopped = True  # its threads have ended; it is still there, and can be asked
-            ranks = [each for each in self._site.processes if each.epoch == self._epoch and not each.stopped]
+            self.closed = True  # its threads have ended; it is still there, and can be asked
+            ranks = [each for each in self._site.processes if each.epoch == self._epoch and each.running]
             teller = self._site.world.random.choice(ranks)
             known = self.core.in_steps(broke.step, broke.step) if teller.rank == 0 else ()
             words = teller.rank, teller.incarnation, "ready", "it broke"
