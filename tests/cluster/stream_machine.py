@@ -36,7 +36,7 @@ Held = tuple[tuple[int, ...], ...]
 class Stream:
     """One call of StreamGenerate under way. exact: its client holds what was shown, and no other takes it over.
 
-    wrong: its client holds what was never shown.
+    wrong: its client holds what was never shown. first: it asks for what was first asked for under this id.
     """
 
     request_id: str
@@ -47,6 +47,7 @@ class Stream:
     messages: list[Any] = field(default_factory=list)
     exact: bool = True
     wrong: bool = False
+    first: bool = True
     ended_s: float | None = None
 
     @property
@@ -71,6 +72,7 @@ class Streams(RuleBasedStateMachine):
         self.open: list[Stream] = []
         self.answers = Answers()
         self.meddled: set[str] = set()  # requests that may end otherwise than by themselves
+        self.begun: set[str] = set()  # requests that the cluster has shown to be the ones first asked for
 
     @initialize(samplings=st.lists(samplings(), min_size=2, max_size=3), length=st.integers(12, 80))
     def begin(self, samplings: list[generation_pb2.SamplingParams], length: int) -> None:
@@ -125,12 +127,13 @@ class Streams(RuleBasedStateMachine):
         self, request: generation_pb2.GenerateRequest, held: Held, timeout_s: float, exact: bool, wrong: bool = False
     ) -> None:
         rivals = [stream for stream in self.open if stream.request_id == request.request_id]
-        if request == self.requests[request.request_id] and not wrong:
+        first = request == self.requests[request.request_id]
+        if first and not wrong:
             exact &= not rivals  # whichever the cluster hears last has it
             for stream in rivals:
                 stream.exact = False
-        elif request != self.requests[request.request_id] and not all(stream.messages for stream in rivals):
-            # Prompts are tokenized side by side, so that the cluster may hear of the other one first.
+        elif not first and request.request_id not in self.begun:
+            # Prompts are tokenized side by side, and who leaves meanwhile was never heard of: this may become the one.
             self.answers.distrust(request.request_id)
             self.meddled.add(request.request_id)
         message = generation_pb2.GenerateRequest()
@@ -138,7 +141,8 @@ class Streams(RuleBasedStateMachine):
         message.resume.received.extend(generation_pb2.TokenIds(ids=ids) for ids in held)
         call = open_call(self.target.channel, METHODS["StreamGenerate"], message.SerializeToString(), timeout_s)
         end_by_s = time.monotonic() + timeout_s + GRACE_S
-        self.open.append(Stream(request.request_id, call, held, timeout_s, end_by_s, exact=exact, wrong=wrong))
+        stream = Stream(request.request_id, call, held, timeout_s, end_by_s, exact=exact, wrong=wrong, first=first)
+        self.open.append(stream)
 
     @rule(which=WHICH, count=st.integers(1, 40))
     def read(self, which: int, count: int) -> None:
@@ -171,6 +175,8 @@ class Streams(RuleBasedStateMachine):
         try:
             for _ in range(count) if count else itertools.count():
                 stream.messages.append(next(stream.call))
+                if stream.first:
+                    self.begun.add(stream.request_id)
         except StopIteration:
             self._end(stream, None)
         except grpc.RpcError as error:
