@@ -40,9 +40,13 @@ def reached(moment: str, before: Cluster, now: Cluster) -> bool:
 
 
 def rows(counter: str, cluster: Cluster, epochs_of: Cluster | None = None) -> int:
-    """A counter of all replicas; with `epochs_of` of those alone that are in the same epoch there."""
+    """A counter of all replicas that serve; with `epochs_of` of those alone that are in the same epoch there.
+
+    One that does not serve yet still shows what its last engine had counted.
+    """
     epochs = {(replica.index, replica.epoch) for replica in (epochs_of or cluster).replicas}
-    counting = [replica for replica in cluster.replicas if (replica.index, replica.epoch) in epochs]
+    serving = [replica for replica in cluster.replicas if replica.state == "ready"]
+    counting = [replica for replica in serving if (replica.index, replica.epoch) in epochs]
     return sum(replica.counters.get(counter, 0) for replica in counting)
 
 

@@ -168,8 +168,9 @@ def _gaps(verdict: Verdict) -> list[str]:
 
 
 def _next_unix_s(trial: Trial, arrivals: Sequence[Arrival], struck_unix_s: float) -> float | None:
-    """No token of a new epoch is older than it. Where none was formed, the longest silence tells."""
-    formed = _first(trial, "replica.ready", struck_unix_s)
+    """No token of a new epoch is older than it; who loses a spare waits for none. Else the longest silence tells."""
+    spared = all(strike.target.role == "spare" for strike in trial.strikes)
+    formed = struck_unix_s if spared else _first(trial, "replica.ready", struck_unix_s)
     if formed is None:
         return resumed_unix_s(arrivals, struck_unix_s)
     return next((one.unix_s for one in arrivals if one.unix_s > formed and one.event.token_ids), None)

@@ -37,7 +37,7 @@ class Settings:
     """tokens: of an answer. tolerance: of log-probabilities. settled_s: of serving, before the next round."""
 
     streams: int = 16
-    tokens: int = 240
+    tokens: int = 320
     tolerance: float = 1e-9
     lease_s: float = 30.0
     timeout_s: float = 180.0
@@ -97,7 +97,7 @@ class Runner:
         streams = Streams(self._client, self._settings.timeout_s)
         with self._events() as events:
             streams.start(self._asked)
-            streams.wait_tokens(self._source.randrange(FIRST_TOKENS, max(self._settings.tokens // 3, FIRST_TOKENS + 1)))
+            streams.wait_tokens(self._source.randrange(FIRST_TOKENS, max(self._settings.tokens // 5, FIRST_TOKENS + 1)))
             strikes: list[Strike] = []
             for injection in injections:
                 strikes.append(self._strike(injection, streams, strikes[-1].look if strikes else self.look()))

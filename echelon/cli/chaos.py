@@ -47,7 +47,7 @@ def chaos(
     victims: Annotated[str, typer.Option(help=f"To draw from: {KNOWN}.")] = "rank,leader,coordinator",
     moments: Annotated[str, typer.Option(help=f"To draw from: {', '.join(ORDER)}.")] = ",".join(ORDER),
     streams: Annotated[int, typer.Option(help="Of every kind of sampling, at once.", min=1)] = 16,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=24)] = 240,
+    tokens: Annotated[int, typer.Option(help="Of each answer.", min=24)] = 320,
     tolerance: Annotated[float, typer.Option(help="How far log-probabilities may be off.", min=0.0)] = 1e-9,
     lease_s: Annotated[float, typer.Option("--lease-s", help="The cluster's: a partition lasts longer.")] = 30.0,
     settle_s: Annotated[float, typer.Option("--settle-s", help="Of serving between two rounds.")] = 12.0,

@@ -159,6 +159,7 @@ def test_a_spare_that_is_lost_tells_of_a_struck_spare_alone() -> None:
     spare = replace(strike(10.0), target=Target("spare", "spare 7", (7,)))
     assert detected_s(trial([strike(10.0)], [ONE], told), 0) == pytest.approx(0.3)
     assert detected_s(trial([spare], [ONE], told), 0) == pytest.approx(0.2)
+    assert next_tokens_s(trial([spare], [ONE], told)) == {"one": pytest.approx(0.001)}, "nobody waits for it"
 
 
 @pytest.mark.parametrize(

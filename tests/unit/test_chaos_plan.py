@@ -110,6 +110,7 @@ BEFORE = cluster(prefill_chunks=4, decode_rows=9, replayed_requests=1)
         (cluster(epoch=2, prefill_chunks=1, decode_rows=0, replayed_requests=1), {"prefill", "replay"}),
         (cluster(epoch=2), set()),
         (cluster([], state="fencing", epoch=2), set()),
+        (cluster([], state="fencing", epoch=2, prefill_chunks=5, decode_rows=12, replayed_requests=2), set()),
         (cluster([], state="launching", epoch=2), set()),
         (cluster([rank(0, "waiting")], state="launching", epoch=2), {"form"}),
         (cluster([rank(0, "waiting"), rank(1, "store")], state="forming", epoch=2), {"form"}),
