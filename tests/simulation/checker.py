@@ -190,7 +190,7 @@ class Checker:
             # coordinator had the request parked was acknowledged and dropped, and a successor knows nothing of parking.
             attempt = detail["attempt"]
             adopted = written.coordinators.get(attempt, 0) < self._coordinators and attempt in written.gaps
-            lost = not reason.startswith("its leader let go") and (adopted or not reason.startswith("a run starts"))
+            lost = adopted or not reason.startswith(("its leader let go", "a run starts"))
             require(lost, "{} is replayed: {}", subject, reason)
 
     # On disk
