@@ -54,8 +54,12 @@ class Disk:
 
     def persist_epoch(self, term: int) -> None:
         """The file is replaced as a whole, in room that is reserved. Raises SupersededError."""
-        refuse_older(term, self.numbers)
+        self.check_term(term)
         self.numbers = replace(self.numbers, term=term)
+
+    def check_term(self, term: int) -> None:
+        """Comes before every write of the numbers. Raises SupersededError."""
+        refuse_older(term, self.numbers)
 
     def check_owner(self, term: int) -> None:
         """The journal and the jobs are the last coordinator's. Raises SupersededError."""

@@ -150,7 +150,10 @@ class Replica:
 
     def _persist(self) -> None:
         """Sometimes the disk refuses; the epoch does not begin before it takes it."""
-        if self._unpersisted is not None and self._random.random() >= DISK_REFUSES:
+        if self._unpersisted is None:
+            return
+        self._coordinator.disk.check_term(self._coordinator.term)
+        if self._random.random() >= DISK_REFUSES:
             self._coordinator.persist_epoch(self._site.index, self._unpersisted)
             self._unpersisted = None
 
