@@ -74,7 +74,6 @@ QUICK = {
     "block_hash_without_salt",
     "deliver_before_journal",
     "drains_not_sent",
-    "epoch_unchecked",
     "launch_before_death",
     "no_credit_back",
     "preempted_without_its_ids",

@@ -31,14 +31,14 @@ def term_unchecked(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def epoch_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Ranks are taken over if they serve the epoch that is on disk, and no other."""
-    original = ReplicaCore._attached
+    original = ReplicaCore.step
 
-    def attached(
-        self: ReplicaCore, now: float, event: replica_events.Attached, rank: RankState
-    ) -> list[replica_events.Effect]:
-        return original(self, now, replace(event, epoch=self._epoch), rank)
+    def step(self: ReplicaCore, now: float, event: replica_events.Event) -> list[replica_events.Effect]:
+        if isinstance(event, replica_events.Attached):
+            event = replace(event, epoch=self._epoch)
+        return original(self, now, event)
 
-    patch.setattr(ReplicaCore, "_attached", attached)
+    patch.setattr(ReplicaCore, "step", step)
 
 
 @mutant
