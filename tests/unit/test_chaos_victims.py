@@ -63,9 +63,10 @@ def test_the_coordinator_is_the_one_that_serves() -> None:
         ("gcs", "joined a Ray that it did not start"),
     ],
 )
-def test_what_is_not_there_cannot_be_struck(name: str, told: str) -> None:
+def test_what_is_not_there_cannot_be_struck(name: str, told: str, sleeper: subprocess.Popen[bytes]) -> None:
+    """The test is the supervisor, and has started no Ray; whoever started the test may have."""
     with pytest.raises(ConfigError, match=told):
-        find(name, replace(SHOWN, coordinator_pid=os.getpid()), random.Random(0))
+        find(name, replace(SHOWN, coordinator_pid=sleeper.pid), random.Random(0))
 
 
 def named(tmp_path: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
