@@ -83,7 +83,7 @@ def test_full_segments_are_replaced_by_what_is_still_remembered(tmp_path: Path) 
         name = f"r{number}"
         append(journal, opened(name), Tokens(name, 1, 0, (1, 2, 3)), Forgotten(name))
         append(journal, Tokens("kept", 1, number, (number,)))
-    until(journal, lambda: journal.size_bytes < 10_000)
+    until(journal, lambda: journal.size_bytes < 10_000 and len(segments(tmp_path)) == 1)
     journal.close()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
     assert len(segments(tmp_path)) == 1
@@ -137,7 +137,8 @@ def test_no_room_for_compaction_is_no_error(tmp_path: Path, monkeypatch: pytest.
         for number in range(20):
             append(journal, opened(f"r{number}"))
         until(journal, lambda: "No space" in journal.not_compacted)
-    assert segments(tmp_path) == ["000001.log"]
+    in_charge = [name for name in segments(tmp_path) if name.endswith(".log")]
+    assert in_charge == ["000001.log"], "the next attempt may have begun its draft"
     journal.close()
     assert len(reopened(tmp_path).state.entries) == 20
 
