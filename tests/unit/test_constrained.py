@@ -102,6 +102,7 @@ def texts(checkpoint: Path, answers: Sequence[tuple[int, ...]]) -> list[str]:
     return [tokenizer.decode(list(ids)) for ids in answers]
 
 
+@pytest.mark.long
 def test_answers_to_random_schemas_are_valid_and_a_replay_goes_on_alike(checkpoint: Path) -> None:
     random = Random(11)
     schemas = [random_schema(random) for _ in range(SCHEMAS)]
