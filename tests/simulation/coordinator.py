@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 from coordinator.answer_text import AnswerText
@@ -39,6 +38,7 @@ from coordinator.requests.nouns import Received, Request, Shown
 from echelon.errors import OverloadedError
 from echelon.internal.link import Command, Fence, Report
 from tests.simulation.checker import require
+from tests.simulation.crashes import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE, Crash, Crashes
 from tests.simulation.disk import Disk
 from tests.simulation.jobs import Jobs
 from tests.simulation.model import decode
@@ -46,45 +46,6 @@ from tests.simulation.network import Connection
 from tests.simulation.ranks import Site
 from tests.simulation.replica import Replica
 from tests.simulation.world import PEER, SERVER, TICK_S, Process, World
-
-
-class Crash(Exception):
-    """The coordinator dies here."""
-
-
-KILLED_BETWEEN_EFFECTS = "coordinator killed between effects"
-KILLED_BEFORE_DELIVERY = "coordinator killed between journal and delivery"
-KILLED_IN_A_WRITE = "coordinator killed in a write"
-
-
-class Crashes:
-    """Where coordinators die within a step: now and then, and where it is meant to be next.
-
-    told: of each that happens.
-    """
-
-    def __init__(self, random: Random) -> None:
-        self.rate = 0.0
-        self.told: Callable[[str], None] = lambda place: None
-        self._random = random
-        self._place = ""
-        self._places = 0
-
-    def arm(self, place: str) -> None:
-        """At one of the next such places."""
-        self._place, self._places = place, self._random.choice((1, 1, 1, 3))
-
-    def disarm(self) -> None:
-        self.rate, self._place = 0.0, ""
-
-    def at(self, place: str) -> bool:
-        """Whether it dies in this place."""
-        self._places -= place == self._place
-        dies = (place == self._place and self._places <= 0) or self._random.random() < self.rate
-        if dies:
-            self._place = ""
-            self.told(place)
-        return dies
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from functools import partial
 
 from tests.simulation import strikes
 from tests.simulation.client import User
-from tests.simulation.coordinator import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE
+from tests.simulation.crashes import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE
 from tests.simulation.phases import (
     ADOPTING,
     DECODE,

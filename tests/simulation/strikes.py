@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from tests.simulation.client import User
-from tests.simulation.coordinator import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE
+from tests.simulation.crashes import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE
 from tests.simulation.leader import Leader
 from tests.simulation.ranks import RankProcess, Site
 from tests.simulation.supervisor import Supervisor

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.replica.events import Event as ReplicaEvent
-from tests.simulation.coordinator import Coordinator, Crashes, Settings
+from tests.simulation.coordinator import Coordinator, Settings
+from tests.simulation.crashes import Crashes
 from tests.simulation.disk import Disk
 from tests.simulation.ranks import Site
 from tests.simulation.world import World
