@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc.aio
@@ -36,7 +36,7 @@ from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Drain
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from coordinator.serving import Serving
-from coordinator.spares import Spares
+from coordinator.spares import Need, Spares
 from echelon import types
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
@@ -62,8 +62,8 @@ class Coordinator:
         layout = read_layout(config)
         self._service = build_service(layout, self._fences)
         self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
-        identity = self._fences.cluster, self._fences.term
-        self._spares = Spares(self._cluster, identity, config.device, self._need_of_spares, self._service.events)
+        name, term, events = self._fences.cluster, self._fences.term, self._service.events
+        self._spares = Spares(self._cluster, name, term, config.device, self._need_of_spares, events)
         self._serving = Serving(
             lambda: self._replicas.services,
             lambda serves: self._spawn(self._set_serving(serves)),
@@ -250,9 +250,9 @@ class Coordinator:
             self._fences.check()  # no lease from one that was replaced, and that only now wakes
             await self._cluster.renew()
 
-    def _need_of_spares(self) -> tuple[Sequence[types.Rank], int, float | None, int]:
+    def _need_of_spares(self) -> Need:
         config, queued = self._reconfiguration.layout.config, self._service.core.counts.queued
-        return self._replicas.ranks(), config.spares, self._replicas.all_serving_s, queued
+        return Need(self._replicas.ranks(), config.spares, self._replicas.all_serving_s, queued)
 
     def _on_serving(self, replicas: int) -> None:
         self._serving.look()

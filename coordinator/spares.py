@@ -30,6 +30,16 @@ Slot = tuple[int, int]  # replica and rank
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """What the coordinator tells. ranks: as in `wanted_slots`; serving_s, queued: as in Situation."""
+
+    ranks: Sequence[Rank]
+    spares_per_node: int
+    serving_s: float | None
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """What there is to decide on. serving_s: for how long all replicas have, None while one does not."""
 
@@ -96,20 +106,16 @@ class _Held:
 
 
 class Spares:
-    """situation tells what is wanted: (ranks, spares a node, seconds that all replicas serve or None, queued)."""
+    """name, term: of the coordinator's cluster and of itself; spares are called by them."""
 
     def __init__(
-        self,
-        cluster: Cluster,
-        identity: tuple[str, int],
-        device: str,
-        situation: Callable[[], tuple[Sequence[Rank], int, float | None, int]],
-        events: EventLog,
+        self, cluster: Cluster, name: str, term: int, device: str, need: Callable[[], Need], events: EventLog
     ) -> None:
         self._cluster = cluster
-        self._name, self._term = identity
+        self._name = name
+        self._term = term
         self._device = device
-        self._situation = situation
+        self._need = need
         self._events = events
         self._held: dict[Slot, _Held] = {}
         self._serials = itertools.count(1)
@@ -159,10 +165,10 @@ class Spares:
         return True
 
     async def _move(self) -> None:
-        ranks, spares_per_node, serving_s, queued = self._situation()
+        need = self._need()
         warming = not all(held.warm for held in self._held.values())
-        wanted = wanted_slots(ranks, spares_per_node)
-        move, reason = next_move(Situation(wanted, tuple(self._held), warming, serving_s, queued))
+        wanted = wanted_slots(need.ranks, need.spares_per_node)
+        move, reason = next_move(Situation(wanted, tuple(self._held), warming, need.serving_s, need.queued))
         match move:
             case Start(slot):
                 await self._start(slot)
@@ -176,6 +182,7 @@ class Spares:
         try:
             process = await self._cluster.launch_spare(name, *slot, self._device)
         except InternalError as error:
+            await self._cluster.end_all(name)  # it may have begun all the same
             self._not_before_s = time.monotonic() + RETRY_S
             self._emit("spare.failed", slot, error=error.message)
             return

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.cluster import Cluster, SpareProcess
 from coordinator.events import EventLog
-from coordinator.spares import SETTLED_S, End, Situation, Slot, Spares, Start, next_move, wanted_slots
+from coordinator.spares import SETTLED_S, End, Need, Situation, Slot, Spares, Start, next_move, wanted_slots
 from echelon.errors import InternalError
 from echelon.types import Rank
 from worker.spec import RankSpec
@@ -65,12 +65,15 @@ class ScriptedCluster:
     ended: list[str] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)
     left: list[SpareProcess] = field(default_factory=list)
+    launch_error: InternalError | None = None
 
     async def spares(self) -> list[SpareProcess]:
         return self.left
 
     async def launch_spare(self, name: str, replica: int, rank: int, device: str) -> SpareProcess:
         self.launched.append(name)
+        if self.launch_error:
+            raise self.launch_error
         return SpareProcess(replica, rank, name, "a", self)
 
     async def ask(self, method: object, timeout_s: float) -> object:
@@ -105,7 +108,7 @@ class Shell:
 def shell(answers: Sequence[object], wanted: int = 1, serving_s: float = 60.0) -> Shell:
     cluster, events = ScriptedCluster(list(answers)), EventLog(3)
     ranks = [rank(0, 0, "a")]
-    spares = Spares(cast(Any, cluster), ("c", 3), "cpu", lambda: (ranks, wanted, serving_s, 0), events)
+    spares = Spares(cast(Any, cluster), "c", 3, "cpu", lambda: Need(ranks, wanted, serving_s, 0), events)
     return Shell(spares, cluster, events)
 
 
@@ -150,6 +153,18 @@ def test_one_that_no_longer_answers_is_ended() -> None:
         assert made.spares.describe() == ()
         assert made.cluster.ended == ["spare/c/0/0/3-1"]
         assert made.told() == ["spare.warm", "spare.lost"]
+
+    asyncio.run(live())
+
+
+def test_one_whose_launch_was_not_answered_is_ended_for_it_may_have_begun() -> None:
+    async def live() -> None:
+        made = shell([])
+        made.cluster.launch_error = InternalError("no answer in time")
+        await made.spares._move()
+        assert made.spares.describe() == ()
+        assert made.cluster.ended == made.cluster.launched == ["spare/c/0/0/3-1"]
+        assert made.told() == ["spare.failed"]
 
     asyncio.run(live())
 
