@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -47,19 +48,30 @@ class Coordinator(control_pb2_grpc.RankControlServicer):
         self._command.accepted.SetInParent()
 
 
-async def attached(command: control_pb2.RankCommand, streams: int) -> list[tuple[str, str]]:
-    """What each stream heard after its hello."""
+@contextlib.asynccontextmanager
+async def rank_of(
+    coordinator: control_pb2_grpc.RankControlServicer, heartbeat_s: float = 0.2
+) -> AsyncIterator[RankProcess]:
+    """A rank that is still to run, in this process, while its coordinator serves."""
     server = grpc.aio.server()
-    coordinator = Coordinator(command, streams)
     control_pb2_grpc.add_RankControlServicer_to_server(coordinator, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     spec = RankSpec(
         coordinator_address=f"127.0.0.1:{port}", cluster="c", replica=0, rank=0, incarnation="1", device="cpu",
-        heartbeat_s=0.2, term=1,
+        heartbeat_s=heartbeat_s, term=1,
     )  # fmt: skip
-    await asyncio.wait_for(RankProcess(spec).run(), 30)
-    await server.stop(0)
+    try:
+        yield RankProcess(spec)
+    finally:
+        await server.stop(0)
+
+
+async def attached(command: control_pb2.RankCommand, streams: int) -> list[tuple[str, str]]:
+    """What each stream heard after its hello."""
+    coordinator = Coordinator(command, streams)
+    async with rank_of(coordinator) as rank:
+        await asyncio.wait_for(rank.run(), 30)
     return coordinator.heard
 
 
@@ -125,16 +137,8 @@ def attend(drill: Drill) -> None:
     """One rank process goes through the drill, in this process."""
 
     async def attach() -> None:
-        server = grpc.aio.server()
-        control_pb2_grpc.add_RankControlServicer_to_server(drill, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        spec = RankSpec(
-            coordinator_address=f"127.0.0.1:{port}", cluster="c", replica=0, rank=0, incarnation="1", device="cpu",
-            heartbeat_s=0.2, term=1,
-        )  # fmt: skip
-        await asyncio.wait_for(RankProcess(spec).run(), 60)
-        await server.stop(0)
+        async with rank_of(drill) as rank:
+            await asyncio.wait_for(rank.run(), 60)
 
     asyncio.run(attach())
 
@@ -210,26 +214,18 @@ def test_a_rank_tells_that_it_compiles_before_it_does() -> None:
     """Its next heartbeat by itself would come after a minute."""
 
     async def scenario() -> list[str]:
-        server, listener = grpc.aio.server(), Listener()
-        control_pb2_grpc.add_RankControlServicer_to_server(listener, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        spec = RankSpec(
-            coordinator_address=f"127.0.0.1:{port}", cluster="c", replica=0, rank=0, incarnation="1", device="cpu",
-            heartbeat_s=60.0, term=1,
-        )  # fmt: skip
-        rank = RankProcess(spec)
-        running = asyncio.create_task(rank.run())
-        await asyncio.wait_for(listener.attached.wait(), 30)
+        listener = Listener()
+        async with rank_of(listener, heartbeat_s=60.0) as rank:
+            running = asyncio.create_task(rank.run())
+            await asyncio.wait_for(listener.attached.wait(), 30)
 
-        def compile_something() -> str:
-            with rank._tell_compiling():
-                pass
-            return rank.beat().phase
+            def compile_something() -> str:
+                with rank._tell_compiling():
+                    pass
+                return rank.beat().phase
 
-        assert await asyncio.to_thread(compile_something) == "waiting"
-        await asyncio.wait_for(running, 30)
-        await server.stop(0)
+            assert await asyncio.to_thread(compile_something) == "waiting"
+            await asyncio.wait_for(running, 30)
         return listener.phases
 
     assert asyncio.run(scenario()) == ["compiling"]
