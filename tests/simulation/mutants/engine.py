@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 
 from echelon.internal import block_hash
-from echelon.internal.link import Abandon, Fence, Progress
-from tests.simulation.mutants.registry import mutant, without
+from echelon.internal.link import Abandon, Progress
+from tests.simulation.mutants.registry import mutant, returning, without
 from worker import draft, lanes, prefix_cache, scheduler
 from worker.block_pool import BlockPool
 from worker.cohorts import Cohorts
 from worker.draft import Draft
 from worker.engine import Drain, Effect, EngineCore, Event, LinkClosed
 from worker.lanes import Lanes
-from worker.plan import Admit, StepPlan, StepResult, Told
+from worker.plan import Admit, StepResult, Told
 from worker.scheduler import Scheduler
 from worker.sequence import NO_COHORT, Outcome, Request, Sequence
 
@@ -96,20 +96,13 @@ def drains_not_sent(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def steps_wait_for_no_ids(patch: pytest.MonkeyPatch) -> None:
     """A step that reads sampled ids waits until they are back at the first stage."""
-    original = Draft.plan
-    patch.setattr(Draft, "plan", lambda self, fence: replace(original(self, fence), after=0))
+    returning(patch, Draft, "plan", lambda plan: replace(plan, after=0))
 
 
 @mutant
 def steps_wait_for_the_ids_before_theirs(patch: pytest.MonkeyPatch) -> None:
     """A step waits for all of the ids that it reads."""
-    original = Draft.plan
-
-    def plan(self: Draft, fence: Fence) -> StepPlan:
-        found = original(self, fence)
-        return replace(found, after=max(found.after - 1, 0))
-
-    patch.setattr(Draft, "plan", plan)
+    returning(patch, Draft, "plan", lambda plan: replace(plan, after=max(plan.after - 1, 0)))
 
 
 @mutant

@@ -45,11 +45,12 @@ def red_at(mutant: Mutant, seeds: int = SEEDS) -> int | None:
     return None
 
 
+def returning(patch: pytest.MonkeyPatch, owner: object, name: str, change: Callable[[Any], Any]) -> None:
+    """What a function or method returns, changed."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments: change(original(*arguments)))
+
+
 def without(patch: pytest.MonkeyPatch, owner: type, method: str, kind: type) -> None:
     """The method's effects but those of this kind."""
-    original = getattr(owner, method)
-
-    def filtered(*arguments: Any) -> list[Any]:
-        return [effect for effect in original(*arguments) if not isinstance(effect, kind)]
-
-    patch.setattr(owner, method, filtered)
+    returning(patch, owner, method, lambda effects: [effect for effect in effects if not isinstance(effect, kind)])

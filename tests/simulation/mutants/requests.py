@@ -10,34 +10,24 @@ import pytest
 from coordinator.answer_text import AnswerText
 from coordinator.requests import waiting
 from coordinator.requests.core import CoordinatorCore
-from coordinator.requests.events import Append, Effect, Send
+from coordinator.requests.events import Append, Send
 from coordinator.requests.life import Life, Phase
 from coordinator.requests.lives import Lives
 from coordinator.requests.router import Link, Router
 from echelon.internal.link import Progress, TokenRun
-from tests.simulation.mutants.registry import mutant
+from tests.simulation.mutants.registry import mutant, returning
 
 
 @mutant
 def acknowledged_before_journal(patch: pytest.MonkeyPatch) -> None:
     """What a leader told is in the journal before the leader may forget it."""
-    original = Lives.take_effects
-
-    def take_effects(self: Lives, sends: list[Effect]) -> list[Effect]:
-        return sorted(original(self, sends), key=lambda effect: not isinstance(effect, Send))
-
-    patch.setattr(Lives, "take_effects", take_effects)
+    returning(patch, Lives, "take_effects", lambda found: sorted(found, key=lambda each: not isinstance(each, Send)))
 
 
 @mutant
 def delivered_ids_not_replayed(patch: pytest.MonkeyPatch) -> None:
     """A replay goes on behind the ids that were delivered, and draws none of them again."""
-    original = Life.progress
-
-    def progress(self: Life) -> tuple[Progress, ...]:
-        return tuple(Progress(each.choice) for each in original(self))
-
-    patch.setattr(Life, "progress", progress)
+    returning(patch, Life, "progress", lambda known: tuple(Progress(each.choice) for each in known))
 
 
 @mutant
@@ -55,12 +45,7 @@ def ids_that_the_client_alone_has_ignored(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def deliver_before_journal(patch: pytest.MonkeyPatch) -> None:
     """What a client was shown is in the journal: a coordinator that dies goes on behind it."""
-    original = Lives.take_effects
-
-    def take_effects(self: Lives, sends: list[Effect]) -> list[Effect]:
-        return sorted(original(self, sends), key=lambda effect: isinstance(effect, Append))
-
-    patch.setattr(Lives, "take_effects", take_effects)
+    returning(patch, Lives, "take_effects", lambda found: sorted(found, key=lambda each: isinstance(each, Append)))
 
 
 @mutant
@@ -116,8 +101,7 @@ def prompts_logprobs_not_taken(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def priority_ignored_by_the_coordinator(patch: pytest.MonkeyPatch) -> None:
     """Of requests that wait for a replica the one with the lower priority goes first."""
-    original = waiting._place
-    patch.setattr(waiting, "_place", lambda life: (0, *original(life)[1:]))
+    returning(patch, waiting, "_place", lambda place: (0, *place[1:]))
 
 
 @mutant
@@ -196,5 +180,4 @@ def one_s_end_loses_what_others_run(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def only_the_first_replica_is_asked(patch: pytest.MonkeyPatch) -> None:
     """No request waits while a replica could take it."""
-    original = Router.able
-    patch.setattr(Router, "able", lambda self, size: [link for link in original(self, size) if link.fence.replica == 0])
+    returning(patch, Router, "able", lambda links: [link for link in links if link.fence.replica == 0])
