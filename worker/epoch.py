@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import socket
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from models.config import ModelConfig, read_model_config
 from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel import mesh
+from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
@@ -58,8 +60,8 @@ class Lead:
 class Epoch:
     """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone.
 
-    layout: what the coordinator calls the way it was formed. Closing resources ends plans and groups, and what waits
-    in them fails.
+    layout: what the coordinator calls the way it was formed. took_s: of each part of forming it. Closing resources
+    ends plans and groups, and what waits in them fails.
     """
 
     fence: Fence
@@ -71,6 +73,7 @@ class Epoch:
     kv_bytes: int
     op_log: OpLog | None
     layout: str
+    took_s: Mapping[str, float]
     resources: ExitStack
 
 
@@ -86,29 +89,27 @@ def form_epoch(
 
     compiling: entered, in any thread, before what holds the interpreter for long while the epoch serves.
     """
+    laps = Laps()
     config = read_model_config(Path(command.model_path), command.max_context)
-    context = mesh.form_context(
-        store_address=command.store_address,
-        prefix=f"replica-{fence.replica}",
-        epoch=fence.epoch,
-        place=degrees_of(command).place(spec.rank),
-        device=device,
-        dtype=getattr(torch, command.dtype),
-        timeout_s=MEET_TIMEOUT_S,
-        depth=command.pipeline_depth,
-    )
+    laps.end("config")
+    context = _meet(spec, fence, command, device)
     resources = ExitStack()
     resources.callback(mesh.close, context)
+    laps.end("groups")
     model = build_model(config, context)
+    laps.end("model")
     loaded = bring_weights(model, config, command, context, progress)
     if loaded.writer is not None:
         resources.callback(loaded.writer.cancel)
+    laps.end("weights")
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
+    laps.end("largest step")
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
+    laps.end("cache")
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command, resources), None)
     if lead is not None:
         resources.callback(lead.end_plans)
@@ -118,7 +119,34 @@ def form_epoch(
         log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
         resources.callback(log.close)
     held = model.resident_bytes, kv_cache.resident_bytes
-    return Epoch(fence, stage, plans, lead, loaded, *held, log, command.layout, resources)
+    laps.end("plans")
+    return Epoch(fence, stage, plans, lead, loaded, *held, log, command.layout, laps.took_s, resources)
+
+
+class Laps:
+    """How long each of several parts took, one after the other."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self.took_s: dict[str, float] = {}
+
+    def end(self, part: str) -> None:
+        now_s = time.monotonic()
+        self.took_s[part] = round(now_s - self._began_s, 3)
+        self._began_s = now_s
+
+
+def _meet(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch, device: torch.device) -> ParallelContext:
+    return mesh.form_context(
+        store_address=command.store_address,
+        prefix=f"replica-{fence.replica}",
+        epoch=fence.epoch,
+        place=degrees_of(command).place(spec.rank),
+        device=device,
+        dtype=getattr(torch, command.dtype),
+        timeout_s=MEET_TIMEOUT_S,
+        depth=command.pipeline_depth,
+    )
 
 
 def degrees_of(command: control_pb2.FormEpoch) -> Degrees:
