@@ -95,19 +95,24 @@ def phases(events: Sequence[ClusterEvent], struck_s: float) -> dict[str, float]:
 def strike(cluster: LocalCluster, load: Load, victim: str, seed: int) -> dict[str, object]:
     """Kill one process under all streams."""
     before = cluster.status()
+    asked_s = time.time()
     struck_s, streams = asyncio.run(struck(cluster, load, 1 if victim == "rank" else "leader", seed))
     after, events = cluster.status(), cluster.events()
     assert all(stream.tokens == load.output_tokens for stream in streams), [stream.tokens for stream in streams]
     ready_s = next(event.unix_s for event in events if event.kind == "replica.ready" and event.unix_s > struck_s)
     resumed = sorted(stream.resumed_s(struck_s, ready_s) for stream in streams)
     replayed = [event for event in events if event.kind == "request.replayed" and event.unix_s > struck_s]
+    formed = [dict(event.detail) for event in events if event.kind == "rank.formed" and event.unix_s > struck_s]
     loads = [event.detail for event in events if event.kind == "weights.loaded" and event.unix_s > struck_s]
     return {
         "killed": victim,
         "phases_s": phases(events, struck_s),
         "first_token_s": round(resumed[0], 3),
+        "middle_token_s": round(resumed[len(resumed) // 2], 3),
         "last_token_s": round(resumed[-1], 3),
         "weights": [f"{one['origin']} {float(str(one['took_s'])):.2f} s" for one in loads],
+        "formed": formed,
+        "first_tokens_took_s": round(max(stream.arrivals[0][0] for stream in streams) - asked_s, 3),
         "recomputed_tokens": sum(int(str(event.detail["recomputed_tokens"])) for event in replayed),
         "epoch": [before.replicas[0].epoch, after.replicas[0].epoch],
         "kv_bytes": [[rank.kv_bytes for rank in status.ranks] for status in (before, after)],
@@ -156,7 +161,7 @@ def main() -> None:
             for victim in VICTIMS:
                 settle(cluster, ranks, arguments.spares, arguments.checkpoint_dir is not None)
                 told = len(cluster.events())
-                found = strike(cluster, load, victim, number)
+                found = strike(cluster, load, victim, 2 * number + VICTIMS.index(victim))
                 print(json.dumps({"layout": arguments.layout, "load": arguments.load} | found), flush=True)
                 if arguments.events:
                     for event in cluster.events()[told:]:

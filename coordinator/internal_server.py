@@ -199,6 +199,9 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
             return Retired(rank, incarnation, message.retired.memory_bytes)
         case "loaded":
             return Noted(rank, incarnation, "weights.loaded", noted(message.loaded, message.fence.epoch))
+        case "formed":
+            parts = {f"{part}_s": round(took_s, 3) for part, took_s in sorted(message.formed.took_s.items())}
+            return Noted(rank, incarnation, "rank.formed", {"epoch": message.fence.epoch, **parts})
         case "written":
             kind = "shard.not_written" if message.written.reason else "shard.written"
             return Noted(rank, incarnation, kind, noted(message.written, message.fence.epoch))

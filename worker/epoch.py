@@ -105,7 +105,7 @@ def form_epoch(
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
-    laps.end("largest step")
+    laps.end("largest_step")
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
@@ -132,7 +132,7 @@ class Laps:
 
     def end(self, part: str) -> None:
         now_s = time.monotonic()
-        self.took_s[part] = round(now_s - self._began_s, 3)
+        self.took_s[part] = now_s - self._began_s
         self._began_s = now_s
 
 

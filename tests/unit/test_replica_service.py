@@ -152,10 +152,12 @@ def test_what_breaks_beside_the_loop_fails_the_coordinator(monkeypatch: pytest.M
 def test_what_a_rank_tells_of_its_weights_is_for_the_event_log() -> None:
     fence = control_pb2.Fence(epoch=3)
     loaded = control_pb2.WeightsLoaded(origin="source", bytes=5, took_s=0.12345, reason="torn")
+    formed = control_pb2.EpochFormed(took_s={"weights": 0.12345, "groups": 2})
     written = control_pb2.ShardWritten(bytes=7, took_s=1)
     failed = control_pb2.ShardWritten(took_s=1, reason="full")
     messages = [
         control_pb2.RankMessage(fence=fence, loaded=loaded),
+        control_pb2.RankMessage(fence=fence, formed=formed),
         control_pb2.RankMessage(fence=fence, written=written),
         control_pb2.RankMessage(fence=fence, written=failed),
     ]
@@ -163,6 +165,7 @@ def test_what_a_rank_tells_of_its_weights_is_for_the_event_log() -> None:
         Noted(
             1, "c-3", "weights.loaded", {"epoch": 3, "origin": "source", "bytes": 5, "took_s": 0.123, "reason": "torn"}
         ),
+        Noted(1, "c-3", "rank.formed", {"epoch": 3, "groups_s": 2.0, "weights_s": 0.123}),
         Noted(1, "c-3", "shard.written", {"epoch": 3, "bytes": 7, "took_s": 1.0}),
         Noted(1, "c-3", "shard.not_written", {"epoch": 3, "took_s": 1.0, "reason": "full"}),
     ]

@@ -51,6 +51,14 @@ def checksum(descriptor: int, first_byte: int, count: int) -> int:
     return crc
 
 
+def checksum_of(data: npt.NDArray[np.uint8]) -> int:
+    """crc32c of what lies in memory, which is not copied."""
+    crc = 0
+    for first in range(0, len(data), PIECE_BYTES):
+        crc = int(google_crc32c.extend(crc, data[first : first + PIECE_BYTES]))
+    return crc
+
+
 def extend(crc: int, data: bytes) -> int:
     """crc32c of what had crc, and data behind it."""
     return int(google_crc32c.extend(crc, data))

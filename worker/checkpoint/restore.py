@@ -22,7 +22,7 @@ from echelon.errors import ConfigError
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import read_header
-from worker.checkpoint.checksum import extend, pieces, read_into
+from worker.checkpoint.checksum import checksum_of, extend, pieces, read_into
 from worker.checkpoint.manifest import Manifest, ShardAddress, UnfitShardError
 
 Progress = Callable[[int, int], None]
@@ -98,16 +98,14 @@ class ShardFile:
         target, crc = shard.view(-1).view(torch.uint8), 0
         if self._mapped is None and target.is_cpu:
             return read_into(self._descriptor, first_byte, target.numpy())
-        for done, data in pieces(self._descriptor, first_byte, len(target)):
-            crc = extend(crc, data)
-            target[done : done + len(data)].copy_(self._host(first_byte + done, data), non_blocking=True)
-        return crc
-
-    def _host(self, first_byte: int, data: bytes) -> Tensor:
-        """What is there, in host memory."""
         if self._mapped is None:
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return self._mapped[first_byte : first_byte + len(data)]
+            for done, data in pieces(self._descriptor, first_byte, len(target)):
+                crc = extend(crc, data)
+                target[done : done + len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            return crc
+        source = self._mapped[first_byte : first_byte + len(target)]
+        target.copy_(source, non_blocking=True)  # while the device fetches, the processor looks at the same bytes
+        return checksum_of(source.numpy())
 
 
 @contextlib.contextmanager

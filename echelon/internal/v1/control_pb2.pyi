@@ -16,7 +16,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed", "formed")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class RankMessage(_message.Message):
     LOADED_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
     BLAMED_FIELD_NUMBER: _ClassVar[int]
+    FORMED_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -39,7 +40,8 @@ class RankMessage(_message.Message):
     loaded: WeightsLoaded
     written: ShardWritten
     blamed: RankBlamed
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ...) -> None: ...
+    formed: EpochFormed
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ..., formed: _Optional[_Union[EpochFormed, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
@@ -110,6 +112,19 @@ class WeightsLoaded(_message.Message):
     took_s: float
     reason: str
     def __init__(self, origin: _Optional[str] = ..., bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class EpochFormed(_message.Message):
+    __slots__ = ("took_s",)
+    class TookSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    took_s: _containers.ScalarMap[str, float]
+    def __init__(self, took_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ShardWritten(_message.Message):
     __slots__ = ("bytes", "took_s", "reason")
