@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.mlp import experts_dispatcher
-from models.moe import Experts, MixtureOfExperts, Router
+from models.moe import Experts, MixtureOfExperts
+from models.router import SoftmaxRouter
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from parallel.expert import ExpertStep
@@ -54,13 +55,13 @@ def random_layer(arguments: argparse.Namespace, context: ParallelContext) -> tup
         gate_up[own, :, part].flatten(1, 2).contiguous().to(device), down[own, :, part].contiguous().to(device), F.silu
     )
     layer = MixtureOfExperts(
-        Router(router.to(device), arguments.chosen, True, True), mine, experts_dispatcher(context, experts)
+        SoftmaxRouter(router.to(device), arguments.chosen, True, True), mine, experts_dispatcher(context, experts)
     )
     alone = ParallelContext(epoch=1, device=torch.device("cpu"), dtype=torch.float64)
     whole = Experts(gate_up.flatten(1, 2).double(), down.double(), F.silu)
     # The router in bfloat16 as on the device: a choice that another rounding changes is not an error of the experts.
     reference = MixtureOfExperts(
-        Router(router.double(), arguments.chosen, True, False), whole, experts_dispatcher(alone, experts)
+        SoftmaxRouter(router.double(), arguments.chosen, True, False), whole, experts_dispatcher(alone, experts)
     )
     return layer, reference
 
@@ -70,7 +71,7 @@ def error(layer: MixtureOfExperts, reference: MixtureOfExperts, rows: Tensor, fo
     checked = rows[:CHECKED_ROWS]
     expert_ids, weights = layer.router(checked)
     dispatched = reference.dispatcher.dispatch(checked.cpu().double(), expert_ids.cpu(), weights.cpu(), ExpertStep())
-    exact = dispatched.combine(reference.experts(dispatched.rows, dispatched.ends))
+    exact = dispatched.combine(reference.experts(dispatched.rows, dispatched.ends), None)
     return float((found[:CHECKED_ROWS].cpu().double() - exact).abs().max() / exact.abs().mean())
 
 

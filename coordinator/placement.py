@@ -14,7 +14,8 @@ from coordinator.plan.memory import BLOCK_TOKENS
 from echelon.config import CoordinatorConfig, ServeConfig
 from echelon.errors import ConfigError
 from models.config import DTYPE_BYTES, ModelConfig
-from models.tables import check_degrees, kv_bytes_per_block, parameter_bytes
+from models.cutting import check_degrees
+from models.tables import kv_bytes_per_block, parameter_bytes
 from parallel.degrees import Degrees
 
 

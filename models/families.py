@@ -23,6 +23,14 @@ class Windows(Enum):
     ALL_BUT_EVERY_NTH = auto()  # by layer_types, or all layers but each sliding_window_pattern-th
 
 
+class Gating(Enum):
+    """How a router chooses, and which keys of config.json say more about it."""
+
+    SOFTMAX = auto()  # the greatest of a softmax
+    DEEPSEEK_V2 = auto()  # the same, of groups that have the greatest, if topk_method says so
+    DEEPSEEK_V3 = auto()  # the greatest of sigmoids that a bias corrects, of groups whose best two are the greatest
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerNorms:
     """Names of a layer's norms in the checkpoint; None where a family has none."""
@@ -38,6 +46,7 @@ class ExpertKeys:
     """A family with experts: keys of config.json, and names of a layer's tensors in the checkpoint.
 
     The router is `{block}.gate`, expert 3 has `{block}.experts.3.{gate}` and so on: down(activation(gate(x)) * up(x)).
+    DeepSeek's have `{block}.shared_experts` beside them, an MLP of n_shared_experts * neurons for every token.
     rounds_shares: the chosen experts' shares are rounded to the dtype of the model, and float32 otherwise.
     """
 
@@ -49,8 +58,7 @@ class ExpertKeys:
     down: str
     always_normalizes: bool = False
     rounds_shares: bool = False
-    shared: str | None = None  # {block}.{shared}: an MLP of n_shared_experts * neurons, which every token passes
-    corrected: bool = False  # {block}.gate has a bias that corrects scores before experts are chosen
+    gating: Gating = Gating.SOFTMAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,10 +191,29 @@ DEEPSEEK_EXPERTS = ExpertKeys(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    shared="shared_experts",
+    gating=Gating.DEEPSEEK_V2,
 )
-DEEPSEEK_V2 = Family(experts=DEEPSEEK_EXPERTS, qkv_bias=False, latent=True)
-DEEPSEEK_V3 = replace(DEEPSEEK_V2, experts=replace(DEEPSEEK_EXPERTS, corrected=True))
+DEEPSEEK_V2 = Family(
+    defaults={"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
+    experts=DEEPSEEK_EXPERTS,
+    qkv_bias=False,
+    latent=True,
+)
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2,
+    defaults={
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    experts=replace(DEEPSEEK_EXPERTS, gating=Gating.DEEPSEEK_V3),
+)
 
 # Their configs and tables can be read, to plan them; nothing computes them yet.
 PLANNED: Mapping[str, Family] = {"DeepseekV2ForCausalLM": DEEPSEEK_V2, "DeepseekV3ForCausalLM": DEEPSEEK_V3}

@@ -42,10 +42,11 @@ class Weights:
 
     def take(self, *names: str) -> Tensor:
         """One tensor that stacks the named ones along dim 0."""
-        shapes = [self._pending.pop(name).held_shape(self._context.place.degrees) for name in names]
+        context, taken = self._context, [self._pending.pop(name) for name in names]
+        shapes = [parameter.held_shape(context.place.degrees) for parameter in taken]
         rows = [shape[0] for shape in shapes]
-        context = self._context
-        stacked = torch.empty((sum(rows), *shapes[0][1:]), device=context.device, dtype=context.dtype)
+        dtype = torch.promote_types(context.dtype, torch.float32) if taken[0].wide else context.dtype
+        stacked = torch.empty((sum(rows), *shapes[0][1:]), device=context.device, dtype=dtype)
         self._shards.update(zip(names, torch.split(stacked, rows), strict=True))
         return stacked
 

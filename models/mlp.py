@@ -11,11 +11,22 @@ from typing import Protocol
 from torch import Tensor
 
 from models.config import ModelConfig
+from models.families import Gating
 from models.layers import ACTIVATIONS, GatedMlp, Weights
-from models.moe import Experts, MixtureOfExperts, Router
+from models.moe import Experts, MixtureOfExperts
+from models.router import GroupedSoftmaxRouter, Router, SigmoidRouter, SoftmaxRouter
 from models.routing import Routing
-from models.tables import expert_names, held_experts, mlp_inputs, router_name, tensor_name
+from models.tables import (
+    correction_name,
+    expert_names,
+    held_experts,
+    mlp_inputs,
+    router_name,
+    shared_names,
+    tensor_name,
+)
 from parallel.balance import ExpertPlacement
+from parallel.comm import Group
 from parallel.context import ParallelContext
 from parallel.expert import Dispatcher, ExchangedExperts, ExpertStep, SplitExperts
 from parallel.expert_map import ExpertMap
@@ -44,32 +55,50 @@ def build_mlp(config: ModelConfig, context: ParallelContext, weights: Weights, l
 def _experts(
     config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, routing: Routing
 ) -> MixtureOfExperts:
-    keys = config.family.experts
-    assert keys is not None, f"{config.architecture} has no experts"
     names = [expert_names(config, layer, expert) for expert in held_experts(config, layer, context.place)]
     gate_up = weights.take(*(name for gate, up, _ in names for name in (gate, up)))
     down = weights.take(*(down for _, _, down in names))
     slots = len(names)
     return MixtureOfExperts(
-        router=Router(
-            weight=weights.take(router_name(config, layer)),
-            experts_per_token=routing.experts_per_token,
-            normalizes=routing.normalizes,
-            rounds=keys.rounds_shares,
-        ),
+        router=_router(config, weights, layer, routing),
         experts=Experts(
             gate_up.view(slots, -1, config.hidden_size),
             down.view(slots, config.hidden_size, -1),
             ACTIVATIONS[config.activation],
         ),
         dispatcher=experts_dispatcher(context, routing.experts),
+        shared=_shared(config, weights, layer) if routing.shared_neurons else None,
+    )
+
+
+def _router(config: ModelConfig, weights: Weights, layer: int, routing: Routing) -> Router:
+    keys, chosen = config.family.experts, routing.experts_per_token
+    assert keys is not None, f"{config.architecture} has no experts"
+    weight = weights.take(router_name(config, layer))
+    match routing.gating:
+        case Gating.SOFTMAX:
+            return SoftmaxRouter(weight, chosen, routing.normalizes, keys.rounds_shares)
+        case Gating.DEEPSEEK_V2:
+            return GroupedSoftmaxRouter(weight, chosen, routing.groups, routing.scale)
+        case Gating.DEEPSEEK_V3:
+            correction = weights.take(correction_name(config, layer))
+            return SigmoidRouter(weight, correction, chosen, routing.groups, routing.normalizes, routing.scale)
+
+
+def _shared(config: ModelConfig, weights: Weights, layer: int) -> GatedMlp:
+    """Without a collective: what stands beside the experts is added to their sums before these are."""
+    gate, up, down = shared_names(config, layer)
+    return GatedMlp(
+        gate_up=ColumnLinear(weights.take(gate, up)),
+        activation=ACTIVATIONS[config.activation],
+        down=RowLinear(weights.take(down), None, Group()),
     )
 
 
 def experts_dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
     """Rows travel unless every rank has them already, and a part of every expert."""
     degrees = context.place.degrees
-    if degrees.expert == 1 and degrees.data == 1:
+    if not degrees.exchanges_rows:
         return SplitExperts(context.tensor, experts)
     held = experts // degrees.expert
     placement = ExpertPlacement(tuple(tuple(range(rank * held, (rank + 1) * held)) for rank in range(degrees.expert)))

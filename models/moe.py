@@ -1,7 +1,7 @@
-"""The mixture of experts that stands in place of a layer's MLP: the router, the experts, and what joins them.
+"""The mixture of experts that stands in place of a layer's MLP: the experts, and what joins them with their router.
 
-In rank processes. The router chooses as transformers does; experts compute the rows that a dispatcher brings to the
-slots this rank holds. It knows no batch, no checkpoint's names and no rank.
+In rank processes. Experts compute the rows that a dispatcher brings to the slots this rank holds. It knows no batch, no
+checkpoint's names, no rank, and not how experts are chosen.
 """
 
 from __future__ import annotations
@@ -13,31 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.router import Router
 from parallel.expert import Dispatcher, ExpertStep
 
 _GROUPED_MM_BYTES = 16  # strides must be multiples of it
-
-
-@dataclass(frozen=True, slots=True)
-class Router:
-    """Chooses experts. weight: [experts, hidden], the same on every rank.
-
-    Shares are a softmax over all experts in float32; normalizes: those of the chosen ones are divided by their sum;
-    rounds: they are rounded to the dtype of the model.
-    """
-
-    weight: Tensor
-    experts_per_token: int
-    normalizes: bool
-    rounds: bool
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [m, hidden] -> expert ids [m, k] int64 and their shares [m, k] float32, the greatest first."""
-        shares = F.linear(hidden, self.weight).softmax(-1, dtype=torch.float32)
-        chosen, ids = shares.topk(self.experts_per_token, dim=-1)
-        if self.normalizes:
-            chosen = chosen / chosen.sum(-1, keepdim=True)
-        return ids, chosen.to(hidden.dtype).float() if self.rounds else chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +52,15 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """Each row's sum over its chosen experts, weighted by its shares of them."""
+    """Each row's sum over its chosen experts, weighted by its shares of them, and of the MLP that all rows pass.
+
+    shared: without collectives; where no row travels, this rank's part of it, and else all of it.
+    """
 
     router: Router
     experts: Experts
     dispatcher: Dispatcher
+    shared: Callable[[Tensor, ExpertStep], Tensor] | None = None
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         """hidden [T, hidden], equal on all tensor ranks -> the same shape, equal again."""
@@ -85,4 +68,5 @@ class MixtureOfExperts:
         expert_ids, shares = self.router(rows)
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
         outputs = self.experts(dispatched.rows, dispatched.ends)
-        return self.dispatcher.restore(dispatched.combine(outputs), hidden.shape[0])
+        beside = None if self.shared is None else self.shared(rows, step)
+        return self.dispatcher.restore(dispatched.combine(outputs, beside), hidden.shape[0])

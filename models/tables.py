@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from echelon.errors import ConfigError
-from models.config import ModelConfig
+from models.config import DTYPE_BYTES, ModelConfig
+from models.families import ExpertKeys
 from models.latent import latent_tensors
 from models.routing import Routing
-from parallel.degrees import Degrees, Place, divisors
+from parallel.degrees import Degrees, Place
 from parallel.partition import cut
 from parallel.sharding import (
     Placement,
@@ -23,35 +23,60 @@ from parallel.sharding import (
     Shape,
     Split,
     SplitVocabulary,
-    can_split,
     held_regions,
     held_shape,
     units_held,
 )
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+WIDE_BYTES = DTYPE_BYTES["float32"]
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor by its name in the checkpoint; layer is None outside the decoder layers, expert None outside experts."""
+    """A tensor by its name in the checkpoint; layer is None outside the decoder layers, expert None outside experts.
+
+    shared: of the MLP beside a layer's experts. wide: kept in float32 at least, whatever the dtype of the model.
+    """
 
     name: str
     shape: Shape
     placement: Placement
     layer: int | None = None
     expert: int | None = None
+    shared: bool = False
+    wide: bool = False
 
     def held_shape(self, degrees: Degrees) -> Shape:
         """The shape that each rank which holds a part of it keeps resident."""
-        return held_shape(self.shape, self.placement, degrees.tensor if self.expert is None else degrees.expert_tensor)
+        return held_shape(self.shape, self.placement, self._splitting_ranks(degrees))
 
     def held_regions(self, place: Place) -> tuple[Region, ...]:
         """The parts of the full tensor that a rank reads, and stacks along dim 0."""
-        rank, size = place.tensor_rank, place.degrees.tensor
-        if self.expert is not None:
-            rank, size = place.expert_tensor_rank, place.degrees.expert_tensor
-        return held_regions(self.shape, self.placement, rank, size)
+        size = self._splitting_ranks(place.degrees)
+        rank = place.tensor_rank if self.expert is None else place.expert_tensor_rank
+        return held_regions(self.shape, self.placement, rank % size, size)
+
+    def held_dtype(self, dtype: str) -> str:
+        """The dtype that it has in a model of this one."""
+        return "float32" if self.held_bytes(DTYPE_BYTES[dtype]) > DTYPE_BYTES[dtype] else dtype
+
+    def held_bytes(self, dtype_bytes: int) -> int:
+        """Of each of its numbers in a model of so many."""
+        return max(dtype_bytes, WIDE_BYTES) if self.wide else dtype_bytes
+
+    def _splitting_ranks(self, degrees: Degrees) -> int:
+        return splitting_ranks(degrees, expert=self.expert is not None, shared=self.shared)
+
+
+def splitting_ranks(degrees: Degrees, *, expert: bool, shared: bool) -> int:
+    """Ranks that have parts of a tensor of an expert, of what is shared beside them, or of anything else.
+
+    What is shared is whole where each rank minds rows of its own, so that it needs no exchange besides the experts'.
+    """
+    if expert:
+        return degrees.expert_tensor
+    return 1 if shared and degrees.exchanges_rows else degrees.tensor
 
 
 def tensor_name(config: ModelConfig, part: str, layer: int | None = None, kind: str = "weight") -> str:
@@ -82,19 +107,36 @@ def mlp_inputs(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def router_name(config: ModelConfig, layer: int) -> str:
     """The router of a layer with experts."""
-    keys = config.family.experts
-    assert keys is not None, f"{config.architecture} has no experts"
-    return tensor_name(config, f"{keys.block}.gate", layer)
+    return tensor_name(config, f"{_expert_keys(config).block}.gate", layer)
+
+
+def correction_name(config: ModelConfig, layer: int) -> str:
+    """What a router adds to scores before it chooses."""
+    return tensor_name(config, f"{_expert_keys(config).block}.gate", layer, "e_score_correction_bias")
 
 
 def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """An expert's matrices: what gates, what is gated, and what makes the output of both."""
-    keys = config.family.experts
-    assert keys is not None, f"{config.architecture} has no experts"
+    return _gated_names(config, layer, f"experts.{expert}")
+
+
+def shared_names(config: ModelConfig, layer: int) -> tuple[str, str, str]:
+    """The same of the MLP beside the experts."""
+    return _gated_names(config, layer, "shared_experts")
+
+
+def _gated_names(config: ModelConfig, layer: int, block: str) -> tuple[str, str, str]:
+    keys = _expert_keys(config)
     gate, up, down = (
-        tensor_name(config, f"{keys.block}.experts.{expert}.{part}", layer) for part in (keys.gate, keys.up, keys.down)
+        tensor_name(config, f"{keys.block}.{block}.{part}", layer) for part in (keys.gate, keys.up, keys.down)
     )
     return gate, up, down
+
+
+def _expert_keys(config: ModelConfig) -> ExpertKeys:
+    keys = config.family.experts
+    assert keys is not None, f"{config.architecture} has no experts"
+    return keys
 
 
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
@@ -149,24 +191,16 @@ def _mlp(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield Parameter(tensor_name(config, "mlp.down_proj", layer), (hidden, neurons), Split(1, (neurons,)), layer)
 
 
-def _gated(config: ModelConfig, block: str, layer: int, neurons: int) -> Iterator[Parameter]:
-    """An MLP of three matrices, split by tensor."""
-    for part in ("gate_proj", "up_proj"):
-        name = tensor_name(config, f"{block}.{part}", layer)
-        yield Parameter(name, (neurons, config.hidden_size), Split(0, (neurons,)), layer)
-    name = tensor_name(config, f"{block}.down_proj", layer)
-    yield Parameter(name, (config.hidden_size, neurons), Split(1, (neurons,)), layer)
-
-
 def _experts(config: ModelConfig, layer: int, routing: Routing) -> Iterator[Parameter]:
     hidden, neurons = config.hidden_size, routing.neurons
-    keys = config.family.experts
     yield Parameter(router_name(config, layer), (routing.experts, hidden), Replicated(), layer)
-    if keys is not None and keys.corrected:
-        name = tensor_name(config, f"{keys.block}.gate", layer, "e_score_correction_bias")
-        yield Parameter(name, (routing.experts,), Replicated(), layer)
-    if keys is not None and routing.shared_neurons:
-        yield from _gated(config, f"{keys.block}.{keys.shared}", layer, routing.shared_neurons)
+    if routing.corrected:
+        yield Parameter(correction_name(config, layer), (routing.experts,), Replicated(), layer, wide=True)
+    if shared := routing.shared_neurons:
+        gate, up, down = shared_names(config, layer)
+        yield Parameter(gate, (shared, hidden), Split(0, (shared,)), layer, shared=True)
+        yield Parameter(up, (shared, hidden), Split(0, (shared,)), layer, shared=True)
+        yield Parameter(down, (hidden, shared), Split(1, (shared,)), layer, shared=True)
     for expert in range(routing.experts):
         gate, up, down = expert_names(config, layer, expert)
         yield Parameter(gate, (neurons, hidden), Split(0, (neurons,)), layer, expert)
@@ -218,8 +252,10 @@ def held_experts(config: ModelConfig, layer: int, place: Place) -> range:
 
 def parameter_bytes(config: ModelConfig, place: Place, dtype_bytes: int) -> int:
     """Exactly the resident bytes of a rank's parameters; padding makes them the same on all tensor ranks."""
-    shapes = (parameter.held_shape(place.degrees) for parameter in held_parameters(config, place))
-    return dtype_bytes * sum(map(math.prod, shapes))
+    return sum(
+        math.prod(parameter.held_shape(place.degrees)) * parameter.held_bytes(dtype_bytes)
+        for parameter in held_parameters(config, place)
+    )
 
 
 def kv_heads_held(config: ModelConfig, tensor_size: int) -> int:
@@ -237,57 +273,3 @@ def cached_numbers(config: ModelConfig, tensor_size: int) -> int:
 def kv_bytes_per_block(config: ModelConfig, place: Place, block_tokens: int, dtype_bytes: int) -> int:
     """Bytes that one block of keys and values takes on a rank, over all its layers."""
     return block_tokens * len(held_layers(config, place)) * cached_numbers(config, place.degrees.tensor) * dtype_bytes
-
-
-def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
-    """Raises ConfigError with the arithmetic and the remedy if the model cannot be cut over so many ranks."""
-    if degrees.pipeline > config.num_hidden_layers:
-        raise ConfigError(
-            f"pipeline={degrees.pipeline} stages for num_hidden_layers={config.num_hidden_layers}: each stage needs a "
-            f"layer; pipeline may be 1 to {config.num_hidden_layers} ({degrees})",
-            field="pipeline",
-        )
-    problem = _tensor_problem(config, degrees.tensor)
-    if problem is not None:
-        allowed = (t for t in range(1, config.num_attention_heads + 1) if _tensor_problem(config, t) is None)
-        raise ConfigError(f"{problem}; tensor may be {', '.join(map(str, allowed))} ({degrees})", field="tensor")
-    problem = _expert_problem(config, degrees.expert, degrees.expert_tensor)
-    if problem is not None:
-        splits = ((expert, degrees.stage_ranks // expert) for expert in divisors(degrees.stage_ranks))
-        fitting = [expert for expert, split in splits if _expert_problem(config, expert, split) is None]
-        remedy = f"expert may be {', '.join(map(str, fitting))}" if fitting else "change data or tensor"
-        raise ConfigError(f"{problem}; {remedy} ({degrees})", field="expert")
-
-
-def _tensor_problem(config: ModelConfig, tensor: int) -> str | None:
-    for name, units in _split_units(config):
-        if units % tensor != 0:
-            return f"tensor={tensor} does not divide {name}={units}"
-    if not can_split(config.num_key_value_heads, tensor):
-        heads = config.num_key_value_heads
-        return f"tensor={tensor} neither divides num_key_value_heads={heads} nor is a multiple of it"
-    return None
-
-
-def _split_units(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """What tensor ranks share equally, by its key in config.json."""
-    yield "num_attention_heads", config.num_attention_heads
-    if any(layer.routing is None for layer in config.layers):
-        yield "intermediate_size", config.intermediate_size
-    for shared in {layer.routing.shared_neurons for layer in config.layers if layer.routing is not None} - {0}:
-        yield "n_shared_experts * moe_intermediate_size", shared
-
-
-def _expert_problem(config: ModelConfig, expert: int, expert_tensor: int) -> str | None:
-    keys = config.family.experts
-    if keys is None:
-        return f"expert={expert}: {config.architecture} has no experts" if expert > 1 else None
-    for routing in {layer.routing for layer in config.layers if layer.routing is not None}:
-        if routing.experts % expert != 0:
-            return f"expert={expert} does not divide {keys.experts}={routing.experts}"
-        if routing.neurons % expert_tensor != 0:
-            return (
-                f"expert={expert} lets {expert_tensor} ranks split each expert, which does not divide "
-                f"{keys.neurons}={routing.neurons}"
-            )
-    return None

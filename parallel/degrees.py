@@ -62,6 +62,11 @@ class Degrees:
         """Ranks that split each expert."""
         return self.stage_ranks // self.expert
 
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether rows travel to the ranks that hold their experts, and each rank minds rows of its own meanwhile."""
+        return self.expert > 1 or self.data > 1
+
     def place(self, rank: int) -> Place:
         """Where a rank of a replica stands."""
         assert 0 <= rank < self.replica_ranks, f"rank {rank} of {self}"

@@ -40,12 +40,13 @@ class Dispatched:
 
     rows: [copies, h] a copy of a row for each slot it is wanted in, sorted by slot; after the last end, nothing of use.
     ends: [slots] int32, behind the last copy of each slot.
-    combine: outputs [copies, h] -> [m, h], the weighted sums of the rows that were dispatched; outputs may be written.
+    combine: outputs [copies, h] -> [m, h], the weighted sums of the rows that were dispatched, and what stands beside
+    them, [m, h], if anything: all of it, but where partial sums are added this rank's part. outputs may be written.
     """
 
     rows: Tensor
     ends: Tensor
-    combine: Callable[[Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Dispatcher(Protocol):
@@ -91,7 +92,11 @@ class SplitExperts:
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
         copies = Copies.of(expert_ids, weights, self.experts)
-        return Dispatched(copies.taken(rows), copies.ends, lambda outputs: self.group.all_reduce(copies.sums(outputs)))
+
+        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
+            return self.group.all_reduce(_added(copies.sums(outputs), beside))
+
+        return Dispatched(copies.taken(rows), copies.ends, combine)
 
     def restore(self, rows: Tensor, total: int) -> Tensor:
         return rows
@@ -152,12 +157,12 @@ class ExchangedExperts:
         self.traffic.add(sum(sent[rank] for rank in others), sum(received[rank] for rank in others))
         copies = self._copies(routing, sum(copied))
 
-        def combine(outputs: Tensor) -> Tensor:
+        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
             back = self.stage.all_to_all_rows(copies.sums(outputs), received, sent)
             total = torch.zeros(rows.shape, dtype=_accumulator(rows.dtype), device=rows.device)
             for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
                 total.index_add_(0, where, part.to(total.dtype))  # no row twice in a part, so the order is fixed
-            return total.to(rows.dtype)
+            return _added(total.to(rows.dtype), beside)
 
         return Dispatched(copies.taken(got), copies.ends, combine)
 
@@ -175,8 +180,8 @@ class ExchangedExperts:
         self.traffic.add(elsewhere, elsewhere)
         copies = self._copies(self.stage.all_gather(packed), None)
 
-        def combine(outputs: Tensor) -> Tensor:
-            return self.stage.reduce_scatter(copies.sums(outputs))[: rows.shape[0]]
+        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
+            return _added(self.stage.reduce_scatter(copies.sums(outputs))[: rows.shape[0]], beside)
 
         return Dispatched(copies.taken(got), copies.ends, combine)
 
@@ -240,6 +245,10 @@ def _packed(slots: Tensor, weights: Tensor) -> Tensor:
 def _unpacked(routing: Tensor) -> tuple[Tensor, Tensor]:
     slots, weights = routing.chunk(2, dim=-1)
     return slots.long(), weights.contiguous().view(torch.float32)
+
+
+def _added(total: Tensor, beside: Tensor | None) -> Tensor:
+    return total if beside is None else total.add_(beside)
 
 
 def _pad_rows(tensor: Tensor, rows: int, value: int = 0) -> Tensor:

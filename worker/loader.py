@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -34,9 +34,9 @@ class SourceShare:
         self._parameters = sorted(held_parameters(config, place), key=self._where)
 
     @property
-    def names(self) -> list[str]:
+    def parameters(self) -> Sequence[Parameter]:
         """In the order of `tensors`."""
-        return [parameter.name for parameter in self._parameters]
+        return self._parameters
 
     @property
     def total_bytes(self) -> int:

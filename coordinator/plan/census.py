@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from models.config import ModelConfig
 from models.routing import Routing
-from models.tables import EMBEDDING, HEAD, cached_numbers, parameter_table, tensor_name
+from models.tables import EMBEDDING, HEAD, WIDE_BYTES, cached_numbers, parameter_table, splitting_ranks, tensor_name
 from parallel.degrees import Degrees
 from parallel.partition import cut
 from parallel.sharding import Placement, Shape, held_shape
@@ -30,11 +30,13 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Tensors that are alike."""
+    """Tensors that are alike. shared and wide: as `models.tables.Parameter` has it."""
 
     part: Part
     shape: Shape
     placement: Placement
+    shared: bool
+    wide: bool
 
 
 Kinds = tuple[tuple[Kind, int], ...]  # each kind, and how many tensors are of it
@@ -42,12 +44,15 @@ Kinds = tuple[tuple[Kind, int], ...]  # each kind, and how many tensors are of i
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """How many numbers of each part a rank holds."""
+    """How many numbers of each part a rank holds; wide: how many of all these are kept in float32 at least; shared: how
+    many of those for every token stand beside experts."""
 
     embedding: int = 0
     every_token: int = 0
     expert: int = 0
     head: int = 0
+    wide: int = 0
+    shared: int = 0
 
     @property
     def total(self) -> int:
@@ -98,9 +103,13 @@ class Census:
     def held(self, degrees: Degrees, layers: range, stage: int) -> Numbers:
         """What each rank of a stage holds. Ranks of a stage hold alike many: padding makes them equal."""
         counts: Counter[Part] = Counter()
+        wide = shared = 0
         for pattern, times in Counter(self.of_layer[layer] for layer in layers).items():
             for kind, count in self.patterns[pattern]:
-                counts[kind.part] += times * _held(kind, count, degrees)
+                held = times * _held(kind, count, degrees)
+                counts[kind.part] += held
+                wide += held * kind.wide
+                shared += held * kind.shared
         first, last = stage == 0, stage == degrees.pipeline - 1
         for kind, count in self.outside:
             held = _held(kind, count, degrees)
@@ -110,7 +119,11 @@ class Census:
                 counts[Part.HEAD] += held
             else:
                 counts[kind.part] += held if first else 0
-        return Numbers(**{part.value: count for part, count in counts.items()})
+        return Numbers(**{part.value: count for part, count in counts.items()}, wide=wide, shared=shared)
+
+    def bytes_of(self, numbers: Numbers) -> int:
+        """Of weights."""
+        return numbers.total * self.weight_bytes + numbers.wide * max(0, WIDE_BYTES - self.weight_bytes)
 
     def kv_bytes_per_token(self, degrees: Degrees, layers: range) -> int:
         """Of keys and values on a rank that computes these layers."""
@@ -135,7 +148,8 @@ def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Ce
     counts: defaultdict[int | None, Counter[Kind]] = defaultdict(Counter)
     for parameter in parameter_table(config):
         part = Part.EXPERT if parameter.expert is not None else parts.get(parameter.name, Part.EVERY_TOKEN)
-        counts[parameter.layer][Kind(part, parameter.shape, parameter.placement)] += 1
+        kind = Kind(part, parameter.shape, parameter.placement, parameter.shared, parameter.wide)
+        counts[parameter.layer][kind] += 1
     by_layer = [tuple(counts[layer].items()) for layer in range(config.num_hidden_layers)]
     patterns = tuple(dict.fromkeys(by_layer))
     of_layer = tuple(map(patterns.index, by_layer))
@@ -147,7 +161,7 @@ def _numbers(kinds: Kinds) -> int:
 
 
 def _held(kind: Kind, count: int, degrees: Degrees) -> int:
-    """Numbers on one rank: an expert lives on the ranks of its group, which split it; all else is split by tensor."""
-    if kind.part is Part.EXPERT:
-        return count // degrees.expert * math.prod(held_shape(kind.shape, kind.placement, degrees.expert_tensor))
-    return count * math.prod(held_shape(kind.shape, kind.placement, degrees.tensor))
+    """Numbers on one rank: an expert lives on the ranks of its group, which split it; all else is on all of a stage."""
+    expert = kind.part is Part.EXPERT
+    size = splitting_ranks(degrees, expert=expert, shared=kind.shared)
+    return (count // degrees.expert if expert else count) * math.prod(held_shape(kind.shape, kind.placement, size))

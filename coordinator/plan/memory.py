@@ -99,7 +99,7 @@ def load(census: Census, degrees: Degrees, cut: tuple[range, ...], machines: Mac
                 key_value_heads=kv_heads_held(config, degrees.tensor),
                 experts=routing.experts // degrees.expert if routing is not None and routed else 0,
                 numbers=numbers,
-                weight_bytes=numbers.total * census.weight_bytes,
+                weight_bytes=census.bytes_of(numbers),
                 step_bytes=_step_bytes(census, degrees, limits, last=stage == degrees.pipeline - 1),
                 kv_bytes_per_token=census.kv_bytes_per_token(degrees, layers),
                 usable_bytes=machines.usable_bytes,

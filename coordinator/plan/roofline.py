@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from coordinator.plan.census import Census
+from coordinator.plan.census import Census, Numbers
 from coordinator.plan.hardware import Machines, Wire, wire
 from coordinator.plan.memory import StageLoad
 from parallel.degrees import Degrees
@@ -75,7 +75,7 @@ class Roofline:
             touched = 1 - (1 - chosen) ** rows  # of the experts, if tokens choose at random
             experts = self._seconds(numbers.expert * touched * size, 2 * numbers.expert * chosen * rows)
         return Slot(
-            weights=self._seconds(numbers.every_token * size, 2 * numbers.every_token * batch.tokens),
+            weights=self._seconds(numbers.every_token * size, 2 * self._products(numbers) * batch.tokens),
             experts=experts,
             attention=self._attention_s(load, batch),
             head=self._seconds(numbers.head * size, 2 * numbers.head * batch.sampled) if batch.sampled else 0.0,
@@ -85,6 +85,11 @@ class Roofline:
     def way_s(self, batch: Batch) -> float:
         """From one stage to the next: the hidden states of a micro-batch."""
         return self.edge.send_s(self._hidden_bytes(batch)) if self.degrees.pipeline > 1 else 0.0
+
+    def _products(self, numbers: Numbers) -> float:
+        """Of each token; where rows travel, each rank takes its own of them to what is shared beside the experts."""
+        own = self.degrees.tensor if self.degrees.exchanges_rows else 1
+        return numbers.every_token - numbers.shared + numbers.shared / own
 
     def _seconds(self, count: float, flop: float) -> float:
         return max(count / self.machines.read_bytes_s, flop / self.machines.flops(self.census.weight_bytes))

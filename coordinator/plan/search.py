@@ -16,7 +16,7 @@ from coordinator.plan.hardware import Machines
 from coordinator.plan.memory import Limits, Load, StageLoad, load
 from coordinator.plan.roofline import roofline
 from echelon.errors import ConfigError
-from models.tables import check_degrees
+from models.cutting import check_degrees
 from parallel.degrees import NAMES, Degrees
 
 NEAREST = 3  # layouts that a refusal names

@@ -89,7 +89,7 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
                 ExpertStep(decode, rows),
             )
             made = outputs(context, placement, dispatched.rows, dispatched.ends)
-            found.append(dispatcher.restore(dispatched.combine(made), len(mine.rows)))
+            found.append(dispatcher.restore(dispatched.combine(made, None), len(mine.rows)))
             computed.append(int(dispatched.ends[-1]))
         return found, computed, sum(dispatcher.map.loads.tolist())
 
@@ -113,7 +113,7 @@ def test_a_row_travels_once_to_a_rank_with_both_of_its_experts() -> None:
             count = 3 if context.place.data_rank == 0 else 1
             chosen = torch.tensor([[2, 3], [0, 1], [1, 2]])[:count]
             dispatched = dispatcher.dispatch(torch.ones(count, WIDTH), chosen, torch.ones(count, CHOSEN), step)
-            dispatched.combine(dispatched.rows)
+            dispatched.combine(dispatched.rows, None)
             sent.append((dispatcher.traffic.rows_sent, dispatcher.traffic.rows_received))
         return sent
 
@@ -130,7 +130,7 @@ def test_decode_never_waits_for_the_device(decode: bool) -> None:
         step = ExpertStep(decode, (3, 3))
         with contextlib.suppress(AssertionError), ForbidReadingBack():
             dispatched = dispatcher.dispatch(mine.rows, mine.expert_ids, mine.weights, step)
-            dispatched.combine(torch.zeros_like(dispatched.rows))
+            dispatched.combine(torch.zeros_like(dispatched.rows), None)
             return True
         return False
 

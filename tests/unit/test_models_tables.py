@@ -14,7 +14,8 @@ import pytest
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
-from models.tables import check_degrees, held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table
+from models.cutting import check_degrees
+from models.tables import held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table
 from parallel.degrees import Degrees
 from parallel.sharding import Split, SplitVocabulary, held_regions, held_shape, region_shape
 from tests.tiny import make_checkpoint

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.moe import Experts, MixtureOfExperts, Router
+from models.moe import Experts, MixtureOfExperts
+from models.router import SoftmaxRouter
 from parallel.comm import Group
 from parallel.expert import PREFILL, Copies, SplitExperts
 
@@ -31,7 +32,7 @@ def one_by_one(hidden: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
 @pytest.mark.parametrize(("normalizes", "total"), [(True, 1.0), (False, 0.7)])
 def test_a_router_shares_by_a_softmax_over_all(normalizes: bool, total: float) -> None:
     logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log().double()
-    router = Router(torch.eye(4, dtype=torch.float64), 2, normalizes, rounds=False)
+    router = SoftmaxRouter(torch.eye(4, dtype=torch.float64), 2, normalizes, rounds=False)
     expert_ids, shares = router(logits)
     assert expert_ids.tolist() == [[3, 1]]
     assert shares.dtype == torch.float32
@@ -41,7 +42,7 @@ def test_a_router_shares_by_a_softmax_over_all(normalizes: bool, total: float) -
 def test_shares_are_rounded_if_asked() -> None:
     logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log().bfloat16()
     weight = torch.eye(4, dtype=torch.bfloat16)
-    exact, rounded = (Router(weight, 2, True, rounds)(logits)[1] for rounds in (False, True))
+    exact, rounded = (SoftmaxRouter(weight, 2, True, rounds)(logits)[1] for rounds in (False, True))
     assert not torch.equal(exact, rounded) and torch.equal(exact.bfloat16().float(), rounded)
 
 
@@ -49,7 +50,7 @@ def test_shares_are_rounded_if_asked() -> None:
 @given(st.integers(0, 9), st.integers(1, 4), st.integers(0, 1000))
 def test_experts_compute_the_formula(rows: int, chosen: int, seed: int) -> None:
     experts = Experts(random(5, 12, 8, seed=seed), random(5, 8, 6, seed=seed + 1), F.silu)
-    router = Router(random(5, 8, seed=seed + 2), chosen, normalizes=True, rounds=False)
+    router = SoftmaxRouter(random(5, 8, seed=seed + 2), chosen, normalizes=True, rounds=False)
     hidden = random(rows, 8, seed=seed + 3)
     found = MixtureOfExperts(router, experts, SplitExperts(Group(), 5))(hidden, PREFILL)
     torch.testing.assert_close(found, one_by_one(hidden, *router(hidden), experts))
@@ -61,7 +62,7 @@ def test_rows_that_all_choose_one_expert_are_all_computed() -> None:
     expert_ids, weights = torch.full((40, 1), 1), torch.ones(40, 1)
     dispatched = SplitExperts(Group(), 3).dispatch(hidden, expert_ids, weights, PREFILL)
     assert dispatched.ends.tolist() == [0, 40, 40]
-    found = dispatched.combine(experts(dispatched.rows, dispatched.ends))
+    found = dispatched.combine(experts(dispatched.rows, dispatched.ends), None)
     torch.testing.assert_close(found, one_by_one(hidden, expert_ids, weights, experts))
 
 
@@ -80,7 +81,7 @@ def test_choices_of_other_ranks_add_nothing(total: int | None) -> None:
 
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     experts = Experts(random(2, 4, 4), random(2, 4, 2), F.silu)
-    router = Router(random(2, 4, seed=1), 2, normalizes=True, rounds=False)
+    router = SoftmaxRouter(random(2, 4, seed=1), 2, normalizes=True, rounds=False)
     layer = MixtureOfExperts(router, experts, SplitExperts(Group(), 2))
     hidden = random(5, 4, seed=2)
     spoilt = hidden.clone()

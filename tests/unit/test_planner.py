@@ -100,6 +100,9 @@ def small_models(draw: st.DrawFn) -> ModelConfig:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
             "first_k_dense_replace": draw(st.integers(0, 2)),
+            "norm_topk_prob": False,
+            "n_group": 2,
+            "topk_group": 1,
         }
     with tempfile.TemporaryDirectory() as folder:
         return read_model_config(write_config(Path(folder), values), planning=True)
@@ -128,6 +131,8 @@ def copies(parameter: Parameter, degrees: Degrees) -> int:
     """How often the ranks of a stage hold each number of a tensor, by the rules of sharding."""
     if parameter.expert is not None:
         return 1
+    if parameter.shared and (degrees.data > 1 or degrees.expert > 1):
+        return degrees.stage_ranks
     match parameter.placement:
         case Replicated():
             return degrees.stage_ranks

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from echelon.errors import ConfigError
-from models.config import DTYPE_BYTES, ModelConfig
+from models.config import ModelConfig
 from models.files import Stamp, read_header, weight_stamps
+from models.tables import Parameter, held_parameters
 from parallel.sharding import Shape
 from worker.checkpoint.checksum import checksum
 from worker.checkpoint.manifest import (
@@ -32,7 +33,7 @@ from worker.checkpoint.manifest import (
     ShardAddress,
     TensorEntry,
     UnfitShardError,
-    cuts,
+    cut_of,
     read_manifest,
 )
 from worker.checkpoint.store import locked
@@ -129,15 +130,13 @@ class ShardWriter:
     def _write_weights(self, path: Path) -> None:
         """All that the rank holds, as safetensors, in the order of the source's files."""
         share = SourceShare(self._config, self._model, self._address.place)
-        held = cuts(self._config, self._address.place)
-        dtype: torch.dtype = getattr(torch, self._address.dtype)
-        header = _header({name: held[name][0] for name in share.names}, dtype)
+        header = _header({parameter.name: self._held(parameter) for parameter in share.parameters})
         with path.open("wb") as file:
-            _check_room(path.parent, len(header) + sum(self._bytes(shape) for shape, _ in held.values()))
+            _check_room(path.parent, len(header) + sum(map(self._bytes, share.parameters)))
             file.write(header)
             unsynced_bytes = 0
             for parameter, parts in share.tensors(read_buffer(torch.device("cpu"))):
-                padding_bytes = self._bytes(held[parameter.name][0])
+                padding_bytes, (_, dtype) = self._bytes(parameter), self._held(parameter)
                 for part in parts:
                     self._check_cancelled()
                     data = part.to(dtype).contiguous()
@@ -156,10 +155,11 @@ class ShardWriter:
         """Checksums are of what can be read again, not of what was meant to be written."""
         stored, tensors = read_header(weights), {}
         with weights.open("rb") as file:
-            for name, (shape, regions) in cuts(self._config, self._address.place).items():
+            for parameter in held_parameters(self._config, self._address.place):
                 self._check_cancelled()
-                crc = checksum(file.fileno(), stored[name].first_byte, self._bytes(shape))
-                tensors[name] = TensorEntry(shape, regions, crc)
+                name, regions = parameter.name, cut_of(parameter.held_regions(self._address.place))
+                crc = checksum(file.fileno(), stored[name].first_byte, self._bytes(parameter))
+                tensors[name] = TensorEntry(self._held(parameter)[0], regions, crc)
         return Manifest(
             model_digest=self._address.model_digest,
             layout_digest=self._address.layout_digest,
@@ -174,18 +174,24 @@ class ShardWriter:
             tensors=tensors,
         )
 
-    def _bytes(self, shape: Shape) -> int:
-        return math.prod(shape) * DTYPE_BYTES[self._address.dtype]
+    def _held(self, parameter: Parameter) -> tuple[Shape, torch.dtype]:
+        """As the rank holds it."""
+        dtype = parameter.held_dtype(self._address.dtype)
+        return parameter.held_shape(self._address.place.degrees), getattr(torch, dtype)
+
+    def _bytes(self, parameter: Parameter) -> int:
+        shape, dtype = self._held(parameter)
+        return math.prod(shape) * dtype.itemsize
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise UnfitShardError("it was cancelled")
 
 
-def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
+def _header(held: Mapping[str, tuple[Shape, torch.dtype]]) -> bytes:
     """Of a safetensors file with these tensors one behind the other; padded, so that they begin on a page."""
     entries, end = {}, 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in held.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": STORED_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
