@@ -109,7 +109,7 @@ def _open_journal(config: CoordinatorConfig, fences: Fences, origin: ClockOrigin
         return NoJournal()
     folder = config.state_dir / "journal"
     try:
-        return JournalFile(folder, fences.term, fsync=config.journal == "fsync", origin=origin)
+        return JournalFile(folder, fences.term, fsync=config.journal == "fsync", origin=origin, check_term=fences.check)
     except OSError as error:
         raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
 

@@ -25,6 +25,9 @@ RESERVED_BYTES = 4096  # a block: the next number finds room on a disk that has 
 LOCK_PATIENCE_S = 5.0  # a predecessor that was killed may still be ending
 
 
+_Mark = tuple[int, int, int]
+
+
 class SupersededError(OSError):
     """Another coordinator has a later term, so nothing of ours counts: the lock was lost, or its file removed."""
 
@@ -43,8 +46,10 @@ class Fences:
 
     def __init__(self, directory: Path, lock: int, numbers: Numbers) -> None:
         self._directory = directory
+        self._path = directory / TERM_FILE  # looked at with every step
         self._lock = lock
         self._numbers = numbers
+        self._known: _Mark | None = None  # the file whose content was checked last
 
     @classmethod
     def open(cls, directory: Path, patience_s: float = LOCK_PATIENCE_S) -> Fences:
@@ -86,8 +91,11 @@ class Fences:
         self._write(replace(self._numbers, epochs={**self._numbers.epochs, str(replica): epoch}))
 
     def check(self) -> None:
-        """Raises SupersededError."""
-        refuse_older(self.term, _read(self._directory))
+        """Raises SupersededError. Quick while the file is the same: the journal asks with every step."""
+        found = _mark(self._path)  # before it is read: one that is put in its place meanwhile is read next time
+        if found is not None and found != self._known:
+            refuse_older(self.term, _read(self._directory))
+            self._known = found
 
     def close(self) -> None:
         """Release the lock."""
@@ -128,6 +136,15 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mark(path: Path) -> _Mark | None:
+    """Tells the term file from every other that stood there: it is never written in place. None where none is seen."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _acquire(lock: int, directory: Path, patience_s: float) -> None:

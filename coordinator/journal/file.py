@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,8 @@ class JournalFile:
     """Append-only. `state` is what the file adds up to; the core folds its records into it before they are appended.
 
     origin: where this process's times count from. damages: what replay had to leave out, a torn tail as a rule.
-    not_compacted: why the last try to begin a new segment failed, empty if it did not.
+    not_compacted: why the last try to begin a new segment failed, empty if it did not. check_term raises
+    SupersededError once a successor has raised the term, which it does before it reads the journal.
     """
 
     keeps = True
@@ -44,6 +45,7 @@ class JournalFile:
         fsync: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
         origin: ClockOrigin | None = None,
+        check_term: Callable[[], None] = lambda: None,
     ) -> None:
         """Raises OSError when the directory cannot be used; on a full disk it is only not durable yet."""
         self.state = JournalState()
@@ -53,6 +55,7 @@ class JournalFile:
         self._term = term
         self._fsync = fsync
         self._segment_bytes = self._limit_bytes = segment_bytes
+        self._check_term = check_term
         self._unwritten = b""
         self._segment: Segment | None = None  # in charge; None while only a new one can help
         self._lost: OSError | None = None  # why
@@ -85,8 +88,11 @@ class JournalFile:
         refused = None
         try:
             self._write(content)
+        except SupersededError:
+            raise
         except OSError as error:
             refused = error
+        self._check_term()  # stopped since the last look, it may have written what its successor has not read
         try:
             self._compact(content)
         except SupersededError:
@@ -128,9 +134,11 @@ class JournalFile:
     # Writing
 
     def _write(self, content: bytes) -> None:
+        if self._segment is not None:
+            self._unwritten += content
+        self._check_term()  # what one that was stopped, and only now wakes, meant to write is old
         if self._segment is None:
             return
-        self._unwritten += content
         try:
             self._segment.append(self._unwritten)
         except OSError as error:
@@ -197,6 +205,7 @@ class JournalFile:
 
     def _refuse_superseded(self) -> None:
         """A later segment than ours: a successor writes here, and what we know is old."""
+        self._check_term()
         later = [path.name for path in self._segments() if _number_of(path) > self._number]
         if later:
             raise SupersededError(errno.ESTALE, f"another coordinator writes this journal: {later[-1]}")

@@ -14,6 +14,7 @@ import pytest
 from coordinator.fences import Fences, SupersededError
 from coordinator.journal.file import JournalFile
 from echelon.errors import ConfigError
+from tests.unit.test_journal_faults import failing
 
 
 def test_each_opening_raises_the_term_and_keeps_epochs_and_cluster(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ from coordinator.journal.file import JournalFile
 from tests.unit.test_journal_file import append, opened
 state = pathlib.Path(sys.argv[1])
 fences = Fences.open(state)
-journal = JournalFile(state / "journal", fences.term, segment_bytes=1)
+journal = JournalFile(state / "journal", fences.term, segment_bytes=1, check_term=fences.check)
 append(journal, opened("before"))
 print("ready", flush=True)
 os.kill(os.getpid(), signal.SIGSTOP)
@@ -121,8 +122,11 @@ for attempt in (lambda: append(journal, opened("late")), lambda: fences.persist_
 """
 
 
-def test_a_stopped_coordinator_that_wakes_after_its_successor_began_writes_nothing(tmp_path: Path) -> None:
-    """Nobody has killed it, and its lock was lost."""
+@pytest.mark.parametrize("room", [True, False])
+def test_a_stopped_coordinator_that_wakes_after_its_successor_began_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """Nobody has killed it, and its lock was lost. On a full disk its successor has no segment of its own yet."""
     root = Path(__file__).parents[2]
     sleeper = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
     try:
@@ -131,8 +135,8 @@ def test_a_stopped_coordinator_that_wakes_after_its_successor_began_writes_nothi
         (tmp_path / "lock").unlink()
         fences = Fences.open(tmp_path)
         fences.persist_epoch(0, 1)
-        journal = JournalFile(tmp_path / "journal", fences.term)
-        journal.close()
+        with monkeypatch.context() if room else failing(monkeypatch, "write"):
+            JournalFile(tmp_path / "journal", fences.term).close()
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         sleeper.send_signal(signal.SIGCONT)
         told, _ = sleeper.communicate(timeout=60)

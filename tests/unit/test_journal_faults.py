@@ -162,6 +162,37 @@ def test_one_that_was_replaced_and_wakes_writes_nothing(tmp_path: Path) -> None:
     assert list(reopened(tmp_path).state.entries) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("strikes", ["before the write", "in the write"])
+def test_one_that_was_replaced_tells_nobody_and_writes_nothing_that_its_successor_would_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strikes: str
+) -> None:
+    """Its successor has found no room for a segment, so only the term says that it is there."""
+    later: list[int] = []
+    write = os.write
+
+    def check_term() -> None:
+        if later:
+            raise SupersededError(errno.ESTALE, "another coordinator has taken term 2")
+
+    def write_and_stop(descriptor: int, content: bytes) -> int:
+        later.append(2)
+        return write(descriptor, content)
+
+    journal = JournalFile(tmp_path, term=1, check_term=check_term)
+    append(journal, opened("a"))
+    before = (tmp_path / "000001.log").read_bytes()
+    with monkeypatch.context() as patch:
+        if strikes == "in the write":
+            patch.setattr(os, "write", write_and_stop)
+        else:
+            later.append(2)
+        with pytest.raises(SupersededError, match="term 2"):
+            append(journal, opened("b"))
+    if strikes == "before the write":
+        assert (tmp_path / "000001.log").read_bytes() == before
+    journal.close()
+
+
 def test_a_name_that_a_successor_has_taken_is_not_written_over(tmp_path: Path) -> None:
     """In the very moment between looking for one and taking it."""
     segment = Segment(tmp_path / "000002.tmp")
