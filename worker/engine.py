@@ -113,6 +113,7 @@ class EngineCore:
         self._lanes = Lanes(limits)
         self._link_open = False
         self._report_seq = 0
+        self._last_attempt = 0
         self._unacked: deque[Report] = deque()
         self._counters = {"released": 0, "refused_commands": 0}
         self._outcome = Outcome()  # what this step reports
@@ -176,6 +177,7 @@ class EngineCore:
             block_tokens=self._limits.block_tokens,
             max_context=self._limits.max_context,
             running=tuple(running.values()),
+            last_attempt=self._last_attempt,
         )
 
     def _obey(self, command: Command) -> None:
@@ -202,6 +204,7 @@ class EngineCore:
 
     def _assign(self, assign: Assign) -> None:
         """Hold the request, instead of an older attempt at it; one that can never fit is released with the reason."""
+        self._last_attempt = max(self._last_attempt, assign.attempt)
         held = self._lanes.held_attempt(assign.request)
         if held is not None:
             if assign.attempt <= held:

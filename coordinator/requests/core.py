@@ -141,6 +141,7 @@ class CoordinatorCore:
             for choice in adopted.ended_choices():  # an end by a stop string may be news to the leader
                 link.abandon(running.request, running.attempt, choice)
         for life in reversed(wanted.values()):
+            life.reached = life.entry.attempt <= hello.last_attempt
             self._lives.interrupt(now, life, "its leader does not hold it")
 
     def _end_epoch(self, now: float, replica: int, epoch: int, reason: str) -> None:
@@ -282,12 +283,11 @@ class CoordinatorCore:
 
     def _assign_to(self, now: float, life: Life, link: Link, prefix: Sequence[bytes]) -> None:
         entry, request = life.entry, life.entry.request
-        recomputed = entry.recomputed_tokens + (life.size.known_tokens if entry.attempt else 0)
+        recomputed = entry.recomputed_tokens + life.recomputed_tokens
         attempt = self._lives.next_attempt()
         self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
         self._lives.move(life, Phase.RUNNING)
-        if life.assigned_unix_s is None:
-            life.assigned_unix_s = now
+        life.assigned(now)
         assign = Assign(
             request=request.request_id,
             attempt=attempt,

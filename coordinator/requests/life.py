@@ -48,7 +48,8 @@ NewText = Callable[[Stops], AnswerText]
 class Life:
     """A remembered request. stream is None while no client is attached, since detached_unix_s.
 
-    arrival is its place among all requests. finishes: by choice, how it ended, None while it goes on.
+    arrival is its place among all requests. finishes: by choice, how it ended, None while it goes on. reached: whether
+    a leader has ever had its last attempt.
     """
 
     entry: Entry
@@ -59,6 +60,7 @@ class Life:
     detached_unix_s: float = 0.0
     assigned_unix_s: float | None = None
     first_token_unix_s: float | None = None
+    reached: bool = True
     stop_ids: frozenset[int] = frozenset()
     finishes: list[Finish | None] = field(default_factory=list)
     _texts: list[AnswerText] = field(default_factory=list)  # in step with the answers, or empty: nobody reads
@@ -89,6 +91,17 @@ class Life:
         prompt = len(self.entry.request.prompt)
         generated = tuple(len(answer.ids) for _, answer in self._going_on())
         return Size(prompt, generated, prompt + self.sampling.max_tokens)
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """What its next attempt computes once more: nothing of one that no leader has had."""
+        return self.size.known_tokens if self.entry.attempt and self.reached else 0
+
+    def assigned(self, now: float) -> None:
+        """An attempt is on its way to a leader."""
+        self.reached = True
+        if self.assigned_unix_s is None:
+            self.assigned_unix_s = now
 
     def progress(self) -> tuple[Progress, ...]:
         """The choices that go on, with the ids they have."""

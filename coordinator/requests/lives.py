@@ -188,7 +188,7 @@ class Lives:
     def interrupt(self, now: float, life: Life, reason: str) -> None:
         """A replica lost it, or never had it: replay it from the journal, in its place among those that wait."""
         self._withdraw(life)
-        detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": life.size.known_tokens}
+        detail = {"attempt": life.entry.attempt, "reason": reason, "recomputed_tokens": life.recomputed_tokens}
         self.emit("request.replayed", life.request_id, **detail)
         if life.stream is None:
             self._park(now, life)

@@ -153,13 +153,17 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaHello:
-    """A leader's first report on a link: what it can hold, and what it holds already."""
+    """A leader's first report on a link: what it can hold, and what it holds already.
+
+    last_attempt: the highest that it was ever given; a later one never reached it.
+    """
 
     slots: int
     kv_blocks: int
     block_tokens: int
     max_context: int
     running: tuple[Running, ...] = ()
+    last_attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)

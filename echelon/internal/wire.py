@@ -170,6 +170,7 @@ def hello_to_proto(hello: link.ReplicaHello) -> link_pb2.ReplicaHello:
         block_tokens=hello.block_tokens,
         max_context=hello.max_context,
         running=[link_pb2.Running(request=r.request, attempt=r.attempt) for r in hello.running],
+        last_attempt=hello.last_attempt,
     )
 
 
@@ -180,6 +181,7 @@ def hello_from_proto(message: link_pb2.ReplicaHello) -> link.ReplicaHello:
         block_tokens=message.block_tokens,
         max_context=message.max_context,
         running=tuple(link.Running(r.request, r.attempt) for r in message.running),
+        last_attempt=message.last_attempt,
     )
 
 

@@ -60,6 +60,8 @@ def require(holds: object, message: str, *values: object) -> None:
 class Written:
     """What reached the disk of one request. place: its turn. recomputed_tokens: given to replicas once more.
 
+    never_had: of these, where no leader had had them before; a coordinator that dies at once may not know that.
+
     coordinators: which one assigned each attempt, counted from the first. told: the last attempt that brought tokens.
     gaps: attempts of which tokens were acknowledged and not recorded: nobody read them, or the disk was full.
     damaged: its records were lost once, and its client may have told of them.
@@ -68,6 +70,7 @@ class Written:
     place: tuple[int, int]
     answers: list[Reference]
     recomputed_tokens: int = 0
+    never_had: int = 0
     coordinators: dict[int, int] = field(default_factory=dict)
     gaps: set[int] = field(default_factory=set)
     told: int = 0
@@ -93,6 +96,7 @@ class Checker:
     told: Counter[str] = field(default_factory=Counter)  # events by kind
     seen: Counter[str] = field(default_factory=Counter)  # of SEEN
     tokens: int = 0
+    had: set[tuple[str, int]] = field(default_factory=set)  # requests and attempts that came to their leaders
     _opens: int = 0
     _coordinators: int = 0
     _written: dict[str, Written] = field(default_factory=dict)
@@ -213,7 +217,9 @@ class Checker:
         if entry.assigned and entry.assigned.replica != record.replica:
             self.seen["taken over by another replica"] += 1
         if entry.attempt:
-            written.recomputed_tokens += len(entry.request.prompt) + sum(len(answer.ids) for answer in going_on)
+            known = len(entry.request.prompt) + sum(len(answer.ids) for answer in going_on)
+            written.recomputed_tokens += known
+            written.never_had += known * ((record.request_id, entry.attempt) not in self.had)
 
     def _prompted(self, record: Prompted) -> None:
         entry = self.disk.entries[record.request_id]
@@ -274,7 +280,10 @@ class Checker:
         counts = [len(answer.ids) for answer in written.answers]
         require(history.positions == counts, "{} ended before its last delta", history.request_id)
         cached = entry.prompted.cached_tokens if entry.prompted else 0
-        usage = Usage(len(request.prompt), sum(counts), written.recomputed_tokens, cached)
+        recomputed = event.usage.recomputed_tokens
+        least, most = written.recomputed_tokens - written.never_had, written.recomputed_tokens
+        require(least <= recomputed <= most, "{}, but {} to {} recomputed", event.usage, least, most)
+        usage = Usage(len(request.prompt), sum(counts), recomputed, cached)
         require(event.usage == usage, "{}, but {}", event.usage, usage)
         # A client that holds every token of every choice is answered without a replica.
         expected = prompt_logprobs(request) if entry.assigned else ()

@@ -83,6 +83,7 @@ class Leader:
         if self.link is link:
             if command.fence == self.core.fence:
                 self._attempts.commanded(command)
+                self._site.world.checker.had |= {(assign.request, assign.attempt) for assign in command.assigns}
             self._step(Commanded(command))
 
     def _closed(self, link: Connection) -> None:

@@ -123,8 +123,10 @@ class Shell:
         fence = fence or replace(FENCE, term=self.term)
         return self.post(Reported(Report(fence, self.report_seq, runs, released, stats=stats, prompted=prompted)))
 
-    def open(self, *running: Running, fence: Fence | None = None) -> None:
-        self.post(LinkOpened(fence or replace(FENCE, term=self.term), replace(self.hello, running=running)))
+    def open(self, *running: Running, fence: Fence | None = None, last_attempt: int = 2**63) -> None:
+        """last_attempt: that the leader was ever given; it had all."""
+        hello = replace(self.hello, running=running, last_attempt=last_attempt)
+        self.post(LinkOpened(fence or replace(FENCE, term=self.term), hello))
 
     def assigns(self) -> list[Assign]:
         return [assign for command in self.commands for assign in command.assigns]

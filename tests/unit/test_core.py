@@ -377,6 +377,25 @@ def test_an_assignment_that_was_lost_with_its_link_is_made_again(shell: Shell) -
     assert [assign.attempt for assign in shell.assigns()] == [1, 2]
 
 
+@pytest.mark.parametrize(("last_attempt", "recomputed"), [(1, 0), (2, 3)])
+def test_only_what_a_leader_has_had_is_computed_again(shell: Shell, last_attempt: int, recomputed: int) -> None:
+    """The coordinator dies with the second assignment written and not sent; or its leader has it, and let go."""
+    shell.post(Submit(1, request("a")))
+    shell.post(Submit(2, request("b")))
+    successor = shell.restart()
+    successor.post(Submit(8, request("a")))
+    successor.post(Submit(9, request("b")))
+    successor.open(Running("a", 1), last_attempt=last_attempt)
+    assert [emit.detail["recomputed_tokens"] for emit in successor.told if emit.subject == "b"] == [recomputed]
+    again = successor.assigns()[-1].attempt
+    successor.post(ReplicaEnded(replace(FENCE, term=2), "a rank dies"))
+    successor.open(fence=Fence(2, 0, 2))
+    assert successor.assigns()[-1].attempt > again
+    successor.report((TokenRun("b", 0, successor.assigns()[-1].attempt, 0, (STOP_ID,)),), fence=Fence(2, 0, 2))
+    final = successor.shown[9][-1]
+    assert isinstance(final, Completion) and final.usage.recomputed_tokens == recomputed + 3
+
+
 def test_what_a_leader_refuses_fails_with_its_reason(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     shell.report(released=(Released("r", 1, "no such thing", "CONSTRAINT_FAILED"),))

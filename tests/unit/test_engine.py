@@ -251,7 +251,12 @@ def test_reports_are_kept_until_acknowledged_and_told_again_under_the_new_term()
     assert replica.complete() == [] and replica.complete() == [], "nobody listens, and it goes on"
     hello, *again = replica.open_link(term=2)
     assert hello.report_seq == 0 and hello.hello == ReplicaHello(
-        slots=4, kv_blocks=32, block_tokens=4, max_context=64, running=(Running("a", 1), Running("b", 1))
+        slots=4,
+        kv_blocks=32,
+        block_tokens=4,
+        max_context=64,
+        running=(Running("a", 1), Running("b", 1)),
+        last_attempt=1,
     ), "a has ended, but the coordinator may not know"
     assert again[0] == replace(sent[0], fence=Fence(2, 0, 1))
     assert [report.report_seq for report in again] == [1, 2, 3]

@@ -63,7 +63,7 @@ def test_report(finish: link.Finish | None) -> None:
         7,
         (link.TokenRun("a", 0, 1, 5, (10, 11), (LOGPROB, link.Logprob(-1.0)), finish), link.TokenRun("b", 0, 2, 0, ())),
         (link.Released("a", 1), link.Released("b", 2, "does not fit")),
-        link.ReplicaHello(8, 100, 16, 512, (link.Running("a", 1),)),
+        link.ReplicaHello(8, 100, 16, 512, (link.Running("a", 1),), 9),
         link.ReplicaStats(77, 3, {"steps": 77}, 5),
         (link.Prompted("a", 1, 32, (LOGPROB,)), link.Prompted("b", 2, 0)),
     )

@@ -180,18 +180,20 @@ class Running(_message.Message):
     def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
-    __slots__ = ("slots", "kv_blocks", "block_tokens", "max_context", "running")
+    __slots__ = ("slots", "kv_blocks", "block_tokens", "max_context", "running", "last_attempt")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    LAST_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     slots: int
     kv_blocks: int
     block_tokens: int
     max_context: int
     running: _containers.RepeatedCompositeFieldContainer[Running]
-    def __init__(self, slots: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., running: _Optional[_Iterable[_Union[Running, _Mapping]]] = ...) -> None: ...
+    last_attempt: int
+    def __init__(self, slots: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., running: _Optional[_Iterable[_Union[Running, _Mapping]]] = ..., last_attempt: _Optional[int] = ...) -> None: ...
 
 class ReplicaStats(_message.Message):
     __slots__ = ("step", "blocks_referenced", "counters", "blocks_cached")
