@@ -20,6 +20,7 @@ from echelon.internal.link import (
     ReplicaStats,
     Report,
     Running,
+    TokenRun,
 )
 from worker.lanes import Lanes
 from worker.limits import EngineLimits, refusal
@@ -166,11 +167,11 @@ class EngineCore:
         return [SendReport(report) for report in (hello, *self._unacked)]
 
     def _hello(self) -> ReplicaHello:
-        """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming."""
+        """What it can hold and holds; a request whose last run is not acknowledged counts, for that run is coming, and
+        one whose release is still to be told."""
         last_runs = [run for report in self._unacked for run in report.runs if run.finish]
-        running = {run.request: Running(run.request, run.attempt) for run in last_runs}
-        for assign in self._lanes:
-            running[assign.request] = Running(assign.request, assign.attempt)
+        held: list[TokenRun | Released | Assign] = [*last_runs, *self._outcome.released, *self._lanes]
+        running = {each.request: Running(each.request, each.attempt) for each in held}
         return ReplicaHello(
             slots=self._limits.max_running * self._limits.data,
             kv_blocks=self._limits.kv_blocks * self._limits.data,
@@ -256,12 +257,18 @@ class EngineCore:
         return plans
 
     def _report(self) -> list[Effect]:
-        """What this step has to tell, numbered and kept; sent if somebody listens."""
+        """What this step has to tell, numbered and kept; sent if somebody listens.
+
+        While steps run and nothing is held any more, releases wait until these steps have ended: what is then assigned
+        to a replica that holds nothing is alone in its steps, should one of them break.
+        """
         told, self._outcome = self._outcome, Outcome()
-        if not (told.runs or told.released):
-            return []
         if told.released and self._lanes.idle:
             self._lanes.check_integrity()
+            if self._lanes.plans_in_flight:
+                self._outcome.released, told.released = told.released, []
+        if not (told.runs or told.released):
+            return []
         self._report_seq += 1
         report = Report(
             self._fence,

@@ -135,7 +135,10 @@ class Prompted:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The leader holds nothing of this attempt any more. error and its reason say why it cannot be run, else empty."""
+    """The leader holds nothing of this attempt any more; if it holds nothing at all, no step computes any of it either.
+
+    error and its reason say why it cannot be run, else empty.
+    """
 
     request: str
     attempt: int

@@ -17,7 +17,7 @@ import pytest
 from coordinator.replica.events import Accept, Blame, Blamed, Fault, Tell
 from coordinator.requests import quarantine
 from coordinator.requests.core import CoordinatorCore
-from coordinator.requests.quarantine import Decision
+from coordinator.requests.quarantine import Decision, Quarantine
 from echelon.errors import QuarantinedError
 from tests.simulation.client import Order, User
 from tests.simulation.device import Device
@@ -29,8 +29,8 @@ from worker.engine import Event
 from worker.plan import StepPlan, StepResult
 
 SEEDS = 100
-POISON = "poison"  # a constraint that allows every token, and breaks the step that would draw this one:
-POISON_AT = 3
+POISON = "poison"  # a constraint that allows every token, and breaks the step that would draw one of the first:
+POISON_PLACES = 4
 UNANSWERED = 0.1  # how often the leader does not say whose step it was
 
 
@@ -57,6 +57,19 @@ class PoisonedSimulation(Simulation):
         return replace(order, sampling=sampling, timeout_s=400.0)
 
 
+def judge_suspects(patch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
+    """Who was sent away for a suspect is in none of its steps."""
+    broke = Quarantine.broke
+
+    def broke_alone(self: Quarantine, request_id: str, alone: bool) -> tuple[Decision, str]:
+        replayed = self.replayed is not None and self.replayed.request_id == request_id
+        seen["alone"] += replayed and alone
+        assert alone or not replayed, f"{request_id} was replayed alone, and others were in its steps"
+        return broke(self, request_id, alone)
+
+    patch.setattr(Quarantine, "broke", broke_alone)
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Devices, leaders, ranks and users that know of poison; counts what it has done."""
@@ -68,7 +81,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         result = run(self, plan)
         for row in plan.rows:
             admit = self._slots[row.slot].admit
-            if admit.sampling.grammar == POISON and row.first + row.tokens - admit.prompt_tokens >= POISON_AT:
+            generated, breaks_at = row.first + row.tokens - admit.prompt_tokens, admit.sampling.seed % POISON_PLACES
+            if admit.sampling.grammar == POISON and generated >= breaks_at:
                 raise StepBroke(plan.step)
         return result
 
@@ -80,9 +94,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             self.closed = True  # its threads have ended; it is still there, and can be asked
             ranks = [each for each in self._site.processes if each.epoch == self._epoch and each.running]
             teller = self._site.world.random.choice(ranks)
-            known = self.core.in_steps(broke.step, broke.step) if teller.rank == 0 else ()
+            first = self.core.stats().step + 1  # a rank knows which steps it runs, not which of them it was
+            known = self.core.in_steps(first, broke.step) if teller.rank == 0 else ()
             words = teller.rank, teller.incarnation, "ready", "it broke"
-            told[teller] = Fault(*words, first_step=broke.step, last_step=broke.step, requests=known)
+            told[teller] = Fault(*words, first_step=first, last_step=broke.step, requests=known)
             teller._send(told[teller])
 
     def obey_poison(self: RankProcess, stream: Connection, tell: Tell) -> None:
@@ -100,6 +115,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         else:
             check(self)
 
+    judge_suspects(monkeypatch, seen)
     monkeypatch.setattr(Device, "run", run_poison)
     monkeypatch.setattr(Leader, "_step", step_poison)
     monkeypatch.setattr(RankProcess, "_obey", obey_poison)
@@ -120,7 +136,16 @@ def live(seeds: range, seen: Counter[str]) -> None:
 
 def test_only_poison_is_quarantined_and_everybody_else_is_answered(poison: Counter[str]) -> None:
     live(range(SEEDS), poison)
-    must = ("steps", "asked", "quarantined", "request.suspected", "request.cleared", "request.quarantined", "answers")
+    must = (
+        "steps",
+        "asked",
+        "alone",
+        "quarantined",
+        "request.suspected",
+        "request.cleared",
+        "request.quarantined",
+        "answers",
+    )
     assert not [name for name in must if not poison[name]], poison
 
 

@@ -153,10 +153,36 @@ def test_cancelled_requests_hold_nothing_from_then_on() -> None:
     replica.open_link()
     replica.command(assign("a", max_tokens=20), assign("b", max_tokens=20), assign("c", prompt=20))
     replica.complete()
-    (report,) = replica.command(Abandon("a", 1), Abandon("b", 1), Abandon("c", 1))
+    assert replica.command(Abandon("a", 1), Abandon("b", 1), Abandon("c", 1)) == []
+    assert replica.engine.stats().blocks_referenced == 0
+    (report,) = replica.finish()
+    assert not report.runs, "what was in flight says nothing more"
     assert report.released == (Released("a", 1), Released("b", 1), Released("c", 1))
-    assert report.stats and report.stats.blocks_referenced == 0
-    assert replica.finish() == [], "what was in flight says nothing more"
+
+
+def test_once_all_is_released_no_step_computes_any_of_it() -> None:
+    """So that a request that is given to a replica which holds nothing is alone in its steps."""
+    replica = Replica(limits())
+    replica.open_link()
+    replica.command(assign("a", max_tokens=20), assign("b", max_tokens=20))
+    (report,) = replica.command(Abandon("a", 1))
+    assert report.released == (Released("a", 1),), "b is held"
+    assert replica.command(Abandon("b", 1)) == [] and replica.engine.in_steps(1, 2) == ("a", "b")
+    (hello,) = replica.open_link()[:1]
+    assert hello.hello and hello.hello.running == (Running("b", 1),), "for steps compute it"
+    assert replica.complete() == [] and replica.engine.in_steps(1, 2) == ("a", "b")
+    (report,) = replica.complete()
+    assert report.released == (Released("b", 1),) and replica.engine.in_steps(1, 9) == ()
+
+
+def test_what_comes_next_waits_for_no_release() -> None:
+    replica = Replica(limits())
+    replica.open_link()
+    replica.command(assign("a", max_tokens=20))
+    assert replica.command(Abandon("a", 1)) == []
+    (report,) = replica.command(assign("b"))
+    assert report.released == (Released("a", 1),)
+    assert len(ids_of(replica.finish(), "b")) == 4
 
 
 def test_abandoning_what_is_not_held_is_answered_and_touches_nothing_else() -> None:
@@ -174,9 +200,10 @@ def test_choices_are_let_go_of_one_by_one_and_released_with_the_last() -> None:
     replica.command(asked := assign("a", max_tokens=6, choices=3))
     reports = replica.complete()
     assert replica.command(Abandon("a", 1, 0), Abandon("a", 1, 7), Abandon("a", 2, 1), Abandon("other", 1, 0)) == []
-    (report,) = replica.command(Abandon("a", 1, 0), Abandon("a", 1, 1), Abandon("a", 1, 2))
-    assert report.released == (Released("a", 1),) and report.stats and report.stats.blocks_referenced == 0
-    assert replica.finish() == [] and replica.counters["released"] == 1
+    assert replica.command(Abandon("a", 1, 0), Abandon("a", 1, 1), Abandon("a", 1, 2)) == []
+    assert replica.engine.stats().blocks_referenced == 0
+    (report,) = replica.finish()
+    assert report.released == (Released("a", 1),) and replica.counters["released"] == 1
     replica.command(replace(asked, attempt=2))
     reports = replica.finish()
     assert [ids_of(reports, "a", 2, choice) for choice in range(3)] == [answer(asked, choice) for choice in range(3)]
