@@ -33,7 +33,7 @@ class Budget:
 
     window_s: float = 600.0
     suspect_faults: int = 2
-    quarantine_faults: int = 5
+    quarantine_faults: int = 4
     first_wait_s: float = 30.0
     most_wait_s: float = 120.0
 

@@ -11,7 +11,7 @@ from coordinator.replica.recovery import MAX_BACKOFF_S, Budget, Restart, backoff
 from coordinator.replica.recovery import Fault as DeviceFault
 from tests.unit.test_replica import form, launch, make
 
-BUDGET = Budget(quarantine_faults=4)
+BUDGET = Budget()
 
 
 def faults(*times: float, rank: int = 1) -> list[DeviceFault]:
@@ -69,7 +69,7 @@ def start() -> ReplicaCore:
 def test_a_device_that_breaks_steps_again_and_again_is_quarantined_and_tried_again() -> None:
     core, now = start(), 1.0
     heard: list[Emit] = []
-    for _ in range(5):
+    for _ in range(4):
         now += 20.0
         broken = Fault(0, core.incarnation(), "ready", "CUDA error", first_step=1, last_step=1, requests=("a",))
         heard = told(core.step(now, broken), "device.suspect", "device.quarantined", "replica.waiting")
