@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 import resource
@@ -149,21 +148,19 @@ def test_large_tensors_are_written_and_read_in_pieces(rank: KeepingRank, monkeyp
     assert_kept(rank, expected)
 
 
-def test_a_device_copies_from_the_mapped_file(kept: KeepingRank, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, but for the registration: what is checked and what is copied are the same bytes."""
+def test_a_device_gets_a_shard_in_pieces(kept: KeepingRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, but for the memory, which only a device can pin."""
     expected, _ = kept.load()
-    mapped_bytes = []
+    monkeypatch.setattr(restore, "PIECE_BYTES", 1000)
+    sent_bytes = []
 
-    @contextmanager
-    def host_bytes(path: Path, device: torch.device) -> Iterator[Tensor]:
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
-            mapped = torch.frombuffer(mapping, dtype=torch.uint8)
-            mapped_bytes.append(len(mapped))
-            yield mapped
+    def fill(self: restore.ShardFile, shard: Tensor, first_byte: int) -> int:
+        sent_bytes.append(shard.nbytes)
+        return self.send(shard.view(-1).view(torch.uint8), first_byte, pinned=False)
 
-    monkeypatch.setattr(restore, "host_bytes", host_bytes)
+    monkeypatch.setattr(restore.ShardFile, "fill", fill)
     assert_kept(kept, expected)
-    assert mapped_bytes == [kept.weights.stat().st_size]
+    assert sum(sent_bytes) == sum(tensor.nbytes for tensor in expected.values())
 
 
 # What is not: the source is loaded, the reason told, and the shard written anew.

@@ -6,10 +6,8 @@ source. It opens nothing but the shard.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,7 @@ from echelon.errors import ConfigError
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import read_header
-from worker.checkpoint.checksum import checksum_of, extend, pieces, read_into
+from worker.checkpoint.checksum import PIECE_BYTES, read_into
 from worker.checkpoint.manifest import Manifest, ShardAddress, UnfitShardError
 
 Progress = Callable[[int, int], None]
@@ -63,26 +61,26 @@ def _fill(model: DecoderModel, manifest: Manifest, path: Path, progress: Progres
         raise UnfitShardError(f"{path}: its header names other tensors than {manifest.place} holds")
     names = sorted(stored, key=lambda name: stored[name].first_byte)
     total_bytes, loaded_bytes = sum(shard.nbytes for shard in model.shards.values()), 0
+    with ShardFile(path) as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        fillings = [pool.submit(file.fill, model.shards[name], stored[name].first_byte) for name in names]
+        try:
+            for name, filling in zip(names, fillings, strict=True):
+                if (found := filling.result()) != (expected := manifest.tensors[name].crc32c):
+                    raise UnfitShardError(f"{path}: {name} has crc32c {found:08x}, expected {expected:08x}")
+                loaded_bytes += model.shards[name].nbytes
+                progress(loaded_bytes, total_bytes)
+        finally:
+            pool.shutdown(cancel_futures=True)
     device = next(iter(model.shards.values())).device
-    with host_bytes(path, device) as mapped, ShardFile(path, mapped) as file:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            fillings = [pool.submit(file.fill, model.shards[name], stored[name].first_byte) for name in names]
-            try:
-                for name, filling in zip(names, fillings, strict=True):
-                    if (found := filling.result()) != (expected := manifest.tensors[name].crc32c):
-                        raise UnfitShardError(f"{path}: {name} has crc32c {found:08x}, expected {expected:08x}")
-                    loaded_bytes += model.shards[name].nbytes
-                    progress(loaded_bytes, total_bytes)
-            finally:
-                pool.shutdown(cancel_futures=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # all has been fetched, or the error is told here
     return loaded_bytes
 
 
 class ShardFile:
-    """An open file of weights. mapped: all of it in memory that a device can copy from, None where it is read."""
+    """An open file of weights."""
 
-    def __init__(self, path: Path, mapped: Tensor | None) -> None:
-        self._mapped = mapped
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def __enter__(self) -> Self:
@@ -94,36 +92,20 @@ class ShardFile:
         os.close(self._descriptor)
 
     def fill(self, shard: Tensor, first_byte: int) -> int:
-        """A resident tensor with what lies there; the crc32c of it. Raises OSError."""
-        target, crc = shard.view(-1).view(torch.uint8), 0
-        if self._mapped is None and target.is_cpu:
+        """A resident tensor with what lies there; the crc32c of it. A device may still fetch. Raises OSError."""
+        target = shard.view(-1).view(torch.uint8)
+        if target.is_cpu:
             return read_into(self._descriptor, first_byte, target.numpy())
-        if self._mapped is None:
-            for done, data in pieces(self._descriptor, first_byte, len(target)):
-                crc = extend(crc, data)
-                target[done : done + len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            return crc
-        source = self._mapped[first_byte : first_byte + len(target)]
-        target.copy_(source, non_blocking=True)  # while the device fetches, the processor looks at the same bytes
-        return checksum_of(source.numpy())
+        return self.send(target, first_byte, pinned=True)
 
+    def send(self, target: Tensor, first_byte: int, pinned: bool) -> int:
+        """Fill a device's bytes in pieces: while it fetches one from pinned memory, the next is read and looked at.
 
-@contextlib.contextmanager
-def host_bytes(path: Path, device: torch.device) -> Iterator[Tensor | None]:
-    """A file's bytes for a CUDA device to copy at its full speed: mapped, and registered with it; else None.
-
-    Only files in memory, as in /dev/shm, can be registered. All copies are done when this ends.
-    """
-    if device.type != "cuda":
-        yield None
-        return
-    runtime = torch.cuda.cudart()
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
-        mapped = torch.frombuffer(mapping, dtype=torch.uint8)
-        registered = int(runtime.cudaHostRegister(mapped.data_ptr(), len(mapped), 0)) == 0
-        try:
-            yield mapped if registered else None
-        finally:
-            torch.cuda.synchronize(device)
-            if registered:
-                runtime.cudaHostUnregister(mapped.data_ptr())
+        torch gives a piece of pinned memory out again once the device is done with it.
+        """
+        crc = 0
+        for done in range(0, len(target), PIECE_BYTES):
+            piece = torch.empty(min(PIECE_BYTES, len(target) - done), dtype=torch.uint8, pin_memory=pinned)
+            crc = read_into(self._descriptor, first_byte + done, piece.numpy(), crc, PIECE_BYTES)
+            target[done : done + len(piece)].copy_(piece, non_blocking=True)
+        return crc
