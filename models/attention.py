@@ -19,7 +19,10 @@ from models.batch import ForwardBatch, PrefillRow
 
 
 class PagedCache(Protocol):
-    """Keys and values of every layer: [blocks, block_tokens, key/value heads held, head_dim]."""
+    """Keys and values of every layer: [blocks, block_tokens, key/value heads held, head_dim].
+
+    There are no values where keys begin with them.
+    """
 
     @property
     def block_tokens(self) -> int: ...
@@ -33,12 +36,14 @@ class PagedCache(Protocol):
 class AttentionRule:
     """How a layer attends: softmax of the products of query and key times scale, each x bent to cap * tanh(x / cap).
 
-    With a window, each token sees itself and the window - 1 before it; the cache keeps all of them.
+    With a window, each token sees itself and the window - 1 before it; the cache keeps all of them. key_holds: so many
+    numbers of each key, the first, are the value; None if values are stored apart.
     """
 
     window: int | None
     scale: float
     cap: float | None
+    key_holds: int | None = None
 
 
 class PagedAttention:
@@ -59,13 +64,17 @@ class PagedAttention:
         }
         self._prefill_masks = {window: [_causal_mask(row, window) for row in batch.prefill] for window in windows}
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim]."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor | None) -> Tensor:
+        """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim].
+
+        value None: keys hold it, and outputs are as wide as it is.
+        """
+        keys, values = self._cache.keys[layer], None if value is None else self._cache.values[layer]
         keys.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
-        values.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
+        if value is not None and values is not None:
+            values.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
         decoded = self._batch.num_decode_rows
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output = query.new_empty(*query.shape[:-1], rule.key_holds or query.shape[-1])
         if decoded:
             output[:decoded] = self._decode(rule, query[:decoded], keys, values)
         for row, mask in zip(self._batch.prefill, self._prefill_masks[rule.window], strict=True):
@@ -73,7 +82,7 @@ class PagedAttention:
             output[tokens] = _prefill(rule, row, mask, query[tokens], keys, values)
         return output
 
-    def _decode(self, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _decode(self, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor | None) -> Tensor:
         """All decode rows at once, over their blocks gathered side by side."""
         rows, _, head_dim = query.shape
         grouped = query.reshape(rows, keys.shape[2], -1, head_dim)  # query heads by the key/value head they share
@@ -85,11 +94,13 @@ class PagedAttention:
             # A block keeps what its last owner wrote; zeros keep a NaN of theirs out of this row's sums.
             return tokens.masked_fill_(hidden, 0).transpose(1, 2)
 
-        return _attend(rule, grouped, gather(keys), gather(values), visible[:, None, None, :]).flatten(1, 2)
+        stored = gather(keys)
+        held = stored[..., : rule.key_holds] if values is None else gather(values)
+        return _attend(rule, grouped, stored, held, visible[:, None, None, :]).flatten(1, 2)
 
 
 def _prefill(
-    rule: AttentionRule, row: PrefillRow, mask: Tensor | None, query: Tensor, keys: Tensor, values: Tensor
+    rule: AttentionRule, row: PrefillRow, mask: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None
 ) -> Tensor:
     """One request's chunk over everything the request has stored so far."""
     tokens, _, head_dim = query.shape
@@ -99,11 +110,16 @@ def _prefill(
         stored = paged[row.block_table].flatten(0, 1)[: row.context_len]  # [context, key/value heads, head_dim]
         return stored.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
-    return _attend(rule, grouped, gather(keys), gather(values), mask).permute(2, 0, 1, 3).flatten(1, 2)
+    stored = gather(keys)
+    held = stored[..., : rule.key_holds] if values is None else gather(values)
+    return _attend(rule, grouped, stored, held, mask).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _attend(rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """query [..., T, head_dim], keys and values [..., context, head_dim] -> [..., T, head_dim]. mask None: causal."""
+    """query [..., T, head_dim], keys and values [..., context, head_dim] -> [..., T, head_dim]. mask None: causal.
+
+    Values may be narrower than keys, and outputs then are.
+    """
     if rule.cap is None:
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=rule.scale

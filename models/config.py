@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.families import FAMILIES, FULL, PLANNED, SLIDING, Family, Windows
+from models.families import FAMILIES, FULL, SLIDING, Family, Windows
 from models.json_source import JsonSource
 from models.latent import LatentAttention, read_latent
 from models.rope import Rope, RopeReader
@@ -48,7 +48,7 @@ class ModelConfig:
 
     attention_scale: what the products of queries and keys are multiplied by. A cap c bends numbers x to
     c * tanh(x / c), those products in attention_cap, the logits in logit_cap. With latent attention all heads read the
-    same keys and values: num_key_value_heads is 1.
+    same keys, which begin with the values: num_key_value_heads is 1, head_dim that of queries.
     """
 
     architecture: str
@@ -76,22 +76,32 @@ class ModelConfig:
     @property
     def family(self) -> Family:
         """What the architecture's name says."""
-        return FAMILIES.get(self.architecture) or PLANNED[self.architecture]
+        return FAMILIES[self.architecture]
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a key in the cache."""
+        return self.head_dim if self.latent is None else self.latent.cached_numbers
+
+    @property
+    def turning_dim(self) -> int:
+        """Of a head's numbers those that a rope is for, all or some of which it turns."""
+        return self.head_dim if self.latent is None else self.latent.rotary_dim
 
 
 def read_model_config(directory: Path, max_context: int | None = None, *, planning: bool = False) -> ModelConfig:
     """The config of a model directory. Raises ConfigError naming the file and the key.
 
     max_context: tokens of the longest request that will be served, the model's own limit if None. It chooses between
-    the two lists of LongRoPE, and changes nothing else. planning: nothing will be computed, so models that can only be
-    planned are read too, and how a checkpoint is quantised does not matter.
+    the two lists of LongRoPE, and changes nothing else. planning: nothing will be computed, so how a checkpoint is
+    quantised does not matter.
     """
     outer = JsonSource.read(directory / "config.json")
-    architecture, family = _architecture(outer, planning)
+    architecture, family = _architecture(outer)
     source = _text_config(outer, family)
     _refuse_what_is_not_computed(source, family, planning)
     heads = source.count("num_attention_heads")
@@ -100,6 +110,9 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
     if heads % key_value_heads != 0:
         source.refuse(f"num_key_value_heads={key_value_heads} does not divide num_attention_heads={heads}")
     head_dim = latent.head_dim if latent else _head_dim(source, heads)
+    if max_context is None:
+        max_context = source.count("max_position_embeddings")
+    ropes = RopeReader(source, family, latent.rotary_dim if latent else head_dim, max_context)
     attention_bias = source.flag("attention_bias")
     generation = JsonSource.read(directory / "generation_config.json", required=False)
     return ModelConfig(
@@ -111,13 +124,13 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
         head_dim=head_dim,
         vocab_size=source.count("vocab_size"),
         max_position_embeddings=source.count("max_position_embeddings"),
-        layers=_layers(source, family, latent.rotary_dim if latent else head_dim, max_context),
+        layers=_layers(source, family, ropes),
         rms_norm_eps=source.number("rms_norm_eps", 1e-6),
         activation=_activation(source),
         tie_word_embeddings=source.flag("tie_word_embeddings"),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias and family.qkv_bias is None,
-        attention_scale=(source.optional_number("query_pre_attn_scalar") or head_dim) ** -0.5,
+        attention_scale=(source.optional_number("query_pre_attn_scalar") or head_dim) ** -0.5 * ropes.score_factor(),
         attention_cap=source.optional_number("attn_logit_softcapping") if family.caps_attention else None,
         logit_cap=source.optional_number("final_logit_softcapping"),
         dtype=_dtype(source),
@@ -127,16 +140,13 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
     )
 
 
-def _architecture(source: JsonSource, planning: bool) -> tuple[str, Family]:
+def _architecture(source: JsonSource) -> tuple[str, Family]:
     names = source.get("architectures", [])
     name = names[0] if isinstance(names, list) and names else None
-    known = {**FAMILIES, **PLANNED} if planning else FAMILIES
-    if isinstance(name, str) and name in known:
-        return name, known[name]
+    if isinstance(name, str) and name in FAMILIES:
+        return name, FAMILIES[name]
     found = "'architectures' names none" if name is None else f"architecture {name!r} is not supported"
-    if name in PLANNED:
-        found = f"architecture {name!r} can be planned, by `echelon plan`, and is not served yet"
-    source.refuse(f"{found}; supported: {', '.join(known)}")
+    source.refuse(f"{found}; supported: {', '.join(FAMILIES)}")
 
 
 def _text_config(outer: JsonSource, family: Family) -> JsonSource:
@@ -159,12 +169,10 @@ def _refuse_what_is_not_computed(source: JsonSource, family: Family, planning: b
         source.refuse(f"attn_logit_softcapping={cap!r} is not supported for this architecture")
 
 
-def _layers(source: JsonSource, family: Family, head_dim: int, max_context: int | None) -> tuple[LayerConfig, ...]:
+def _layers(source: JsonSource, family: Family, reader: RopeReader) -> tuple[LayerConfig, ...]:
     """Every layer's window, rope and routing."""
     kinds = _layer_kinds(source, family)
-    if max_context is None:
-        max_context = source.count("max_position_embeddings")
-    ropes = RopeReader(source, family, head_dim, max_context).by_kind()
+    ropes = reader.by_kind()
     window = source.count("sliding_window") if SLIDING in kinds else None
     windows = {FULL: None, SLIDING: window}
     routing = read_routing(source, family.experts, len(kinds))

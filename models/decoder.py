@@ -16,6 +16,7 @@ from torch import Tensor
 from models.attention import AttentionRule, PagedAttention, PagedCache
 from models.batch import ForwardBatch
 from models.config import ModelConfig
+from models.latent_attention import LatentSelfAttention, build_latent_attention
 from models.layers import (
     Attend,
     RMSNorm,
@@ -50,7 +51,7 @@ class DecoderLayer:
 
     rope: Rope
     before_attention: Normalize
-    attention: SelfAttention
+    attention: SelfAttention | LatentSelfAttention
     after_attention: Normalize
     before_mlp: Normalize
     mlp: Mlp
@@ -89,11 +90,18 @@ class DecoderModel:
             if self.embedding_scale is not None:
                 hidden = hidden * self.embedding_scale
         assert hidden is not None, "a stage behind the first computes on what the one before sent"
-        rotations = {rope: rotary(batch.positions, hidden.dtype) for rope, rotary in self.rotaries.items()}
+        rotations = self.rotations(batch.positions, hidden.dtype)
         attend = PagedAttention(batch, kv_cache, {layer.attention.rule.window for layer in self.layers})
         for layer in self.layers:
             hidden = layer(hidden, rotations[layer.rope], attend, batch.experts)
         return hidden if self.norm is None else self.norm(hidden.index_select(0, batch.sample_index))
+
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[Rope, Rotation]:
+        """Of these positions, [T], by each rope of the stage; dtype: of what is turned."""
+        return {
+            rope: rotary(positions, torch.float32 if rope.in_float32 else dtype)
+            for rope, rotary in self.rotaries.items()
+        }
 
     def row_logits(self, hidden: Tensor) -> Tensor:
         """[k, vocabulary] logits of rows rank * k .. of hidden, k = ceil(S / tensor size); surplus rows are zeros."""
@@ -139,14 +147,38 @@ def _embedding_scale(config: ModelConfig, dtype: torch.dtype) -> float | None:
 
 
 def _rotary(config: ModelConfig, rope: Rope, device: torch.device) -> RotaryEmbedding:
-    return RotaryEmbedding(rotary_frequencies(config.head_dim, rope).to(device), rope.attention_factor)
+    frequencies = rotary_frequencies(config.turning_dim, rope).to(device)
+    return RotaryEmbedding(frequencies, rope.attention_factor, rope.interleaved)
 
 
 def _build_layer(
     config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, cached_layer: int
 ) -> DecoderLayer:
-    """cached_layer: its number among those that the rank has keys and values of."""
+    """cached_layer: its number among those that the rank caches."""
     family, norms = config.family, config.family.norms
+
+    def norm(part: str) -> RMSNorm:
+        return RMSNorm(weights.take(tensor_name(config, part, layer)), config.rms_norm_eps, family.norms_from_one)
+
+    def norm_if_any(part: str | None) -> Normalize:
+        return _unchanged if part is None else norm(part)
+
+    build_attention = _build_attention if config.latent is None else build_latent_attention
+    return DecoderLayer(
+        rope=config.layers[layer].rope,
+        before_attention=norm(norms.before_attention),
+        attention=build_attention(config, context, weights, layer, cached_layer),
+        after_attention=norm_if_any(norms.after_attention),
+        before_mlp=norm(norms.before_mlp),
+        mlp=build_mlp(config, context, weights, layer),
+        after_mlp=norm_if_any(norms.after_mlp),
+    )
+
+
+def _build_attention(
+    config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, cached_layer: int
+) -> SelfAttention:
+    family, inputs = config.family, attention_inputs(config)
 
     def take(*parts: str, kind: str = "weight") -> Tensor:
         return weights.take(*(tensor_name(config, part, layer, kind) for part in parts))
@@ -154,31 +186,19 @@ def _build_layer(
     def bias(held: bool, *parts: str) -> Tensor | None:
         return take(*parts, kind="bias") if held else None
 
-    def norm(part: str) -> RMSNorm:
-        return RMSNorm(take(part), config.rms_norm_eps, family.norms_from_one)
-
-    def norm_if_any(part: str | None) -> Normalize:
-        return _unchanged if part is None else norm(part)
+    def head_norm(part: str) -> RMSNorm | None:
+        return RMSNorm(take(part), config.rms_norm_eps, family.norms_from_one) if family.normalizes_heads else None
 
     heads, kv_heads = config.num_attention_heads // context.tensor.size, kv_heads_held(config, context.tensor.size)
-    attention = SelfAttention(
+    return SelfAttention(
         layer=cached_layer,
         rule=AttentionRule(config.layers[layer].window, config.attention_scale, config.attention_cap),
         head_dim=config.head_dim,
         head_counts=[heads, kv_heads, kv_heads],
-        qkv=ColumnLinear(take(*attention_inputs(config)), bias(config.qkv_bias, *attention_inputs(config))),
-        query_norm=norm("self_attn.q_norm") if family.normalizes_heads else None,
-        key_norm=norm("self_attn.k_norm") if family.normalizes_heads else None,
+        qkv=ColumnLinear(take(*inputs), bias(config.qkv_bias, *inputs)),
+        query_norm=head_norm("self_attn.q_norm"),
+        key_norm=head_norm("self_attn.k_norm"),
         output=RowLinear(take("self_attn.o_proj"), bias(config.output_bias, "self_attn.o_proj"), context.tensor),
-    )
-    return DecoderLayer(
-        rope=config.layers[layer].rope,
-        before_attention=norm(norms.before_attention),
-        attention=attention,
-        after_attention=norm_if_any(norms.after_attention),
-        before_mlp=norm(norms.before_mlp),
-        mlp=build_mlp(config, context, weights, layer),
-        after_mlp=norm_if_any(norms.after_mlp),
     )
 
 

@@ -84,6 +84,7 @@ class Family:
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     caps_attention: bool = False  # attn_logit_softcapping is read
     latent: bool = False  # keys and values are compressed: models/latent.py
+    rotates_in_float32: bool = False  # rotations are computed in float32 whatever the dtype, as complex numbers
 
 
 GEMMA2 = Family(
@@ -131,6 +132,48 @@ GEMMA3 = replace(
     caps_attention=False,
 )
 QWEN2 = Family(defaults={"sliding_window": 4096, "max_window_layers": 28}, qkv_bias=True, windows=Windows.UPPER_LAYERS)
+DEEPSEEK_EXPERTS = ExpertKeys(
+    experts="n_routed_experts",
+    neurons="moe_intermediate_size",
+    block="mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    gating=Gating.DEEPSEEK_V2,
+)
+DEEPSEEK_V2 = Family(
+    defaults={
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1407,
+    },
+    experts=DEEPSEEK_EXPERTS,
+    qkv_bias=False,
+    latent=True,
+    rotates_in_float32=True,
+)
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2,
+    defaults={
+        **DEEPSEEK_V2.defaults,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    experts=replace(DEEPSEEK_EXPERTS, gating=Gating.DEEPSEEK_V3),
+    rotates_in_float32=False,
+)
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
@@ -182,38 +225,6 @@ FAMILIES: Mapping[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, text_config="text_config", prefix="language_model."),
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
-
-DEEPSEEK_EXPERTS = ExpertKeys(
-    experts="n_routed_experts",
-    neurons="moe_intermediate_size",
-    block="mlp",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    gating=Gating.DEEPSEEK_V2,
-)
-DEEPSEEK_V2 = Family(
-    defaults={"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
-    experts=DEEPSEEK_EXPERTS,
-    qkv_bias=False,
-    latent=True,
-)
-DEEPSEEK_V3 = replace(
-    DEEPSEEK_V2,
-    defaults={
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 2048,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "n_group": 8,
-        "topk_group": 4,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-    },
-    experts=replace(DEEPSEEK_EXPERTS, gating=Gating.DEEPSEEK_V3),
-)
-
-# Their configs and tables can be read, to plan them; nothing computes them yet.
-PLANNED: Mapping[str, Family] = {"DeepseekV2ForCausalLM": DEEPSEEK_V2, "DeepseekV3ForCausalLM": DEEPSEEK_V3}

@@ -1,7 +1,7 @@
 """Latent attention (MLA): keys and values of all heads kept as one compressed vector a token, and a rotated key.
 
-Read from config.json and listed in the parameter table, for planning: Echelon does not compute it yet. Source:
-DeepSeek-V2 (2024), section 2.1. It knows no torch, no weights and no rank.
+Read from config.json and listed in the parameter table; models/latent_attention.py computes it. Source: DeepSeek-V2
+(2024), section 2.1. It knows no torch, no weights and no rank.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ def read_latent(config: JsonSource) -> LatentAttention:
     """The keys of config.json."""
     if config.flag("attention_bias"):
         config.refuse("attention_bias=true is not supported for this architecture")
+    rotary_dim = config.count("qk_rope_head_dim")
+    if rotary_dim % 2 != 0:
+        config.refuse(f"qk_rope_head_dim={rotary_dim} is odd; rotary embeddings turn pairs of dimensions")
     return LatentAttention(
         query_rank=None if config.get("q_lora_rank") is None else config.count("q_lora_rank"),
         rank=config.count("kv_lora_rank"),
         plain_dim=config.count("qk_nope_head_dim"),
-        rotary_dim=config.count("qk_rope_head_dim"),
+        rotary_dim=rotary_dim,
         value_dim=config.count("v_head_dim"),
     )
 

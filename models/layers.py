@@ -76,15 +76,22 @@ class RMSNorm:
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """Cosines and sines of some positions, [T, 1, rotary_dim], to turn the first numbers of each head of heads
-    [T, heads, head_dim]."""
+    [T, heads, head_dim].
+
+    The numbers of a pair are half of rotary_dim apart; interleaved, they are neighbours, and come apart as they turn.
+    """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
 
     def __call__(self, heads: Tensor) -> Tensor:
         turning, staying = torch.tensor_split(heads, (self.cos.shape[-1],), dim=-1)
+        if self.interleaved:
+            turning = turning.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        turning = turning.to(self.cos.dtype)
         first, second = turning.chunk(2, dim=-1)
-        turned = turning * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        turned = (turning * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(heads.dtype)
         return torch.cat((turned, staying), dim=-1) if staying.shape[-1] else turned
 
 
@@ -94,11 +101,13 @@ class RotaryEmbedding:
 
     frequencies: Tensor
     scale: float
+    interleaved: bool = False
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         angles = positions[:, None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return Rotation((angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype))
+        cos, sin = (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        return Rotation(cos, sin, self.interleaved)
 
 
 def rotary_frequencies(head_dim: int, rope: Rope) -> Tensor:
@@ -149,7 +158,7 @@ def _yarn_frequencies(periods: Tensor, theta: float, scaling: YarnScaling) -> Te
 class Attend(Protocol):
     """Attention of a batch: stores the new keys and values of a layer, and returns what the queries read."""
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ BUILDERS: Mapping[str, Callable[[ModelConfig, ParallelContext], DecoderModel]] =
     "Gemma2ForCausalLM": build_decoder,
     "Gemma3ForCausalLM": build_decoder,
     "Gemma3ForConditionalGeneration": build_decoder,
+    "DeepseekV2ForCausalLM": build_decoder,
+    "DeepseekV3ForCausalLM": build_decoder,
 }
 
 

@@ -57,11 +57,17 @@ Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: its base, how it was stretched, and the leading part of a head that it turns."""
+    """Rotary position embedding: its base, how it was stretched, and the leading part of a head that it turns.
+
+    interleaved: the pairs that turn are neighbours; otherwise one number is in the first half, the other in the second.
+    in_float32: so it is turned, whatever the dtype.
+    """
 
     theta: float
     scaling: Scaling | None = None
     partial_rotary_factor: float = 1.0
+    interleaved: bool = False
+    in_float32: bool = False
 
     @property
     def attention_factor(self) -> float:
@@ -84,8 +90,7 @@ class RopeReader:
 
     def by_kind(self) -> dict[str, Rope]:
         """Of each kind of layer: from rope_parameters (transformers 5), or rope_theta and rope_scaling (before)."""
-        config, new = self.config, self.config.get("rope_parameters") is not None
-        table = config.table("rope_parameters" if new else "rope_scaling")
+        config, new, table = self.config, self.config.get("rope_parameters") is not None, self._table()
         apart = FULL in table.values or SLIDING in table.values
         theta = config.number("rope_theta", 10_000.0)
         if apart != (self.family.rotates_locally and new):
@@ -98,11 +103,27 @@ class RopeReader:
         full = table.table(FULL) if new else table  # rope_scaling never was for layers with a window
         return {FULL: self._rope(full, theta), SLIDING: self._rope(table.table(SLIDING), local_theta)}
 
+    def score_factor(self) -> float:
+        """What the products of queries and keys are multiplied by besides. DeepSeek's: YaRN stretches them as much."""
+        table = self._table()
+        weight = table.optional_number("mscale_all_dim")
+        if not self.family.latent or weight is None or _kind(table) == "default":
+            return 1.0
+        return _recommended(table.number("factor"), weight) ** 2
+
+    def _table(self) -> JsonSource:
+        return self.config.table("rope_scaling" if self.config.get("rope_parameters") is None else "rope_parameters")
+
     def _rope(self, table: JsonSource, theta: float) -> Rope:
         partial = table.optional_number("partial_rotary_factor") or self.config.number("partial_rotary_factor", 1.0)
         if partial != 1 and not self.family.rotates_partly:
             self.config.refuse(f"partial_rotary_factor={partial:g} is not supported for this architecture")
-        plain = Rope(table.optional_number("rope_theta") or theta, partial_rotary_factor=partial)
+        plain = Rope(
+            table.optional_number("rope_theta") or theta,
+            partial_rotary_factor=partial,
+            interleaved=self.family.latent and self.config.flag("rope_interleave", default=True),
+            in_float32=self.family.rotates_in_float32,
+        )
         rotary_dim = plain.rotary_dim(self.head_dim)
         if rotary_dim % 2 != 0 or not 0 < rotary_dim <= self.head_dim:
             self.config.refuse(
@@ -112,7 +133,7 @@ class RopeReader:
         return replace(plain, scaling=self._scaling(table, pairs=rotary_dim // 2))
 
     def _scaling(self, table: JsonSource, pairs: int) -> Scaling | None:
-        match table.get("rope_type") or table.get("type") or "default":
+        match _kind(table):
             # Frequencies of the dynamic kind follow the length of the sequence beyond max_position_embeddings, which
             # keys in a cache cannot. Requests end there, and up to there it is the default.
             case "default" | "dynamic":
@@ -168,13 +189,17 @@ class RopeReader:
         return table.count(name, self.config.count("max_position_embeddings"))
 
 
+def _kind(table: JsonSource) -> object:
+    return table.get("rope_type") or table.get("type") or "default"
+
+
 def _attention_factor(table: JsonSource, factor: float) -> float:
     """What YaRN recommends for the factor, or DeepSeek's ratio of two such numbers."""
-
-    def recommended(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     mscale, mscale_all_dim = table.optional_number("mscale"), table.optional_number("mscale_all_dim")
     if mscale is None or mscale_all_dim is None:
-        return recommended(1)
-    return recommended(mscale) / recommended(mscale_all_dim)
+        return _recommended(factor, 1)
+    return _recommended(factor, mscale) / _recommended(factor, mscale_all_dim)
+
+
+def _recommended(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

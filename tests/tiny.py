@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from models.config import ModelConfig, read_model_config
 from models.families import FULL, SLIDING
-from models.tables import EMBEDDING, Parameter, parameter_table
+from models.tables import EMBEDDING, HEAD, Parameter, parameter_table
 
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"
@@ -60,6 +60,23 @@ _GEMMA3 = _GEMMA | {
     },
     "layer_types": [SLIDING, FULL],
 }
+# head_dim is what transformers writes: the part that turns.
+_DEEPSEEK: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 2,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+}
 FAMILIES: Mapping[str, dict[str, object]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
@@ -88,6 +105,10 @@ FAMILIES: Mapping[str, dict[str, object]] = {
         "final_logit_softcapping": 1.0,
     },
     "gemma3": _GEMMA3,
+    "deepseek-v2": _DEEPSEEK | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+    "deepseek-v2-lite": _DEEPSEEK
+    | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "q_lora_rank": None},
+    "deepseek-v3": _DEEPSEEK | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
     "gemma3-multimodal": _GEMMA3 | {"architectures": ["Gemma3ForConditionalGeneration"]},
 }
 # What a model of several modalities has beside its language model; the weights of it are not written.
@@ -183,7 +204,10 @@ def _random_tensor(parameter: Parameter, config: ModelConfig, random: np.random.
         return np.float32(0.0 if config.family.norms_from_one else 1.0) + np.float32(0.1) * noise
     if parameter.name.endswith(".bias"):
         return np.float32(0.1) * noise
-    scale = 2.0
+    # DeepSeek's rotation and router are float32 in transformers, and round otherwise in each shape of batch: layers and
+    # logits this small hold that well below 1e-6.
+    small = config.latent is not None
+    scale = 0.25 if small and HEAD in parameter.name else 1.0 if small else 2.0
     if EMBEDDING in parameter.name:
         # Small where sqrt(hidden_size) multiplies it. It is the head too then, and transformers computes the softmax
         # of Gemma-2's attention in float32: logits this small hold its rounding well below 1e-6.

@@ -16,21 +16,24 @@ from parallel.context import ParallelContext
 
 
 class KVCache:
-    """keys and values of each of the rank's layers: [num_blocks, block_tokens, key/value heads held, head_dim]."""
+    """keys and values of each of the rank's layers: [num_blocks, block_tokens, key/value heads held, head_dim].
+
+    With latent attention keys begin with the values, and there are no others.
+    """
 
     def __init__(self, config: ModelConfig, context: ParallelContext, num_blocks: int, block_tokens: int) -> None:
         assert num_blocks >= 1 and block_tokens >= 1, f"{num_blocks} blocks of {block_tokens} tokens"
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         heads = kv_heads_held(config, context.place.degrees.tensor)
-        shape = (num_blocks, block_tokens, heads, config.head_dim)
+        shape = (num_blocks, block_tokens, heads, config.key_dim)
 
         def allocate() -> tuple[Tensor, ...]:
             layers = held_layers(config, context.place)
             return tuple(torch.zeros(shape, device=context.device, dtype=context.dtype) for _ in layers)
 
         try:
-            self.keys, self.values = allocate(), allocate()
+            self.keys, self.values = allocate(), () if config.latent is not None else allocate()
         except RuntimeError as error:  # what torch raises when memory runs out, on CPU and on CUDA
             block_bytes = kv_bytes_per_block(config, context.place, block_tokens, context.dtype.itemsize)
             raise ConfigError(

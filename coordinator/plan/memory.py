@@ -111,8 +111,10 @@ def load(census: Census, degrees: Degrees, cut: tuple[range, ...], machines: Mac
 def _step_bytes(census: Census, degrees: Degrees, limits: Limits, last: bool) -> int:
     """The largest tensors of one step: the hidden state, the larger of attention and MLP or experts, the scores."""
     config, tokens, tensor = census.config, limits.step_tokens, degrees.tensor
-    heads = 2 * config.num_attention_heads // tensor + 2 * kv_heads_held(config, tensor)
-    widest = max(heads * config.head_dim, 3 * config.intermediate_size // tensor) * tokens
+    attention = (2 * config.num_attention_heads // tensor + 2 * kv_heads_held(config, tensor)) * config.head_dim
+    if (latent := config.latent) is not None:  # queries, the same in the latent space, and what they read there
+        attention = config.num_attention_heads // tensor * (latent.head_dim + latent.cached_numbers + latent.rank)
+    widest = max(attention, 3 * config.intermediate_size // tensor) * tokens
     if (routing := census.routing) is not None:
         rows = UNEVEN * tokens * degrees.data * routing.experts_per_token // degrees.expert
         widest = max(widest, rows * (2 * config.hidden_size + 3 * routing.neurons // degrees.expert_tensor))

@@ -50,6 +50,22 @@ LONGROPE: dict[str, object] = {
 }
 THREE_LAYERS = {"num_hidden_layers": 3, "sliding_window": 9, "use_sliding_window": True}
 
+DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 16.0}
+DEEPSEEK_ODD: dict[str, object] = {
+    "hidden_size": 60,
+    "intermediate_size": 99,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 10,
+    "qk_rope_head_dim": 10,
+    "qk_nope_head_dim": 7,
+    "v_head_dim": 9,
+    "kv_lora_rank": 21,
+    "vocab_size": 331,
+    "first_k_dense_replace": 3,
+}
+
 CASES: dict[str, Case] = {
     "llama": Case("llama"),
     "llama3-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}, shards=3),
@@ -141,11 +157,16 @@ CASES: dict[str, Case] = {
         },
     ),
     "gemma3-multimodal": Case("gemma3-multimodal"),
+    "deepseek-v2-dense": Case("deepseek-v2", {"rope_parameters": DEEPSEEK_YARN}),
+    "deepseek-v2-lite-dense": Case("deepseek-v2-lite", DEEPSEEK_ODD, (1, 3)),
+    "deepseek-v3-dense": Case("deepseek-v3", {"rope_parameters": DEEPSEEK_YARN, "tie_word_embeddings": True}),
+    "deepseek-v3-halves": Case("deepseek-v3", DEEPSEEK_ODD | {"rope_interleave": False, "rms_norm_eps": 1e-3}, (1, 3)),
 }
 LAYOUTS = [(name, tensor) for name, case in CASES.items() for tensor in case.tensor]
 # Keys that older files have, and sizes that other cases have too: for the long run.
 LONG = {"llama-5-heads-of-1", "llama-3-heads-of-3", "qwen2-yarn", "qwen3-layer-types", "phi3-one-kv-head", "phi3-short"}
 LONG |= {"phi3-old-keys", "gemma2-one-kv-head", "gemma2-layer-types", "gemma3-old-keys"}
+LONG |= {"deepseek-v2-lite-dense", "deepseek-v3-dense"}
 PARAMETERS = [
     pytest.param(name, tensor, id=f"{name}-{tensor}", marks=[pytest.mark.long] if name in LONG else [])
     for name, tensor in LAYOUTS

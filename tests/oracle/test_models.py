@@ -21,7 +21,7 @@ from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
 from tests.tiny import make_checkpoint
 
 FLOAT64_BYTES = 8
-EVERYWHERE = ("norm.weight", ".gate.weight", "o_proj.bias")
+EVERYWHERE = ("norm.weight", ".gate.weight", "o_proj.bias", ".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +129,8 @@ def test_ranks_read_their_slices_and_no_more(
     stored = {key: entry for header in headers for key, entry in header.items() if "data_offsets" in entry}
     stored_bytes = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored.values())
     read_bytes = [int(rank[f"{name}/read_bytes"]) for rank in ranks[tensor]]
-    # What every rank reads: norms, routers, the output bias, and keys and values if they have fewer heads than ranks.
+    # What every rank reads: norms, routers, the output bias, what compresses latents, and keys and values if they have
+    # fewer heads than ranks.
     shapes = [entry["shape"] for key, entry in stored.items() if key.endswith(EVERYWHERE)]
     everywhere = sum(math.prod(shape) for shape in shapes) + _shared_head_numbers(read_model_config(directory))
     assert sum(read_bytes) == stored_bytes + (tensor - 1) * 4 * everywhere
@@ -142,5 +143,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _shared_head_numbers(config: ModelConfig) -> int:
+    if config.latent is not None:
+        return 0
     head = config.head_dim * (config.hidden_size + (1 if config.qkv_bias else 0))
     return 2 * head * config.num_hidden_layers if config.num_key_value_heads == 1 else 0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
+from transformers import DeepseekV2Config, Gemma3TextConfig, LlamaConfig, Phi3Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding, apply_rotary_emb
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
@@ -15,7 +17,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_ro
 from models.config import read_model_config
 from models.families import FULL, SLIDING
 from models.layers import RotaryEmbedding, Rotation, rotary_frequencies
+from models.registry import build_model
 from models.rope import Rope
+from parallel.context import solo_context
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
 
 QWEN_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -84,6 +88,29 @@ def test_a_rotation_turns_the_first_numbers_of_a_head_alone() -> None:
     query, key = (torch.rand(3, 2, 10, dtype=torch.float64) for _ in range(2))
     theirs = apply_rotary_pos_emb(query, key, cos.squeeze(1), sin.squeeze(1))
     assert torch.equal(Rotation(cos, sin)(query), theirs[0]) and torch.equal(theirs[0][..., 4:], query[..., 4:])
+
+
+def test_pairs_of_neighbours_come_apart_as_they_turn() -> None:
+    cos, sin = (torch.rand(3, 1, 2, dtype=torch.float64).repeat(1, 1, 2) for _ in range(2))
+    query, key = (torch.rand(3, 2, 4, dtype=torch.float64) for _ in range(2))
+    theirs = apply_rotary_pos_emb_interleave(query, key, cos.squeeze(1), sin.squeeze(1))
+    rotation = Rotation(cos, sin, interleaved=True)
+    assert torch.equal(rotation(query), theirs[0]) and torch.equal(rotation(key), theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_deepseek_v2_turns_in_float32_whatever_the_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    make_checkpoint(tmp_path, "deepseek-v2", rope_parameters=YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7})
+    theirs = DeepseekV2RotaryEmbedding(DeepseekV2Config(**json.loads((tmp_path / "config.json").read_text())))
+    model = build_model(read_model_config(tmp_path), solo_context(torch.device("cpu"), dtype))
+    (rotation,) = model.rotations(POSITIONS, dtype).values()
+    query = torch.rand(len(POSITIONS), 4, 6, dtype=torch.float64).to(dtype)
+    expected, _ = apply_rotary_emb(
+        query.transpose(0, 1)[None], query.transpose(0, 1)[None], theirs(query, POSITIONS[None])
+    )
+    apart = expected[0].transpose(0, 1).unflatten(-1, (3, 2)).mT.flatten(-2)
+    assert rotation(query).dtype == dtype
+    torch.testing.assert_close(rotation(query), apart, rtol=0, atol=2e-7 if dtype is torch.float64 else 2**-8)
 
 
 @pytest.mark.parametrize("old_keys", [False, True])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,9 +42,11 @@ from models.tables import (
     parameter_table,
     stage_layers,
 )
+from parallel.context import solo_context
 from parallel.degrees import Degrees, Place
 from parallel.sharding import Replicated, Split, SplitVocabulary
 from tests.published import PUBLISHED, write_config, write_published
+from worker.kv_cache import KVCache
 
 H200 = GPUS["h200"]
 DEGREE = st.sampled_from([1, 2, 4])
@@ -235,12 +238,15 @@ def test_every_tensor_of_a_deepseek_checkpoint_is_named_as_there() -> None:
     assert not any("q_a_proj" in name or "correction" in name for name in lite)
 
 
-@pytest.mark.parametrize("name", ["deepseek-r1", "deepseek-v2-lite"])
-def test_what_can_only_be_planned_is_not_served(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="can be planned, by `echelon plan`, and is not served yet"):
-        read_model_config(write_published(tmp_path, name))
-    with pytest.raises(ConfigError, match="not served yet"):
-        check_model_directory(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "layers", "token_bytes"), [("deepseek-v2-lite", 27, 31_104), ("qwen3-8b", 36, 147_456)]
+)
+def test_the_cache_takes_what_is_planned(name: str, layers: int, token_bytes: int) -> None:
+    config, block_tokens = published(name), 4
+    assert census(name).kv_bytes_per_token(Degrees(), range(layers)) == token_bytes
+    assert kv_bytes_per_block(config, Degrees().place(0), block_tokens, 2) == block_tokens * token_bytes
+    cache = KVCache(config, solo_context(torch.device("cpu"), torch.bfloat16), 3, block_tokens)
+    assert cache.resident_bytes == 3 * block_tokens * token_bytes
 
 
 def found_for(name: str, degrees: Degrees, case: Case, **machine: int) -> tuple[Load, Forecast]:

@@ -24,7 +24,6 @@ from echelon.cli.plan.report import print_plan
 from echelon.cli.plan.units import byte_count, case_numbers, flop_rate
 from echelon.errors import ConfigError
 from models.config import DTYPE_BYTES, ModelConfig, read_model_config
-from models.families import PLANNED
 from parallel.degrees import Degrees
 
 FLOAT8 = "float8"  # of weights alone: keys, values and activations stay in 16 bit
@@ -144,8 +143,6 @@ def _notes(planner: Planner, dtype: str, named: bool) -> list[str]:
         notes.append(f"rates are those of {machines.gpu.name}, whose memory is nearest; --gpu names another device")
     if machines.gpus > machines.gpus_per_node:
         notes.append(f"between nodes: {machines.network_bytes_s / 1e9:g} GB/s a GPU, by data sheet and not measured")
-    if (name := planner.census.config.architecture) in PLANNED:
-        notes.append(f"{name} can be planned, and is not served yet")
     if dtype == FLOAT8:
         notes.append("float8 is planned, and not served yet; keys, values and activations are in 16 bit")
     return notes
