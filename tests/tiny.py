@@ -69,7 +69,7 @@ _DEEPSEEK: dict[str, object] = {
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
-    "first_k_dense_replace": 2,
+    "first_k_dense_replace": 1,
     "moe_intermediate_size": 24,
     "n_routed_experts": 8,
     "n_shared_experts": 1,

@@ -63,8 +63,8 @@ DEEPSEEK_ODD: dict[str, object] = {
     "v_head_dim": 9,
     "kv_lora_rank": 21,
     "vocab_size": 331,
-    "first_k_dense_replace": 3,
 }
+DEEPSEEK_GROUPS = {"topk_method": "group_limited_greedy", "num_hidden_layers": 3}
 
 CASES: dict[str, Case] = {
     "llama": Case("llama"),
@@ -157,16 +157,19 @@ CASES: dict[str, Case] = {
         },
     ),
     "gemma3-multimodal": Case("gemma3-multimodal"),
-    "deepseek-v2-dense": Case("deepseek-v2", {"rope_parameters": DEEPSEEK_YARN}),
-    "deepseek-v2-lite-dense": Case("deepseek-v2-lite", DEEPSEEK_ODD, (1, 3)),
-    "deepseek-v3-dense": Case("deepseek-v3", {"rope_parameters": DEEPSEEK_YARN, "tie_word_embeddings": True}),
+    "deepseek-v2": Case(
+        "deepseek-v2", DEEPSEEK_GROUPS | {"rope_parameters": DEEPSEEK_YARN, "routed_scaling_factor": 1.5}
+    ),
+    "deepseek-v2-lite": Case("deepseek-v2-lite", DEEPSEEK_ODD | {"n_shared_experts": 2}, (1, 3)),
+    "deepseek-v3": Case("deepseek-v3", {"rope_parameters": DEEPSEEK_YARN, "num_hidden_layers": 3}, shards=3),
     "deepseek-v3-halves": Case("deepseek-v3", DEEPSEEK_ODD | {"rope_interleave": False, "rms_norm_eps": 1e-3}, (1, 3)),
+    "deepseek-v3-dense": Case("deepseek-v3", {"first_k_dense_replace": 2, "tie_word_embeddings": True}),
 }
 LAYOUTS = [(name, tensor) for name, case in CASES.items() for tensor in case.tensor]
 # Keys that older files have, and sizes that other cases have too: for the long run.
 LONG = {"llama-5-heads-of-1", "llama-3-heads-of-3", "qwen2-yarn", "qwen3-layer-types", "phi3-one-kv-head", "phi3-short"}
 LONG |= {"phi3-old-keys", "gemma2-one-kv-head", "gemma2-layer-types", "gemma3-old-keys"}
-LONG |= {"deepseek-v2-lite-dense", "deepseek-v3-dense"}
+LONG |= {"deepseek-v3-halves", "deepseek-v3-dense"}
 PARAMETERS = [
     pytest.param(name, tensor, id=f"{name}-{tensor}", marks=[pytest.mark.long] if name in LONG else [])
     for name, tensor in LAYOUTS

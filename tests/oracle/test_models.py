@@ -21,7 +21,8 @@ from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Arrays, run_ranks
 from tests.tiny import make_checkpoint
 
 FLOAT64_BYTES = 8
-EVERYWHERE = ("norm.weight", ".gate.weight", "o_proj.bias", ".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")
+EVERYWHERE: tuple[str, ...] = ("norm.weight", ".gate.weight", "correction_bias", "o_proj.bias")
+EVERYWHERE += (".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")
 
 
 @pytest.fixture(scope="module", autouse=True)

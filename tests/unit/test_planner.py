@@ -33,7 +33,6 @@ from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
-from models.files import check_model_directory
 from models.tables import (
     Parameter,
     held_parameters,
