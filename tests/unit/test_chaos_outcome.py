@@ -241,7 +241,15 @@ def test_the_summary_counts_all() -> None:
     assert told.startswith(
         "6 injections, 2 of which hit another phase than they were aimed at: 2 tokens lost, 1 doubled"
     )
-    assert "after 9000 ms at p99" in told
+    assert told.endswith("after 9000 ms at worst.")
+
+
+@pytest.mark.parametrize(
+    ("many", "slowest"),
+    [(99, "9900 ms at worst."), (100, "9900 ms at p99, 10000 ms at worst."), (1, "100 ms at worst.")],
+)
+def test_a_percentile_is_told_of_as_many_as_it_takes(many: int, slowest: str) -> None:
+    assert summary([replace(FOUND[1], last_s=(n + 1) / 10) for n in range(many)]).endswith(f"came after {slowest}")
 
 
 def test_a_document_says_what_it_was_measured_on_and_what_differed() -> None:
