@@ -26,6 +26,7 @@ from tests.simulation.network import Connection
 from tests.simulation.ranks import RankProcess
 from tests.simulation.run import Simulation
 from worker.engine import Event
+from worker.lanes import Lanes
 from worker.plan import StepPlan, StepResult
 
 SEEDS = 100
@@ -159,7 +160,14 @@ def nothing_counts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CoordinatorCore, "_count_break", lambda self, now, event: None)
 
 
-@pytest.mark.parametrize("mutant", [company_convicts, nothing_counts], ids=lambda mutant: mutant.__name__)
+def released_while_computed(patch: pytest.MonkeyPatch) -> None:
+    """A leader lets go of the last that it held while steps that compute it run."""
+    patch.setattr(Lanes, "idle", property(lambda self: False))
+
+
+@pytest.mark.parametrize(
+    "mutant", [company_convicts, nothing_counts, released_while_computed], ids=lambda mutant: mutant.__name__
+)
 def test_with_a_rule_broken_some_life_shows_it(
     mutant: Callable[[pytest.MonkeyPatch], None], poison: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
