@@ -12,6 +12,7 @@ from pathlib import Path
 from models.families import FAMILIES, FULL, SLIDING, Family, Windows
 from models.json_source import JsonSource
 from models.latent import LatentAttention, read_latent
+from models.quantization import Quantization, read_quantization
 from models.rope import Rope, RopeReader
 from models.routing import Routing, read_routing
 
@@ -72,6 +73,7 @@ class ModelConfig:
     end_ids: tuple[int, ...]
     default_sampling: DefaultSampling
     latent: LatentAttention | None = None
+    quantization: Quantization | None = None
 
     @property
     def family(self) -> Family:
@@ -103,7 +105,7 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
     outer = JsonSource.read(directory / "config.json")
     architecture, family = _architecture(outer)
     source = _text_config(outer, family)
-    _refuse_what_is_not_computed(source, family, planning)
+    _refuse_what_is_not_computed(source, family)
     heads = source.count("num_attention_heads")
     latent = read_latent(source) if family.latent else None
     key_value_heads = 1 if latent else source.count("num_key_value_heads", heads)
@@ -137,6 +139,7 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
         end_ids=generation.ids("eos_token_id") or source.ids("eos_token_id"),
         default_sampling=_default_sampling(generation),
         latent=latent,
+        quantization=None if planning else read_quantization(outer),
     )
 
 
@@ -157,10 +160,7 @@ def _text_config(outer: JsonSource, family: Family) -> JsonSource:
     return outer.table(family.text_config).over(outer.values).over(family.defaults)
 
 
-def _refuse_what_is_not_computed(source: JsonSource, family: Family, planning: bool) -> None:
-    method = source.table("quantization_config").get("quant_method")
-    if method is not None and not planning:
-        source.refuse(f"quantization_config.quant_method={method!r} is not supported; give an unquantised checkpoint")
+def _refuse_what_is_not_computed(source: JsonSource, family: Family) -> None:
     for key in ("mlp_bias", "use_bidirectional_attention"):
         if source.flag(key):
             source.refuse(f"{key}=true is not supported")

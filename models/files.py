@@ -11,36 +11,22 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from echelon.errors import ConfigError
 from models.config import read_model_config
 from models.json_source import read_json_object
+from models.quantization import ELEMENT_BYTES, FLOAT8, StoredTensor
 from models.tables import parameter_table
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 Stamp = tuple[int, int]
 
 _LENGTH_BYTES = 8
 _REMEDY = "the weights are not those of this config.json: download both again"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: its file, its dtype as safetensors names it, its full shape, its place in the file.
-
-    Its numbers lie one behind the other, the last dim fastest.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    first_byte: int
 
 
 def check_model_directory(directory: Path) -> None:
@@ -70,6 +56,14 @@ def check_model_directory(directory: Path) -> None:
                 f"{', '.join(ELEMENT_BYTES)}; convert the checkpoint to one of them",
                 field="model",
             )
+        if stored.dtype == FLOAT8:
+            if config.quantization is None:
+                raise ConfigError(
+                    f"{stored.file}: {parameter.name} is stored as {FLOAT8}, but config.json has no "
+                    "quantization_config that says how; download both again",
+                    field="model",
+                )
+            config.quantization.scales(parameter.name, stored, index)
 
 
 def model_digest(directory: Path) -> str:

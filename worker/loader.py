@@ -6,6 +6,7 @@ tensor takes it. The directory was checked by the coordinator before.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +16,28 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.decoder import DecoderModel
-from models.files import ELEMENT_BYTES, checkpoint_index
+from models.files import checkpoint_index
+from models.quantization import ELEMENT_BYTES, FLOAT8
 from models.tables import Parameter, held_parameters
 from parallel.context import ParallelContext
 from parallel.degrees import Place
 from parallel.sharding import region_shape
+from worker.parts import Part, Scales, plain_parts, scaled_parts
 from worker.weight_file import WeightFile, read_buffer
 
 Progress = Callable[[int, int], None]
 
 
 class SourceShare:
-    """What a rank reads of a checkpoint, tensor by tensor as they lie in the files. Raises ConfigError."""
+    """What a rank reads of a checkpoint, tensor by tensor as they lie in the files. Raises ConfigError.
+
+    A quantised tensor is read with those of its scales that cover what the rank holds.
+    """
 
     def __init__(self, config: ModelConfig, directory: Path, place: Place) -> None:
         self._index = checkpoint_index(directory)
         self._place = place
+        self._quantization = config.quantization
         self._parameters = sorted(held_parameters(config, place), key=self._where)
 
     @property
@@ -41,22 +48,41 @@ class SourceShare:
     @property
     def total_bytes(self) -> int:
         """As the files store them."""
-        return sum(
-            math.prod(region_shape(region)) * ELEMENT_BYTES[self._index[parameter.name].dtype]
-            for parameter in self._parameters
-            for region in parameter.held_regions(self._place)
-        )
+        return sum(self._bytes(parameter) for parameter in self._parameters)
 
-    def tensors(self, buffer: Tensor) -> Iterator[tuple[Parameter, Iterator[Tensor]]]:
-        """Each with its rows, some at a time, as stored; all go through the buffer. Raises OSError."""
+    def tensors(self, buffer: Tensor) -> Iterator[tuple[Parameter, Iterator[Part]]]:
+        """Each with its rows, some at a time; all go through the buffer. Raises OSError."""
         for path, parameters in itertools.groupby(self._parameters, lambda parameter: self._where(parameter)[0]):
             with WeightFile(path, buffer) as file:
                 for parameter in parameters:
-                    yield parameter, self._parts(file, parameter)
+                    yield parameter, self._parts(file, parameter, buffer)
 
-    def _parts(self, file: WeightFile, parameter: Parameter) -> Iterator[Tensor]:
+    def _parts(self, file: WeightFile, parameter: Parameter, buffer: Tensor) -> Iterator[Part]:
+        stored, scales = self._index[parameter.name], self._scales(parameter)
         for region in parameter.held_regions(self._place):
-            yield from file.parts(self._index[parameter.name], region)
+            if scales is None:
+                yield from plain_parts(file, stored, region)
+                continue
+            with contextlib.ExitStack() as opened:
+                own = scales.stored.file == stored.file
+                grid = scales.read(
+                    file if own else opened.enter_context(WeightFile(scales.stored.file, buffer)), region
+                )
+            yield from scaled_parts(file, stored, region, grid, scales)
+
+    def _scales(self, parameter: Parameter) -> Scales | None:
+        stored = self._index[parameter.name]
+        if stored.dtype != FLOAT8:
+            return None
+        assert self._quantization is not None, f"{parameter.name} is quantised, and its checkpoint was checked"
+        found = self._quantization.scales(parameter.name, stored, self._index)
+        return Scales(found, self._quantization.blocks(stored.shape))
+
+    def _bytes(self, parameter: Parameter) -> int:
+        regions, scales = parameter.held_regions(self._place), self._scales(parameter)
+        numbers = sum(math.prod(region_shape(region)) for region in regions)
+        own_bytes = numbers * ELEMENT_BYTES[self._index[parameter.name].dtype]
+        return own_bytes + (0 if scales is None else sum(map(scales.read_bytes, regions)))
 
     def _where(self, parameter: Parameter) -> tuple[Path, int]:
         stored = self._index[parameter.name]
@@ -75,9 +101,10 @@ def load_weights(
     for parameter, parts in share.tensors(read_buffer(context.device)):
         unfilled = model.shards[parameter.name]
         for part in parts:
-            unfilled[: len(part)].copy_(part)
-            unfilled = unfilled[len(part) :]
-            loaded_bytes += part.nbytes
+            rows = part.meant(unfilled.device)
+            unfilled[: len(rows)].copy_(rows)
+            unfilled = unfilled[len(rows) :]
+            loaded_bytes += part.bytes
         unfilled.zero_()  # the vocabulary's padding
         progress(loaded_bytes, total_bytes)
     assert loaded_bytes == total_bytes, f"read {loaded_bytes} of {total_bytes} bytes"

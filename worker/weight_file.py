@@ -19,11 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.files import ELEMENT_BYTES, StoredTensor
+from models.quantization import ELEMENT_BYTES, FLOAT8, StoredTensor
 from parallel.sharding import Region, region_shape
 
 BUFFER_BYTES = 32 << 20
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    FLOAT8: torch.float8_e4m3fn,
+}
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -51,10 +57,10 @@ class WeightFile:
         self._map.close()
         os.close(self._descriptor)
 
-    def parts(self, stored: StoredTensor, region: Region) -> Iterator[Tensor]:
+    def parts(self, stored: StoredTensor, region: Region, most_rows: int | None = None) -> Iterator[Tensor]:
         """A region of a tensor, some rows of it at a time, as stored; each is overwritten by the next.
 
-        Dims behind the second must be whole. Raises OSError.
+        most_rows: at a time, if not as many as the buffer holds. Dims behind the second must be whole. Raises OSError.
         """
         shape, held = stored.shape, region_shape(region)
         assert held[2:] == shape[2:], f"{region} of {shape} is not made of runs of columns"
@@ -63,6 +69,7 @@ class WeightFile:
         skipped_bytes = region[1].start * math.prod(shape[2:]) * element_bytes if len(region) > 1 else 0
         rows_at_once = len(self._bytes) // row_bytes
         assert rows_at_once > 0, f"a row of {row_bytes} bytes for a buffer of {len(self._bytes)}"
+        rows_at_once = min(rows_at_once, most_rows or rows_at_once)
         for first in range(region[0].start, region[0].stop, rows_at_once):
             rows = min(rows_at_once, region[0].stop - first)
             filled, first_byte = self._bytes[: rows * run_bytes], stored.first_byte + first * row_bytes

@@ -116,7 +116,7 @@ def test_a_tensor_of_another_shape(tmp_path: Path) -> None:
 def test_a_tensor_of_an_unsupported_dtype(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path) / "model.safetensors"
     save_file(load_file(path) | {"model.norm.weight": np.ones(64, dtype=np.int8)}, path)
-    assert "model.norm.weight is stored as I8; supported: F64, F32, BF16, F16; convert" in refusal(tmp_path)
+    assert "model.norm.weight is stored as I8; supported: F64, F32, BF16, F16, F8_E4M3; convert" in refusal(tmp_path)
 
 
 def test_an_index_that_lies(tmp_path: Path) -> None:

@@ -135,11 +135,12 @@ class ShardWriter:
             _check_room(path.parent, len(header) + sum(map(self._bytes, share.parameters)))
             file.write(header)
             unsynced_bytes = 0
-            for parameter, parts in share.tensors(read_buffer(torch.device("cpu"))):
+            buffer = read_buffer(torch.device("cpu"))
+            for parameter, parts in share.tensors(buffer):
                 padding_bytes, (_, dtype) = self._bytes(parameter), self._held(parameter)
                 for part in parts:
                     self._check_cancelled()
-                    data = part.to(dtype).contiguous()
+                    data = part.meant(buffer.device).to(dtype).contiguous()
                     file.write(data.view(-1).view(torch.uint8).numpy().data)
                     padding_bytes -= data.nbytes
                     unsynced_bytes += data.nbytes
