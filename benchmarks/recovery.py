@@ -26,6 +26,7 @@ from models.config import read_model_config
 
 STRUCK_AT, VICTIMS = 32, ("rank", "leader")  # each stream has so many tokens by then
 RECOVERY_LIMIT_S, SETTLE_LIMIT_S = 120.0, 120.0
+HOLD_S = 7.0  # spares are asked, and told of the shard, each 5 s
 PHASES = {
     "rank.lost": "detected",
     "replica.gone": "killed",
@@ -120,7 +121,7 @@ def strike(cluster: LocalCluster, load: Load, victim: str, seed: int) -> dict[st
 
 
 def settle(cluster: LocalCluster, ranks: int, spares: int, stores: bool) -> None:
-    """Until spares are warm and shards are written."""
+    """Until spares are warm, shards are written, and spares hold them ready."""
     if spares:
         cluster.wait_spares(min(spares, ranks), SETTLE_LIMIT_S)
     deadline_s = time.monotonic() + SETTLE_LIMIT_S
@@ -129,6 +130,8 @@ def settle(cluster: LocalCluster, ranks: int, spares: int, stores: bool) -> None
         if len(written) == ranks:
             break
         time.sleep(0.2)
+    if spares and stores:
+        time.sleep(HOLD_S)
 
 
 def main() -> None:

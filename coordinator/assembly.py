@@ -30,6 +30,7 @@ from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
 from echelon.internal.v1 import control_pb2
 from models.config import ModelConfig, read_model_config
+from worker.checkpoint.manifest import ShardAddress
 from worker.spec import RankSpec
 
 
@@ -71,6 +72,14 @@ class Layout:
     plan: ReplicaPlan
     settings: control_pb2.FormEpoch
     served: Served
+
+    def shard_for_device(self, rank: int) -> str:
+        """The folder of a rank's shard on its node; empty where there is none, or no device to fetch from it."""
+        config = self.config
+        if config.checkpoint_dir is None or config.device != "cuda":
+            return ""
+        place = self.plan.degrees.place(rank)
+        return str(ShardAddress(config.checkpoint_dir, config.model_digest, place, config.dtype).folder)
 
 
 def read_layout(config: CoordinatorConfig) -> Layout:

@@ -251,8 +251,9 @@ class Coordinator:
             await self._cluster.renew()
 
     def _need_of_spares(self) -> Need:
-        config, queued = self._reconfiguration.layout.config, self._service.core.counts.queued
-        return Need(self._replicas.ranks(), config.spares, self._replicas.all_serving_s, queued)
+        layout, queued = self._reconfiguration.layout, self._service.core.counts.queued
+        serving_s, spares = self._replicas.all_serving_s, layout.config.spares
+        return Need(self._replicas.ranks(), spares, serving_s, queued, layout.shard_for_device)
 
     def _on_serving(self, replicas: int) -> None:
         self._serving.look()

@@ -31,12 +31,16 @@ Slot = tuple[int, int]  # replica and rank
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the coordinator tells. ranks: as in `wanted_slots`; serving_s, queued: as in Situation."""
+    """What the coordinator tells. ranks: as in `wanted_slots`; serving_s, queued: as in Situation.
+
+    shard_of: the folder that a spare of this rank is to hold ready, empty for none.
+    """
 
     ranks: Sequence[Rank]
     spares_per_node: int
     serving_s: float | None
     queued: int
+    shard_of: Callable[[int], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +196,8 @@ class Spares:
         slot = process.replica, process.rank
         before = self._held.get(slot)
         try:
-            pid, warm = await self._cluster.ask(process.actor.spare, timeout_s=ANSWER_S)
+            shard = self._need().shard_of(process.rank)
+            pid, warm = await self._cluster.ask(process.actor.spare, shard, timeout_s=ANSWER_S)
         except InternalError as error:
             if before is None or self._held.get(slot) is before:
                 self._held.pop(slot, None)

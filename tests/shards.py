@@ -14,6 +14,7 @@ from models.files import model_digest
 from models.registry import build_model
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees, Place
+from worker.checkpoint.held import HeldShard
 from worker.checkpoint.manifest import ShardAddress
 from worker.checkpoint.write import Written
 from worker.weights import Loaded, bring_weights
@@ -43,8 +44,11 @@ class KeepingRank:
         (found,) = self.folder.glob("*.safetensors")
         return found
 
-    def load(self) -> tuple[dict[str, Tensor], Loaded]:
-        """What the rank holds then, and where it came from. Nothing is left of what was there before."""
+    def load(self, held: HeldShard | None = None) -> tuple[dict[str, Tensor], Loaded]:
+        """What the rank holds then, and where it came from. Nothing is left of what was there before.
+
+        held: what a spare has made ready.
+        """
         config = read_model_config(self.model)
         dtype = getattr(torch, self.dtype)
         context = ParallelContext(epoch=1, device=torch.device("cpu"), dtype=dtype, place=self.place)
@@ -55,7 +59,7 @@ class KeepingRank:
             model_path=str(self.model), checkpoint_dir=str(self.store or ""), model_digest=self.digest, dtype=self.dtype
         )
         told: list[tuple[int, int]] = []
-        loaded = bring_weights(model, config, command, context, lambda *progress: told.append(progress))
+        loaded = bring_weights(model, config, command, context, lambda *progress: told.append(progress), held)
         assert told[-1] == (loaded.bytes, loaded.bytes)
         return dict(model.shards), loaded
 

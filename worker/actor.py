@@ -10,6 +10,7 @@ import dataclasses
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ class RankActor:
     def __init__(self) -> None:
         self._spare_name = ""
         self._warming: threading.Thread | None = None
+        self._holder: Any = None  # worker.checkpoint.held.Holder, whose module imports torch
 
     def node_id(self) -> str:
         """Where Ray has put it."""
@@ -40,10 +42,16 @@ class RankActor:
         self._warming.start()
         return os.getpid()
 
-    def spare(self) -> tuple[int, bool]:
-        """(pid, whether it is warm)."""
+    def spare(self, shard: str) -> tuple[int, bool]:
+        """(pid, whether it is warm). shard: a folder that it is to hold ready for its device, empty for none."""
         assert self._warming is not None, "asked of one that is no spare"
-        return os.getpid(), not self._warming.is_alive()
+        warm = not self._warming.is_alive()
+        if warm and shard:
+            from worker.checkpoint.held import Holder
+
+            self._holder = self._holder or Holder(WARM_NICENESS)
+            self._holder.want(Path(shard))
+        return os.getpid(), warm
 
     def start(self, spec_json: str, agent: Any) -> int:
         """Register with the node's agent, then run the rank in a thread; the process ends with it. Returns the pid."""
@@ -52,7 +60,8 @@ class RankActor:
             ray.get(agent.rename.remote(self._spare_name, spec.name))
         else:
             ray.get(agent.register.remote(spec.name, spec.pid))
-        threading.Thread(target=_run_rank, args=(spec,), name="rank", daemon=True).start()
+        held = None if self._holder is None else self._holder.give()
+        threading.Thread(target=_run_rank, args=(spec, held), name="rank", daemon=True).start()
         return spec.pid
 
 
@@ -67,12 +76,12 @@ def _warm(device: str) -> None:
         os._exit(1)
 
 
-def _run_rank(spec: RankSpec) -> None:
+def _run_rank(spec: RankSpec, held: Any) -> None:
     """Whatever way a rank ends, its process ends too: Ray must not keep an empty actor in the slot."""
     try:
         from worker.rank import main  # torch comes in here, not in the agent and not before the rank is registered
 
-        main(spec)
+        main(spec, held)
     finally:
         os._exit(1)
 

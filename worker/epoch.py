@@ -25,6 +25,7 @@ from models.registry import build_model
 from parallel import mesh
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
+from worker.checkpoint.held import HeldShard
 from worker.engine import EngineCore, EngineLimits
 from worker.kv_cache import KVCache
 from worker.matchers import Matchers
@@ -84,10 +85,12 @@ def form_epoch(
     device: torch.device,
     progress: Callable[[int, int], None],
     compiling: Callable[[], AbstractContextManager[None]],
+    held: HeldShard | None = None,
 ) -> Epoch:
-    """Meet the other ranks and load. progress(loaded_bytes, total_bytes) is called after each tensor.
+    """Meet the other ranks and load. held: a shard that is ready to be fetched.
 
-    compiling: entered, in any thread, before what holds the interpreter for long while the epoch serves.
+    progress(loaded_bytes, total_bytes) is called after each tensor. compiling: entered, in any thread, before what
+    holds the interpreter for long while the epoch serves.
     """
     laps = Laps()
     config = read_model_config(Path(command.model_path), command.max_context)
@@ -98,7 +101,7 @@ def form_epoch(
     laps.end("groups")
     model = build_model(config, context)
     laps.end("model")
-    loaded = bring_weights(model, config, command, context, progress)
+    loaded = bring_weights(model, config, command, context, progress, held)
     if loaded.writer is not None:
         resources.callback(loaded.writer.cancel)
     laps.end("weights")
@@ -118,9 +121,9 @@ def form_epoch(
     if command.trace_dir:
         log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
         resources.callback(log.close)
-    held = model.resident_bytes, kv_cache.resident_bytes
+    resident = model.resident_bytes, kv_cache.resident_bytes
     laps.end("plans")
-    return Epoch(fence, stage, plans, lead, loaded, *held, log, command.layout, laps.took_s, resources)
+    return Epoch(fence, stage, plans, lead, loaded, *resident, log, command.layout, laps.took_s, resources)
 
 
 class Laps:

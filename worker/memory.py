@@ -7,6 +7,8 @@ smallest answer. Knows no request.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from echelon.errors import ConfigError
@@ -20,6 +22,16 @@ from worker.kv_cache import KVCache
 from worker.matchers import Matchers
 from worker.plan import Admit, Row, StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What weights and cache may take: free device memory, or available host memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def settle_kv_blocks(

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -23,11 +22,13 @@ from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
 from parallel import mesh
 from parallel.comm import of_peer
+from worker.checkpoint.held import HeldShard
 from worker.checkpoint.write import Written
 from worker.control import ControlLink
 from worker.engine import Broken
 from worker.epoch import Epoch, SendPlans, form_epoch, private_host
 from worker.leader import Leader
+from worker.memory import free_memory_bytes
 from worker.plan import StepResult
 from worker.spec import RankSpec
 from worker.steps import Steps
@@ -40,19 +41,23 @@ THREADS_ON_CPU, THREADS_BESIDE_CUDA = 1, 4
 log = structlog.get_logger("rank")
 
 
-def main(spec: RankSpec) -> None:
-    """Run a rank in this thread until the coordinator refuses it or the process is killed."""
+def main(spec: RankSpec, held: HeldShard | None = None) -> None:
+    """Run a rank in this thread until the coordinator refuses it or the process is killed.
+
+    held: what it has made ready as a spare.
+    """
     configure_logs()
     torch.set_num_threads(THREADS_ON_CPU if spec.device == "cpu" else THREADS_BESIDE_CUDA)
     torch.set_grad_enabled(False)
-    asyncio.run(RankProcess(spec).run())
+    asyncio.run(RankProcess(spec, held).run())
 
 
 class RankProcess:
     """The handler of the control line (worker.control.RankHandler), and the owner of what the epoch needs."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: RankSpec, held: HeldShard | None = None) -> None:
         self._spec = spec
+        self._held = held
         self._control = ControlLink(spec, self)
         self._device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")  # Ray shows us one GPU
         self._phase = "waiting"
@@ -114,7 +119,7 @@ class RankProcess:
     async def _form(self, fence: Fence, command: control_pb2.FormEpoch) -> None:
         try:
             told = self._tell_progress(), self._tell_compiling
-            epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, *told)
+            epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, *told, self._held)
         except Exception as error:  # noqa: BLE001 - whatever stops a rank from forming is told, never swallowed
             self._tell_fault(error)
             self._unformed = error  # its frames hold the groups: their end would be a fault of all others
@@ -137,6 +142,9 @@ class RankProcess:
         self._steps.start()
         if loaded.writer is not None:
             loaded.writer.start(self._tell_written)
+        if self._held is not None:
+            held, self._held = self._held, None
+            await asyncio.to_thread(held.release)
 
     def blame(self, first_step: int, last_step: int) -> list[str]:
         if self._epoch is None or self._epoch.lead is None or first_step > last_step:
@@ -287,13 +295,3 @@ def end_epoch(epoch: Epoch, steps: Steps) -> None:
         steps.join(DRAIN_S)
     epoch.resources.close()
     steps.join(ABORT_S)
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """What weights and cache may take: free device memory, or available host memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")

@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import weight_stamps
 from parallel.context import ParallelContext
+from worker.checkpoint.held import HeldShard
 from worker.checkpoint.manifest import MANIFEST_FILE, ShardAddress, UnfitShardError, read_manifest
 from worker.checkpoint.restore import restore
 from worker.checkpoint.write import ShardWriter
@@ -44,8 +45,12 @@ def bring_weights(
     command: control_pb2.FormEpoch,
     context: ParallelContext,
     progress: Progress,
+    held: HeldShard | None = None,
 ) -> Loaded:
-    """Fills every tensor of the model. Raises ConfigError or OSError when neither shard nor source can be used."""
+    """Fills every tensor of the model. held: the shard, if it was checked ahead of time.
+
+    Raises ConfigError or OSError when neither shard nor source can be used.
+    """
     begun_s, source = time.monotonic(), Path(command.model_path)
     if not command.checkpoint_dir:
         loaded_bytes = load_weights(model, config, source, context, progress)
@@ -54,7 +59,7 @@ def bring_weights(
     found = None
     try:
         found = read_manifest(address.folder)
-        restored_bytes = restore(model, config, address, found, source, progress)
+        restored_bytes = restore(model, config, address, found, source, progress, held)
         with contextlib.suppress(OSError):
             os.utime(address.folder / MANIFEST_FILE)  # last used now, for whoever prunes the store
         return Loaded("shard", restored_bytes, time.monotonic() - begun_s)

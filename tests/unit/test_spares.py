@@ -66,6 +66,7 @@ class ScriptedCluster:
     launched: list[str] = field(default_factory=list)
     left: list[SpareProcess] = field(default_factory=list)
     launch_error: InternalError | None = None
+    shards: list[str] = field(default_factory=list)
 
     async def spares(self) -> list[SpareProcess]:
         return self.left
@@ -76,7 +77,8 @@ class ScriptedCluster:
             raise self.launch_error
         return SpareProcess(replica, rank, name, "a", self)
 
-    async def ask(self, method: object, timeout_s: float) -> object:
+    async def ask(self, method: object, shard: str, timeout_s: float) -> object:
+        self.shards.append(shard)
         return self._answer()
 
     async def start_spare(self, spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
@@ -95,6 +97,10 @@ class ScriptedCluster:
         return answer
 
 
+def shard_of(number: int) -> str:
+    return f"/store/{number}"
+
+
 @dataclass
 class Shell:
     spares: Spares
@@ -108,13 +114,23 @@ class Shell:
 def shell(answers: Sequence[object], wanted: int = 1, serving_s: float = 60.0) -> Shell:
     cluster, events = ScriptedCluster(list(answers)), EventLog(3)
     ranks = [rank(0, 0, "a")]
-    spares = Spares(cast(Any, cluster), "c", 3, "cpu", lambda: Need(ranks, wanted, serving_s, 0), events)
+    spares = Spares(cast(Any, cluster), "c", 3, "cpu", lambda: Need(ranks, wanted, serving_s, 0, shard_of), events)
     return Shell(spares, cluster, events)
 
 
 SPEC = RankSpec(
     coordinator_address="a:1", cluster="c", replica=0, rank=0, incarnation="7", device="cpu", heartbeat_s=1, term=3
 )
+
+
+def test_a_spare_is_told_each_time_which_shard_its_rank_would_load() -> None:
+    async def work() -> None:
+        site = shell([(5, False), (5, True)])
+        await site.spares._move()
+        await site.spares._ask(site.spares._held[0, 0].process, 0.0)
+        assert site.cluster.shards == ["/store/0", "/store/0"]
+
+    asyncio.run(work())
 
 
 def test_a_warm_one_becomes_the_rank_and_is_held_no_more() -> None:

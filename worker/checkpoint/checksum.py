@@ -6,10 +6,13 @@ In ranks that write or restore a shard, and in `echelon checkpoint verify`. It k
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from models.files import read_header
 
 PIECE_BYTES = 4 << 20  # from 1 MiB on google_crc32c lets the interpreter go
 CACHED_BYTES = 256 << 10
@@ -40,3 +43,13 @@ def checksum(descriptor: int, first_byte: int, count: int) -> int:
     for done in range(0, count, PIECE_BYTES):
         crc = read_into(descriptor, first_byte + done, piece[: count - done], crc, PIECE_BYTES)
     return crc
+
+
+def tensor_checksums(weights: Path) -> dict[str, int]:
+    """crc32c by tensor of a file of weights, by its header. Raises ConfigError where that is broken, or OSError."""
+    starts = sorted((entry.first_byte, name) for name, entry in read_header(weights).items())
+    ends = [*(first for first, _ in starts[1:]), weights.stat().st_size]
+    with weights.open("rb") as file:
+        return {
+            name: checksum(file.fileno(), first, end - first) for (first, name), end in zip(starts, ends, strict=True)
+        }

@@ -7,7 +7,7 @@ source. It opens nothing but the shard.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import read_header
 from worker.checkpoint.checksum import PIECE_BYTES, read_into
+from worker.checkpoint.held import HeldShard
 from worker.checkpoint.manifest import Manifest, ShardAddress, UnfitShardError
 
 Progress = Callable[[int, int], None]
@@ -33,11 +34,13 @@ def restore(
     found: bytes | None,
     source: Path,
     progress: Progress,
+    held: HeldShard | None = None,
 ) -> int:
     """Fills every tensor of the model; returns their bytes. progress(loaded_bytes, total_bytes) after each of them.
 
     1. found, the shard.json, must speak of this rank, and the source's files, so far as they are there, be as it says.
-    2. Tensors are read in the order of the file, by as many threads as torch computes with, and checked by crc32c.
+    2. What was held ready, and has not been written to since, is as it was checked: the device fetches it.
+    3. Else tensors are read in the order of the file, by as many threads as torch computes with, and checked by crc32c.
 
     Raises UnfitShardError; tensors may be filled in part then.
     """
@@ -47,33 +50,60 @@ def restore(
     manifest.check(address, config)
     try:
         manifest.check_source(source)
-        return _fill(model, manifest, manifest.weights_in(address.folder), progress)
+        path = manifest.weights_in(address.folder)
+        first_bytes = _first_bytes(model, manifest, path)
+        if held is not None and held.is_current(found, path):
+            loaded_bytes = _fetch(model, first_bytes, held.mapped)
+            progress(loaded_bytes, loaded_bytes)
+            return loaded_bytes
+        return _fill(model, manifest, path, first_bytes, progress)
     except OSError as error:
         raise UnfitShardError(f"{address.folder} cannot be read: {error}") from error
 
 
-def _fill(model: DecoderModel, manifest: Manifest, path: Path, progress: Progress) -> int:
+def _first_bytes(model: DecoderModel, manifest: Manifest, path: Path) -> dict[str, int]:
+    """Where each tensor begins in the file, in its order."""
     try:
         stored = read_header(path)
     except ConfigError as error:
         raise UnfitShardError(error.message) from error
     if stored.keys() != model.shards.keys():
         raise UnfitShardError(f"{path}: its header names other tensors than {manifest.place} holds")
-    names = sorted(stored, key=lambda name: stored[name].first_byte)
+    return dict(sorted(((name, each.first_byte) for name, each in stored.items()), key=lambda item: item[1]))
+
+
+def _fetch(model: DecoderModel, first_bytes: Mapping[str, int], mapped: Tensor) -> int:
+    """All from memory that was checked before; the bytes of it."""
+    for name, first_byte in first_bytes.items():
+        target = model.shards[name].view(-1).view(torch.uint8)
+        target.copy_(mapped[first_byte : first_byte + len(target)], non_blocking=True)
+    _settle(model)
+    return sum(shard.nbytes for shard in model.shards.values())
+
+
+def _settle(model: DecoderModel) -> None:
+    """All has been fetched, or the error is told here."""
+    device = next(iter(model.shards.values())).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fill(
+    model: DecoderModel, manifest: Manifest, path: Path, first_bytes: Mapping[str, int], progress: Progress
+) -> int:
+    """All from the file, each tensor checked on its way; the bytes of it."""
     total_bytes, loaded_bytes = sum(shard.nbytes for shard in model.shards.values()), 0
     with ShardFile(path) as file, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        fillings = [pool.submit(file.fill, model.shards[name], stored[name].first_byte) for name in names]
+        fillings = [pool.submit(file.fill, model.shards[name], first) for name, first in first_bytes.items()]
         try:
-            for name, filling in zip(names, fillings, strict=True):
+            for name, filling in zip(first_bytes, fillings, strict=True):
                 if (found := filling.result()) != (expected := manifest.tensors[name].crc32c):
                     raise UnfitShardError(f"{path}: {name} has crc32c {found:08x}, expected {expected:08x}")
                 loaded_bytes += model.shards[name].nbytes
                 progress(loaded_bytes, total_bytes)
         finally:
             pool.shutdown(cancel_futures=True)
-    device = next(iter(model.shards.values())).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # all has been fetched, or the error is told here
+    _settle(model)
     return loaded_bytes
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echelon.errors import ConfigError
-from models.files import read_header
 from worker.checkpoint.manifest import MANIFEST_FILE, Manifest, UnfitShardError, read_manifest
 
 FOLDERS = "*/*/p*-d*-t*"  # model digest, layout digest, place
@@ -117,22 +116,15 @@ def read_whole(folder: Path) -> Manifest:
 
 def verify(shard: StoredShard) -> list[Damage]:
     """Reads all of a shard, and names each tensor that is not what was written; empty is success."""
-    from worker.checkpoint.checksum import checksum  # its package is the server's
+    from worker.checkpoint.checksum import tensor_checksums  # its package is the server's
 
     folder = Path(shard.folder)
     try:
         manifest = read_whole(folder)
         weights = folder / manifest.weights
-        stored = read_header(weights)
-        if stored.keys() != manifest.tensors.keys():
+        found = tensor_checksums(weights)
+        if found.keys() != manifest.tensors.keys():
             return [Damage(str(weights), "", f"its header has other tensors than {MANIFEST_FILE}")]
-        with weights.open("rb") as file:
-            first_bytes = sorted((each.first_byte, name) for name, each in stored.items())
-            ends = [first for first, _ in first_bytes[1:]] + [manifest.weights_bytes]
-            found = {
-                name: checksum(file.fileno(), first, end - first)
-                for (first, name), end in zip(first_bytes, ends, strict=True)
-            }
     except (OSError, ConfigError, UnfitShardError) as error:
         return [Damage(shard.folder, "", str(error))]
     return [
