@@ -33,6 +33,22 @@ GEMMA: dict[str, object] = {
     "query_pre_attn_scalar": 32,
     "tie_word_embeddings": True,
 }
+DEEPSEEK: dict[str, object] = {
+    "num_key_value_heads": None,  # as many as there are heads
+    "head_dim": 16,  # transformers': the part that turns
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "n_group": 4,
+    "topk_group": 2,
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024},
@@ -66,6 +82,19 @@ FAMILIES: dict[str, dict[str, object]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
         },
+    },
+    "deepseek-v2": DEEPSEEK
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy",
+    },
+    "deepseek-v3": DEEPSEEK
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
     },
 }
 CHAT_TEMPLATE = (

@@ -49,7 +49,8 @@ class ModelConfig:
 
     attention_scale: what the products of queries and keys are multiplied by. A cap c bends numbers x to
     c * tanh(x / c), those products in attention_cap, the logits in logit_cap. With latent attention all heads read the
-    same keys, which begin with the values: num_key_value_heads is 1, head_dim that of queries.
+    same keys, which begin with the values: num_key_value_heads is 1, head_dim that of queries. prediction_layers: for
+    multi-token prediction, behind the others in the checkpoint; they are not computed.
     """
 
     architecture: str
@@ -74,6 +75,7 @@ class ModelConfig:
     default_sampling: DefaultSampling
     latent: LatentAttention | None = None
     quantization: Quantization | None = None
+    prediction_layers: int = 0
 
     @property
     def family(self) -> Family:
@@ -140,6 +142,7 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
         default_sampling=_default_sampling(generation),
         latent=latent,
         quantization=None if planning else read_quantization(outer),
+        prediction_layers=source.count("num_nextn_predict_layers", 0, minimum=0),
     )
 
 

@@ -151,6 +151,12 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     return tuple(parameters)
 
 
+def is_of_prediction(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor of a checkpoint is of its layers for multi-token prediction, which are not in the table."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.prediction_layers)
+    return name.startswith(tuple(f"{config.family.prefix}model.layers.{layer}." for layer in layers))
+
+
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     hidden, norms = config.hidden_size, config.family.norms
     for part in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):

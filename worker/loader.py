@@ -18,7 +18,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import checkpoint_index
 from models.quantization import ELEMENT_BYTES, FLOAT8
-from models.tables import Parameter, held_parameters
+from models.tables import Parameter, held_parameters, is_of_prediction
 from parallel.context import ParallelContext
 from parallel.degrees import Place
 from parallel.sharding import region_shape
@@ -87,6 +87,14 @@ class SourceShare:
     def _where(self, parameter: Parameter) -> tuple[Path, int]:
         stored = self._index[parameter.name]
         return stored.file, stored.first_byte
+
+
+def left_in_files(config: ModelConfig, directory: Path) -> str:
+    """What is known there and not read by any rank, in words for the event log; nothing where nothing is."""
+    if not config.prediction_layers:
+        return ""
+    left = sum(is_of_prediction(config, name) for name in checkpoint_index(directory))
+    return f"{left} tensors of {config.prediction_layers} layers for multi-token prediction" if left else ""
 
 
 def load_weights(

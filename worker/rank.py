@@ -126,11 +126,7 @@ class RankProcess:
             return
         self._epoch, self._phase = epoch, "ready"
         loaded = epoch.loaded
-        self._control.send(
-            loaded=control_pb2.WeightsLoaded(
-                origin=loaded.origin, bytes=loaded.bytes, took_s=loaded.took_s, reason=loaded.reason
-            )
-        )
+        self._control.send(loaded=loaded.told())
         self._control.send(formed=control_pb2.EpochFormed(took_s=epoch.took_s))
         self._control.send(ready=self._resident())
         if epoch.lead is not None:

@@ -22,12 +22,14 @@ from worker.checkpoint.held import HeldShard
 from worker.checkpoint.manifest import MANIFEST_FILE, ShardAddress, UnfitShardError, read_manifest
 from worker.checkpoint.restore import restore
 from worker.checkpoint.write import ShardWriter
-from worker.loader import Progress, load_weights
+from worker.loader import Progress, left_in_files, load_weights
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """origin: "shard" or "source"; bytes as they lie there; reason: why it was not the shard, if there is a store.
+
+    left: what the source has besides and no rank reads.
 
     writer: of the shard that is to be there next time, None if it is, or if there is no store.
     """
@@ -36,7 +38,13 @@ class Loaded:
     bytes: int
     took_s: float
     reason: str = ""
+    left: str = ""
     writer: ShardWriter | None = None
+
+    def told(self) -> control_pb2.WeightsLoaded:
+        """The message for the event log."""
+        origin, reason, left = self.origin, self.reason, self.left
+        return control_pb2.WeightsLoaded(origin=origin, bytes=self.bytes, took_s=self.took_s, reason=reason, left=left)
 
 
 def bring_weights(
@@ -54,7 +62,7 @@ def bring_weights(
     begun_s, source = time.monotonic(), Path(command.model_path)
     if not command.checkpoint_dir:
         loaded_bytes = load_weights(model, config, source, context, progress)
-        return Loaded("source", loaded_bytes, time.monotonic() - begun_s)
+        return Loaded("source", loaded_bytes, time.monotonic() - begun_s, left=left_in_files(config, source))
     address = ShardAddress(Path(command.checkpoint_dir), command.model_digest, context.place, command.dtype)
     found = None
     try:
@@ -73,4 +81,5 @@ def bring_weights(
     except (ConfigError, OSError) as error:
         raise ConfigError(f"{error}; and from the shard checkpoint: {reason}", field="model") from error
     writer = ShardWriter(address, config, source, stamps, found)
-    return Loaded("source", loaded_bytes, time.monotonic() - begun_s, reason, writer)
+    left = left_in_files(config, source)
+    return Loaded("source", loaded_bytes, time.monotonic() - begun_s, reason, left, writer)

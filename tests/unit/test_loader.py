@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from echelon.internal.v1 import control_pb2
 from models.config import read_model_config
-from models.files import checkpoint_index
+from models.files import check_model_directory, checkpoint_index
 from models.registry import build_model
 from models.tables import Parameter, held_parameters
 from parallel.context import ParallelContext
@@ -22,6 +23,7 @@ from parallel.sharding import region_shape
 from tests.tiny import make_checkpoint
 from worker import weight_file
 from worker.loader import load_weights
+from worker.weights import bring_weights
 
 FLOAT32_BYTES = 4
 LAYOUTS = [
@@ -36,6 +38,7 @@ MODELS = {
     "phi3": WIDER,  # stacked matrices
     "mixtral": WIDER,
     "qwen3-moe": WIDER | {"moe_intermediate_size": 64},
+    "deepseek-v3": WIDER | {"moe_intermediate_size": 64},
 }
 
 
@@ -144,3 +147,20 @@ def test_a_file_that_was_cut_meanwhile_is_named(tmp_path: Path, monkeypatch: pyt
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(OSError, match=rf"{file} ends at byte \d+, though it was longer when it was checked"):
         load(directory, Degrees(), 0, torch.float32)
+
+
+@pytest.mark.parametrize(("layers", "left"), [(1, "2 tensors of 1 layers for multi-token prediction"), (0, "")])
+def test_layers_for_prediction_stay_in_the_files(tmp_path: Path, layers: int, left: str) -> None:
+    make_checkpoint(tmp_path, "deepseek-v3", num_nextn_predict_layers=layers)
+    config, file = read_model_config(tmp_path), tmp_path / "model.safetensors"
+    weights = load_file(file)
+    behind = {f"model.layers.2.{part}.weight": torch.ones(3, 3) for part in ("eh_proj", "self_attn.kv_b_proj")}
+    save_file(weights | behind, file, metadata={"format": "pt"})
+    check_model_directory(tmp_path)
+    context = ParallelContext(epoch=1, device=torch.device("cpu"), dtype=torch.float32)
+    model = build_model(config, context)
+    command = control_pb2.FormEpoch(model_path=str(tmp_path), dtype="float32")
+    told = bring_weights(model, config, command, context, lambda loaded_bytes, total_bytes: None).told()
+    assert (told.origin, told.left) == ("source", left)
+    assert told.bytes == sum(tensor.nbytes for tensor in weights.values())
+    assert model.shards.keys() == weights.keys()

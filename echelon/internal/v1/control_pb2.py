@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!echelon/internal/v1/control.proto\x12\x13\x65\x63helon.internal.v1\"5\n\x05\x46\x65nce\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x81\x05\n\x0bRankMessage\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12/\n\x05hello\x18\x02 \x01(\x0b\x32\x1e.echelon.internal.v1.RankHelloH\x00\x12\x33\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.echelon.internal.v1.HeartbeatH\x00\x12\x38\n\x0cstore_opened\x18\x04 \x01(\x0b\x32 .echelon.internal.v1.StoreOpenedH\x00\x12\x35\n\x08progress\x18\x05 \x01(\x0b\x32!.echelon.internal.v1.LoadProgressH\x00\x12/\n\x05ready\x18\x06 \x01(\x0b\x32\x1e.echelon.internal.v1.RankReadyH\x00\x12/\n\x05\x66\x61ult\x18\x07 \x01(\x0b\x32\x1e.echelon.internal.v1.RankFaultH\x00\x12\x33\n\x07retired\x18\x08 \x01(\x0b\x32 .echelon.internal.v1.RankRetiredH\x00\x12\x34\n\x06loaded\x18\t \x01(\x0b\x32\".echelon.internal.v1.WeightsLoadedH\x00\x12\x34\n\x07written\x18\n \x01(\x0b\x32!.echelon.internal.v1.ShardWrittenH\x00\x12\x31\n\x06\x62lamed\x18\x0b \x01(\x0b\x32\x1f.echelon.internal.v1.RankBlamedH\x00\x12\x32\n\x06\x66ormed\x18\x0c \x01(\x0b\x32 .echelon.internal.v1.EpochFormedH\x00\x42\x06\n\x04\x62ody\"\xda\x01\n\tRankHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12-\n\x05ready\x18\t \x01(\x0b\x32\x1e.echelon.internal.v1.RankReady\x12\x0e\n\x06layout\x18\n \x01(\t\"I\n\tHeartbeat\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tslowest_s\x18\x04 \x01(\x01\"\x1e\n\x0bStoreOpened\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"6\n\tRankReady\x12\x17\n\x0fparameter_bytes\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\"N\n\rWeightsLoaded\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06took_s\x18\x03 \x01(\x01\x12\x0e\n\x06reason\x18\x04 \x01(\t\"x\n\x0b\x45pochFormed\x12;\n\x06took_s\x18\x01 \x03(\x0b\x32+.echelon.internal.v1.EpochFormed.TookSEntry\x1a,\n\nTookSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\x0cShardWritten\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06took_s\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"s\n\tRankFault\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x11\n\tlast_step\x18\x04 \x01(\x04\x12\x0f\n\x07of_peer\x18\x05 \x01(\x08\x12\x10\n\x08requests\x18\x06 \x03(\t\"\x1e\n\nRankBlamed\x12\x10\n\x08requests\x18\x01 \x03(\t\"#\n\x0bRankRetired\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x04\"\xe6\x02\n\x0bRankCommand\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1d.echelon.internal.v1.AcceptedH\x00\x12\x34\n\nopen_store\x18\x03 \x01(\x0b\x32\x1e.echelon.internal.v1.OpenStoreH\x00\x12.\n\x04\x66orm\x18\x04 \x01(\x0b\x32\x1e.echelon.internal.v1.FormEpochH\x00\x12/\n\x07refused\x18\x05 \x01(\x0b\x32\x1c.echelon.internal.v1.RefusedH\x00\x12-\n\x06retire\x18\x06 \x01(\x0b\x32\x1b.echelon.internal.v1.RetireH\x00\x12+\n\x05\x62lame\x18\x07 \x01(\x0b\x32\x1a.echelon.internal.v1.BlameH\x00\x42\x06\n\x04\x62ody\"\n\n\x08\x41\x63\x63\x65pted\"\x0b\n\tOpenStore\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x08\n\x06Retire\".\n\x05\x42lame\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12\x11\n\tlast_step\x18\x02 \x01(\x04\"\x8c\x03\n\tFormEpoch\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06tensor\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x17\n\x0fkv_blocks_limit\x18\n \x01(\r\x12\x10\n\x08pipeline\x18\x0b \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x0c \x01(\r\x12\x0e\n\x06\x65xpert\x18\r \x01(\r\x12\x16\n\x0epipeline_depth\x18\x0e \x01(\r\x12\x17\n\x0frebalance_steps\x18\x10 \x01(\r\x12\x11\n\ttrace_dir\x18\x0f \x01(\t\x12\x16\n\x0e\x63heckpoint_dir\x18\x14 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x15 \x01(\t\x12\x0e\n\x06layout\x18\x1e \x01(\t2_\n\x0bRankControl\x12P\n\x06\x41ttach\x12 .echelon.internal.v1.RankMessage\x1a .echelon.internal.v1.RankCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!echelon/internal/v1/control.proto\x12\x13\x65\x63helon.internal.v1\"5\n\x05\x46\x65nce\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x81\x05\n\x0bRankMessage\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12/\n\x05hello\x18\x02 \x01(\x0b\x32\x1e.echelon.internal.v1.RankHelloH\x00\x12\x33\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.echelon.internal.v1.HeartbeatH\x00\x12\x38\n\x0cstore_opened\x18\x04 \x01(\x0b\x32 .echelon.internal.v1.StoreOpenedH\x00\x12\x35\n\x08progress\x18\x05 \x01(\x0b\x32!.echelon.internal.v1.LoadProgressH\x00\x12/\n\x05ready\x18\x06 \x01(\x0b\x32\x1e.echelon.internal.v1.RankReadyH\x00\x12/\n\x05\x66\x61ult\x18\x07 \x01(\x0b\x32\x1e.echelon.internal.v1.RankFaultH\x00\x12\x33\n\x07retired\x18\x08 \x01(\x0b\x32 .echelon.internal.v1.RankRetiredH\x00\x12\x34\n\x06loaded\x18\t \x01(\x0b\x32\".echelon.internal.v1.WeightsLoadedH\x00\x12\x34\n\x07written\x18\n \x01(\x0b\x32!.echelon.internal.v1.ShardWrittenH\x00\x12\x31\n\x06\x62lamed\x18\x0b \x01(\x0b\x32\x1f.echelon.internal.v1.RankBlamedH\x00\x12\x32\n\x06\x66ormed\x18\x0c \x01(\x0b\x32 .echelon.internal.v1.EpochFormedH\x00\x42\x06\n\x04\x62ody\"\xda\x01\n\tRankHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12-\n\x05ready\x18\t \x01(\x0b\x32\x1e.echelon.internal.v1.RankReady\x12\x0e\n\x06layout\x18\n \x01(\t\"I\n\tHeartbeat\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tslowest_s\x18\x04 \x01(\x01\"\x1e\n\x0bStoreOpened\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"6\n\tRankReady\x12\x17\n\x0fparameter_bytes\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\"\\\n\rWeightsLoaded\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06took_s\x18\x03 \x01(\x01\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04left\x18\x05 \x01(\t\"x\n\x0b\x45pochFormed\x12;\n\x06took_s\x18\x01 \x03(\x0b\x32+.echelon.internal.v1.EpochFormed.TookSEntry\x1a,\n\nTookSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\x0cShardWritten\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06took_s\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"s\n\tRankFault\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x11\n\tlast_step\x18\x04 \x01(\x04\x12\x0f\n\x07of_peer\x18\x05 \x01(\x08\x12\x10\n\x08requests\x18\x06 \x03(\t\"\x1e\n\nRankBlamed\x12\x10\n\x08requests\x18\x01 \x03(\t\"#\n\x0bRankRetired\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x04\"\xe6\x02\n\x0bRankCommand\x12)\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x1a.echelon.internal.v1.Fence\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1d.echelon.internal.v1.AcceptedH\x00\x12\x34\n\nopen_store\x18\x03 \x01(\x0b\x32\x1e.echelon.internal.v1.OpenStoreH\x00\x12.\n\x04\x66orm\x18\x04 \x01(\x0b\x32\x1e.echelon.internal.v1.FormEpochH\x00\x12/\n\x07refused\x18\x05 \x01(\x0b\x32\x1c.echelon.internal.v1.RefusedH\x00\x12-\n\x06retire\x18\x06 \x01(\x0b\x32\x1b.echelon.internal.v1.RetireH\x00\x12+\n\x05\x62lame\x18\x07 \x01(\x0b\x32\x1a.echelon.internal.v1.BlameH\x00\x42\x06\n\x04\x62ody\"\n\n\x08\x41\x63\x63\x65pted\"\x0b\n\tOpenStore\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x08\n\x06Retire\".\n\x05\x42lame\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12\x11\n\tlast_step\x18\x02 \x01(\x04\"\x8c\x03\n\tFormEpoch\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06tensor\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x08 \x01(\r\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x17\n\x0fkv_blocks_limit\x18\n \x01(\r\x12\x10\n\x08pipeline\x18\x0b \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x0c \x01(\r\x12\x0e\n\x06\x65xpert\x18\r \x01(\r\x12\x16\n\x0epipeline_depth\x18\x0e \x01(\r\x12\x17\n\x0frebalance_steps\x18\x10 \x01(\r\x12\x11\n\ttrace_dir\x18\x0f \x01(\t\x12\x16\n\x0e\x63heckpoint_dir\x18\x14 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x15 \x01(\t\x12\x0e\n\x06layout\x18\x1e \x01(\t2_\n\x0bRankControl\x12P\n\x06\x41ttach\x12 .echelon.internal.v1.RankMessage\x1a .echelon.internal.v1.RankCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,33 +48,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKREADY']._serialized_start=1144
   _globals['_RANKREADY']._serialized_end=1198
   _globals['_WEIGHTSLOADED']._serialized_start=1200
-  _globals['_WEIGHTSLOADED']._serialized_end=1278
-  _globals['_EPOCHFORMED']._serialized_start=1280
-  _globals['_EPOCHFORMED']._serialized_end=1400
-  _globals['_EPOCHFORMED_TOOKSENTRY']._serialized_start=1356
-  _globals['_EPOCHFORMED_TOOKSENTRY']._serialized_end=1400
-  _globals['_SHARDWRITTEN']._serialized_start=1402
-  _globals['_SHARDWRITTEN']._serialized_end=1463
-  _globals['_RANKFAULT']._serialized_start=1465
-  _globals['_RANKFAULT']._serialized_end=1580
-  _globals['_RANKBLAMED']._serialized_start=1582
-  _globals['_RANKBLAMED']._serialized_end=1612
-  _globals['_RANKRETIRED']._serialized_start=1614
-  _globals['_RANKRETIRED']._serialized_end=1649
-  _globals['_RANKCOMMAND']._serialized_start=1652
-  _globals['_RANKCOMMAND']._serialized_end=2010
-  _globals['_ACCEPTED']._serialized_start=2012
-  _globals['_ACCEPTED']._serialized_end=2022
-  _globals['_OPENSTORE']._serialized_start=2024
-  _globals['_OPENSTORE']._serialized_end=2035
-  _globals['_REFUSED']._serialized_start=2037
-  _globals['_REFUSED']._serialized_end=2062
-  _globals['_RETIRE']._serialized_start=2064
-  _globals['_RETIRE']._serialized_end=2072
-  _globals['_BLAME']._serialized_start=2074
-  _globals['_BLAME']._serialized_end=2120
-  _globals['_FORMEPOCH']._serialized_start=2123
-  _globals['_FORMEPOCH']._serialized_end=2519
-  _globals['_RANKCONTROL']._serialized_start=2521
-  _globals['_RANKCONTROL']._serialized_end=2616
+  _globals['_WEIGHTSLOADED']._serialized_end=1292
+  _globals['_EPOCHFORMED']._serialized_start=1294
+  _globals['_EPOCHFORMED']._serialized_end=1414
+  _globals['_EPOCHFORMED_TOOKSENTRY']._serialized_start=1370
+  _globals['_EPOCHFORMED_TOOKSENTRY']._serialized_end=1414
+  _globals['_SHARDWRITTEN']._serialized_start=1416
+  _globals['_SHARDWRITTEN']._serialized_end=1477
+  _globals['_RANKFAULT']._serialized_start=1479
+  _globals['_RANKFAULT']._serialized_end=1594
+  _globals['_RANKBLAMED']._serialized_start=1596
+  _globals['_RANKBLAMED']._serialized_end=1626
+  _globals['_RANKRETIRED']._serialized_start=1628
+  _globals['_RANKRETIRED']._serialized_end=1663
+  _globals['_RANKCOMMAND']._serialized_start=1666
+  _globals['_RANKCOMMAND']._serialized_end=2024
+  _globals['_ACCEPTED']._serialized_start=2026
+  _globals['_ACCEPTED']._serialized_end=2036
+  _globals['_OPENSTORE']._serialized_start=2038
+  _globals['_OPENSTORE']._serialized_end=2049
+  _globals['_REFUSED']._serialized_start=2051
+  _globals['_REFUSED']._serialized_end=2076
+  _globals['_RETIRE']._serialized_start=2078
+  _globals['_RETIRE']._serialized_end=2086
+  _globals['_BLAME']._serialized_start=2088
+  _globals['_BLAME']._serialized_end=2134
+  _globals['_FORMEPOCH']._serialized_start=2137
+  _globals['_FORMEPOCH']._serialized_end=2533
+  _globals['_RANKCONTROL']._serialized_start=2535
+  _globals['_RANKCONTROL']._serialized_end=2630
 # @@protoc_insertion_point(module_scope)

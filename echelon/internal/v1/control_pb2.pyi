@@ -102,16 +102,18 @@ class RankReady(_message.Message):
     def __init__(self, parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
 
 class WeightsLoaded(_message.Message):
-    __slots__ = ("origin", "bytes", "took_s", "reason")
+    __slots__ = ("origin", "bytes", "took_s", "reason", "left")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TOOK_S_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     origin: str
     bytes: int
     took_s: float
     reason: str
-    def __init__(self, origin: _Optional[str] = ..., bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    left: str
+    def __init__(self, origin: _Optional[str] = ..., bytes: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ..., left: _Optional[str] = ...) -> None: ...
 
 class EpochFormed(_message.Message):
     __slots__ = ("took_s",)
