@@ -54,7 +54,7 @@ def find(name: str, cluster: Cluster, source: random.Random) -> Target:
         case "coordinator":
             return Target(name, name, (cluster.coordinator_pid,))
         case "supervisor":  # with its coordinator, which would end when it does
-            return Target(name, name, (processes.parent_of(cluster.coordinator_pid), cluster.coordinator_pid))
+            return Target(name, name, (_supervisor(cluster), cluster.coordinator_pid))
         case "leader":
             return _rank(_chosen("leader", [rank for rank in cluster.ranks if rank.leader], None, source))
         case "rank":
@@ -75,8 +75,8 @@ def in_order(ranks: Sequence[Rank]) -> list[Rank]:
 
 
 def ray_processes(cluster: Cluster) -> list[int]:
-    """What the supervisor's Ray consists of; nothing where the cluster joined another's."""
-    return processes.descendants(processes.parent_of(cluster.coordinator_pid))
+    """What the supervisor's Ray consists of; nothing where the cluster joined another's. Raises as `find`."""
+    return processes.descendants(_supervisor(cluster))
 
 
 def check_local(address: str, cluster: Cluster) -> None:
@@ -118,6 +118,14 @@ def _is_own(host: str) -> bool:
 def _rank(rank: Rank) -> Target:
     place = f"rank {rank.replica}/{rank.pipeline}/{rank.data}/{rank.tensor}"
     return Target("leader" if rank.leader else "rank", place, (rank.pid,))
+
+
+def _supervisor(cluster: Cluster) -> int:
+    """0 means everybody to those who list processes, and to those who signal them ourselves."""
+    if not (pid := processes.parent_of(cluster.coordinator_pid)):
+        told = f"the coordinator with pid {cluster.coordinator_pid} has ended, so its supervisor cannot be found"
+        raise ConfigError(told, field="victims")
+    return pid
 
 
 def _node(cluster: Cluster, node_id: str) -> Target:

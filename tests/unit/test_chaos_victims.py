@@ -144,6 +144,18 @@ def test_a_process_lives_until_it_has_ended(sleeper: subprocess.Popen[bytes]) ->
     assert processes.parent_of(sleeper.pid) == 0 and processes.started_unix_s(sleeper.pid) is None
 
 
+@pytest.mark.parametrize("name", ["supervisor", "gcs"])
+def test_a_coordinator_that_has_ended_has_no_supervisor_and_nobody_is_struck_for_it(
+    name: str, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Number 0 would be all of our own group, and what it started everything that runs here."""
+    monkeypatch.setattr(processes, "name_of", lambda pid: "gcs_server")
+    sleeper.kill()
+    sleeper.wait()
+    with pytest.raises(ConfigError, match=f"coordinator with pid {sleeper.pid} has ended"):
+        find(name, replace(SHOWN, coordinator_pid=sleeper.pid), random.Random(0))
+
+
 def test_a_connection_from_a_port_is_nobody_who_listens_there(listening: int) -> None:
     assert processes.listens(os.getpid(), listening)
     with socket.create_connection(("127.0.0.1", listening)) as connection:
