@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from echelon.internal.link import (
+    CANARY,
     Abandon,
     Assign,
     Command,
@@ -205,7 +206,8 @@ class EngineCore:
 
     def _assign(self, assign: Assign) -> None:
         """Hold the request, instead of an older attempt at it; one that can never fit is released with the reason."""
-        self._last_attempt = max(self._last_attempt, assign.attempt)
+        if assign.request != CANARY:  # whose attempts have numbers of their own
+            self._last_attempt = max(self._last_attempt, assign.attempt)
         held = self._lanes.held_attempt(assign.request)
         if held is not None:
             if assign.attempt <= held:

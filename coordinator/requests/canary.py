@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from coordinator.requests.router import Link, Size
-from echelon.internal.link import Assign, Progress, Sampling
+from echelon.internal.link import CANARY, Assign, Progress, Sampling
 
-REQUEST = "@canary"  # no client may choose such an id
 ANSWER_S = 5.0  # for it to come
 _SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=-1)
 _PROMPT = (0,)
@@ -36,4 +35,4 @@ def look(now: float, links: Iterable[Link], idle_s: float | None) -> Iterator[tu
         elif not (link.held or link.reserved) and (link.token_s is None or now - link.token_s >= idle_s):
             link.asked_s = now
             attempt = max(int(now * 1000), 1)  # rises, as those of one request must
-            link.assign(Assign(REQUEST, attempt, _PROMPT, (Progress(0),), _SAMPLING), _SIZE)
+            link.assign(Assign(CANARY, attempt, _PROMPT, (Progress(0),), _SAMPLING), _SIZE)

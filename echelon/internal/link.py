@@ -76,6 +76,9 @@ class Progress:
     generated: tuple[int, ...] = ()
 
 
+CANARY = "@canary"  # a request of no client: a token that shows that a replica computes
+
+
 @dataclass(frozen=True, slots=True)
 class Assign:
     """Run these choices of a request. Lower priority goes first; prefixes are shared under the same cache_salt only."""
@@ -158,7 +161,7 @@ class Running:
 class ReplicaHello:
     """A leader's first report on a link: what it can hold, and what it holds already.
 
-    last_attempt: the highest that it was ever given; a later one never reached it.
+    last_attempt: the highest that it was ever given, canaries left out; a later one never reached it.
     """
 
     slots: int

@@ -9,11 +9,11 @@ from typing import cast
 import pytest
 
 from coordinator.replica.service import ReplicaService
-from coordinator.requests.canary import ANSWER_S, REQUEST
+from coordinator.requests.canary import ANSWER_S
 from coordinator.requests.core import Counts
 from coordinator.requests.events import LinkClosed, Submit, Tick
 from coordinator.serving import Serving
-from echelon.internal.link import Assign, Fence, Finish, Released, TokenRun
+from echelon.internal.link import CANARY, Assign, Fence, Finish, Released, TokenRun
 from tests.unit.core_shell import FENCE, Shell, request
 
 IDLE_S = 30.0
@@ -25,13 +25,13 @@ def shell() -> Shell:
 
 
 def asked(shell: Shell) -> list[Assign]:
-    return [assign for assign in shell.assigns() if assign.request == REQUEST]
+    return [assign for assign in shell.assigns() if assign.request == CANARY]
 
 
 def answer(shell: Shell) -> None:
     attempt = asked(shell)[-1].attempt
-    run = TokenRun(REQUEST, 0, attempt, 0, (5,), finish=Finish.LENGTH)
-    shell.report(runs=(run,), released=(Released(REQUEST, attempt),))
+    run = TokenRun(CANARY, 0, attempt, 0, (5,), finish=Finish.LENGTH)
+    shell.report(runs=(run,), released=(Released(CANARY, attempt),))
 
 
 def kinds(shell: Shell) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_token_that_does_not_come_is_told_and_asked_for_again(shell: Shell) ->
 
 def test_one_that_ends_without_a_token_is_asked_for_again(shell: Shell) -> None:
     shell.open()
-    shell.report(released=(Released(REQUEST, asked(shell)[-1].attempt),))
+    shell.report(released=(Released(CANARY, asked(shell)[-1].attempt),))
     assert len(asked(shell)) == 2 and kinds(shell) == []
 
 

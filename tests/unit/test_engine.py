@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from echelon.internal.link import (
+    CANARY,
     Abandon,
     Assign,
     Command,
@@ -219,6 +220,15 @@ def test_a_prompt_is_told_once_an_attempt_before_its_first_token_with_its_scores
     assert told == [(0, Prompted("a", 1, 0, prompt_scores(asked)))] and reports[0].runs
     replica.command(replace(asked, attempt=2, sampling=replace(asked.sampling, prompt_logprobs=None)))
     assert [prompted for report in replica.finish() for prompted in report.prompted] == [Prompted("a", 2, 8)]
+
+
+def test_a_canary_counts_for_no_attempt_that_came() -> None:
+    """Its numbers are times, and higher than those of all requests."""
+    replica = Replica(limits())
+    replica.open_link()
+    replica.command(assign("a", attempt=7), assign(CANARY, attempt=1_700_000_000_000, max_tokens=1))
+    (hello, *_) = replica.open_link()
+    assert hello.hello and hello.hello.last_attempt == 7
 
 
 def test_a_newer_attempt_replaces_an_older_one_and_no_other() -> None:
