@@ -126,9 +126,9 @@ class Spares:
         self._not_before_s = 0.0
 
     async def adopt(self) -> None:
-        """Keep what a predecessor has left."""
-        for process in await self._cluster.spares():
-            await self._ask(process, time.monotonic())
+        """Keep what a predecessor has left, if it answers as soon as one that is to be a rank."""
+        left, now = await self._cluster.spares(), time.monotonic()
+        await asyncio.gather(*(self._ask(process, now, HAND_OVER_S) for process in left))
 
     async def run(self) -> None:
         """Have them, for as long as the coordinator lives."""
@@ -150,8 +150,8 @@ class Spares:
 
     def died(self, replica: int, rank: int) -> None:
         """A node's agent saw one end."""
-        if self._held.pop((replica, rank), None):
-            self._emit("spare.lost", (replica, rank), reason="its process has died")
+        if held := self._held.pop((replica, rank), None):
+            self._lose((replica, rank), held.warm, "its process has died")
 
     async def start_rank(self, spec: RankSpec) -> bool:
         """Have the spare of its slot be this rank; False if there is none that is up to it."""
@@ -163,7 +163,7 @@ class Spares:
         try:
             await self._cluster.start_spare(held.process, spec, HAND_OVER_S)
         except InternalError as error:
-            self._emit("spare.lost", slot, reason=error.message)
+            self._lose(slot, True, error.message)
             return False
         self._emit("spare.started", slot, pid=held.pid)
         return True
@@ -192,17 +192,17 @@ class Spares:
             return
         await self._ask(process, time.monotonic())
 
-    async def _ask(self, process: SpareProcess, now: float) -> None:
+    async def _ask(self, process: SpareProcess, now: float, timeout_s: float = ANSWER_S) -> None:
         slot = process.replica, process.rank
         before = self._held.get(slot)
         try:
             shard = self._need().shard_of(process.rank)
-            pid, warm = await self._cluster.ask(process.actor.spare, shard, timeout_s=ANSWER_S)
+            pid, warm = await self._cluster.ask(process.actor.spare, shard, timeout_s=timeout_s)
         except InternalError as error:
             if before is None or self._held.get(slot) is before:
                 self._held.pop(slot, None)
                 await self._cluster.end_all(process.name)
-                self._emit("spare.lost", slot, reason=error.message)
+                self._lose(slot, before is not None and before.warm, error.message)
             return
         if before is not None and self._held.get(slot) is not before:
             return  # it has become a rank meanwhile, or its death was told
@@ -214,6 +214,12 @@ class Spares:
         held = self._held.pop(slot)
         await self._cluster.end_all(held.process.name)
         self._emit("spare.ended", slot, pid=held.pid, reason=reason)
+
+    def _lose(self, slot: Slot, was_warm: bool, reason: str) -> None:
+        """One that never got warm would hardly do so now: starting it takes a processor for seconds each time."""
+        if not was_warm:
+            self._not_before_s = time.monotonic() + RETRY_S
+        self._emit("spare.lost", slot, reason=reason)
 
     def _emit(self, kind: str, slot: Slot, **detail: object) -> None:
         self._events.emit(kind, f"spare/{slot[0]}/{slot[1]}", detail)

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def _warm(device: str) -> None:
         from worker.warm import warm
 
         warm(device)
-    except Exception:  # noqa: BLE001 - the agent tells its end
+    except Exception:  # noqa: BLE001 - the agent tells its end, Ray's log of this process why
+        traceback.print_exc()
         os._exit(1)
 
 

@@ -9,9 +9,21 @@ from typing import Any, cast
 
 import pytest
 
+from coordinator import spares
 from coordinator.cluster import Cluster, SpareProcess
 from coordinator.events import EventLog
-from coordinator.spares import SETTLED_S, End, Need, Situation, Slot, Spares, Start, next_move, wanted_slots
+from coordinator.spares import (
+    HAND_OVER_S,
+    SETTLED_S,
+    End,
+    Need,
+    Situation,
+    Slot,
+    Spares,
+    Start,
+    next_move,
+    wanted_slots,
+)
 from echelon.errors import InternalError
 from echelon.types import Rank
 from worker.spec import RankSpec
@@ -207,6 +219,48 @@ def test_what_a_predecessor_left_is_kept() -> None:
         await made.spares._move()
         assert [spare.pid for spare in made.spares.describe()] == [43]
         assert made.cluster.launched == [], "the slot has one"
+
+    asyncio.run(live())
+
+
+def test_what_a_predecessor_left_is_asked_all_at_once_and_not_waited_for_longer_than_a_rank_would() -> None:
+    """No rank is started before."""
+
+    async def live() -> None:
+        made, asked, both = shell([]), [], asyncio.Event()
+
+        async def ask(method: object, shard: str, timeout_s: float) -> object:
+            asked.append(timeout_s)
+            if len(asked) == 2:
+                both.set()
+            await asyncio.wait_for(both.wait(), 5)
+            return 43, True
+
+        made.cluster.ask = ask  # type: ignore[method-assign]
+        made.cluster.left = [SpareProcess(0, rank, f"spare/c/0/{rank}/2-9", "a", made.cluster) for rank in (0, 1)]
+        await made.spares.adopt()
+        assert [spare.rank for spare in made.spares.describe()] == [0, 1]
+        assert asked == [HAND_OVER_S] * 2
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize(("warm", "launched"), [(False, 1), (True, 2)])
+def test_one_that_never_got_warm_is_not_started_again_at_once(
+    warm: bool, launched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spares, "TICK_S", 0.0)
+
+    async def live() -> None:
+        made = shell([(43, warm)] * 100)
+        running = asyncio.create_task(made.spares.run())
+        while not made.spares.describe():
+            await asyncio.sleep(0)
+        made.spares.died(0, 0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        running.cancel()
+        assert len(made.cluster.launched) == launched
 
     asyncio.run(live())
 
