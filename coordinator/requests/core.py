@@ -33,12 +33,11 @@ from coordinator.requests.events import (
 from coordinator.requests.kept import Kept
 from coordinator.requests.life import Life, NewText, Phase
 from coordinator.requests.lives import Lives
-from coordinator.requests.nouns import Request
 from coordinator.requests.quarantine import Decision, room
 from coordinator.requests.router import NOTHING, Link, Reason, Router, choose, too_large
 from echelon.errors import InvalidRequestError, QuarantinedError, UnavailableError
 from echelon.internal.block_hash import chain, root_hash
-from echelon.internal.link import Assign, Fence, Prompted, Released, ReplicaHello, Report, TokenRun
+from echelon.internal.link import Fence, Prompted, Released, ReplicaHello, Report, TokenRun
 
 PREFIX_BLOCKS = 2048  # of a prompt that are looked at: hashing is done on the loop that delivers tokens
 
@@ -228,12 +227,13 @@ class CoordinatorCore:
                 self._lives.emit("request.cleared", life.request_id, reason="alone, it broke no step")
 
     def _take_released(self, now: float, released: Released) -> None:
-        """After a finish the request has ended already; what is released before is refused or lost."""
+        """After a finish the request has ended already; what is released before is refused, or to begin anew."""
         life = self._current(released.request, released.attempt)
         if life and released.error:
             error = InvalidRequestError(released.error, reason=released.reason, request_id=released.request)
             self._lives.fail(now, life, error)
         elif life:
+            life.apart = True
             self._lives.interrupt(now, life, "its leader let go of it")
 
     def _assign(self, now: float) -> None:
@@ -248,7 +248,7 @@ class CoordinatorCore:
             able = self._router.able(size)
             if not able:
                 return
-            prefix = self._prefix(life.entry.request, able[0].hello.block_tokens)
+            prefix = self._prefix(life, able[0].hello.block_tokens)
             link, reason = choose(able, size, prefix)
             link.prefixes.hits += reason is Reason.PREFIX
             self._assign_to(now, life, link, prefix)
@@ -275,26 +275,16 @@ class CoordinatorCore:
             for life in reversed(self._lives.running_on(reserved.fence.replica)):
                 self._lives.interrupt(now, life, "a request that may break steps is replayed alone")
 
-    def _prefix(self, request: Request, block_tokens: int) -> Sequence[bytes]:
+    def _prefix(self, life: Life, block_tokens: int) -> Sequence[bytes]:
         """What its prompt is known again by, once there is a choice between replicas."""
         if self._replicas < 2:
             return ()
-        return chain(root_hash(request.cache_salt), request.prompt[: PREFIX_BLOCKS * block_tokens], block_tokens)
+        prompt = life.entry.request.prompt[: PREFIX_BLOCKS * block_tokens]
+        return chain(root_hash(life.cache_salt), prompt, block_tokens)
 
     def _assign_to(self, now: float, life: Life, link: Link, prefix: Sequence[bytes]) -> None:
-        entry, request = life.entry, life.entry.request
-        recomputed = entry.recomputed_tokens + life.recomputed_tokens
+        recomputed = life.entry.recomputed_tokens + life.recomputed_tokens
         attempt = self._lives.next_attempt()
-        self._lives.record(Assigned(request.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
+        self._lives.record(Assigned(life.request_id, attempt, link.fence.replica, link.fence.epoch, recomputed))
         self._lives.move(life, Phase.RUNNING)
-        life.assigned(now)
-        assign = Assign(
-            request=request.request_id,
-            attempt=attempt,
-            prompt=request.prompt,
-            choices=life.progress(),
-            sampling=request.sampling,
-            priority=request.priority,
-            cache_salt=request.cache_salt,
-        )
-        link.assign(assign, life.size, prefix)
+        link.assign(life.assign(now, attempt), life.size, prefix)

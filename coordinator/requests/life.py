@@ -15,7 +15,7 @@ from coordinator.journal.state import Answer, Entry, Finished
 from coordinator.requests.nouns import Outcome, Received, Shown
 from coordinator.requests.router import Size
 from echelon.errors import WIRE_ERRORS, EchelonError, InternalError, InvalidRequestError
-from echelon.internal.link import Finish, Logprob, Progress, Sampling
+from echelon.internal.link import Assign, Finish, Logprob, Progress, Sampling
 from echelon.types import Admitted, Choice, Completion, FinishReason, StreamEvent, Timing, TokenLogprob, Usage
 
 _FINISH_REASONS = {Finish.STOP: FinishReason.STOP, Finish.LENGTH: FinishReason.LENGTH}
@@ -49,7 +49,8 @@ class Life:
     """A remembered request. stream is None while no client is attached, since detached_unix_s.
 
     arrival is its place among all requests. finishes: by choice, how it ended, None while it goes on. reached: whether
-    a leader has ever had its last attempt.
+    a leader has ever had its last attempt. apart: a leader has let go of it by itself, for what others had computed for
+    it may have been spoilt.
     """
 
     entry: Entry
@@ -61,6 +62,7 @@ class Life:
     assigned_unix_s: float | None = None
     first_token_unix_s: float | None = None
     reached: bool = True
+    apart: bool = False
     stop_ids: frozenset[int] = frozenset()
     finishes: list[Finish | None] = field(default_factory=list)
     _texts: list[AnswerText] = field(default_factory=list)  # in step with the answers, or empty: nobody reads
@@ -97,11 +99,26 @@ class Life:
         """What its next attempt computes once more: nothing of one that no leader has had."""
         return self.size.known_tokens if self.entry.attempt and self.reached else 0
 
-    def assigned(self, now: float) -> None:
-        """An attempt is on its way to a leader."""
+    @property
+    def cache_salt(self) -> str:
+        """Under which its blocks are found: one that nobody else has, where it is to be computed apart."""
+        return f"@{self.request_id}" if self.apart else self.entry.request.cache_salt
+
+    def assign(self, now: float, attempt: int) -> Assign:
+        """What a leader is told; on its way from now on."""
         self.reached = True
         if self.assigned_unix_s is None:
             self.assigned_unix_s = now
+        request = self.entry.request
+        return Assign(
+            request=request.request_id,
+            attempt=attempt,
+            prompt=request.prompt,
+            choices=self.progress(),
+            sampling=request.sampling,
+            priority=request.priority,
+            cache_salt=self.cache_salt,
+        )
 
     def progress(self) -> tuple[Progress, ...]:
         """The choices that go on, with the ids they have."""

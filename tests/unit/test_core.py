@@ -396,6 +396,17 @@ def test_only_what_a_leader_has_had_is_computed_again(shell: Shell, last_attempt
     assert isinstance(final, Completion) and final.usage.recomputed_tokens == recomputed + 3
 
 
+def test_what_a_leader_lets_go_of_by_itself_is_computed_without_what_others_have(shell: Shell) -> None:
+    """Once: what it shares with others may be computed anew, and found again, as often as they come."""
+    shell.post(Submit(1, request("a", cache_salt="salt")))
+    shell.report(released=(Released("a", 1),))
+    shell.post(Submit(2, request("b", cache_salt="salt")))
+    shell.post(ReplicaEnded(FENCE, "a rank dies"))
+    shell.open(fence=Fence(1, 0, 2))
+    salts = [(assign.request, assign.cache_salt) for assign in shell.assigns()]
+    assert salts == [("a", "salt"), ("a", "@a"), ("b", "salt"), ("a", "@a"), ("b", "salt")]
+
+
 def test_what_a_leader_refuses_fails_with_its_reason(shell: Shell) -> None:
     shell.post(Submit(1, request()))
     shell.report(released=(Released("r", 1, "no such thing", "CONSTRAINT_FAILED"),))
