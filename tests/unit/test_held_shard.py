@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.shards import KeepingRank, assert_same
 from tests.tiny import make_checkpoint
@@ -39,11 +40,20 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore.ShardFile, "fill", fill)
 
 
+def touch(mapped: Tensor) -> bool:
+    """As registering does: each page is made writable, which changes the file's time of change."""
+    mapped[0] = mapped[0].item()
+    return True
+
+
 def test_what_is_held_is_fetched_and_the_file_not_read_again(
     kept: KeepingRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = kept.load()
-    held = hold(kept.folder, register=False)
+    monkeypatch.setattr("worker.checkpoint.held.registered", touch)
+    os.utime(kept.weights, (1, 1))
+    held = hold(kept.folder)
+    assert kept.weights.stat().st_mtime > 1
     forbid_reading(monkeypatch)
     found, loaded = kept.load(held)
     assert_same(found, expected)

@@ -44,25 +44,35 @@ class HeldShard:
 
 
 def hold(folder: Path, register: bool = True) -> HeldShard:
-    """Check every byte of a shard, then map it. Raises UnfitShardError, ConfigError or OSError.
+    """Map a shard and check every byte of it. Raises UnfitShardError, ConfigError or OSError.
 
     register: with the device of this process, so that it copies at its full speed; only files in memory, as in
-    /dev/shm, can be, and others are not held.
+    /dev/shm, can be, and others are not held. That touches each page, which counts as a change: it comes first.
     """
     found = read_manifest(folder)
     if found is None:
         raise UnfitShardError(f"there is no shard in {folder} yet")
     manifest = Manifest.from_json(found)
     weights = manifest.weights_in(folder)
-    mark = mark_of(weights)
-    expected = {name: entry.crc32c for name, entry in manifest.tensors.items()}
-    if tensor_checksums(weights) != expected:
-        raise UnfitShardError(f"{weights} is not what was written")
     with weights.open("r+b") as file:
         mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-    if register and int(torch.cuda.cudart().cudaHostRegister(mapped.data_ptr(), len(mapped), 0)) != 0:
+    if register and not registered(mapped):
         raise UnfitShardError(f"{weights} is not in memory: no device can be told to copy from it")
-    return HeldShard(folder, found, weights, mark, mapped)
+    held = HeldShard(folder, found, weights, mark_of(weights), mapped)
+    try:
+        checksums = tensor_checksums(weights)
+    except (ConfigError, OSError):
+        held.release()
+        raise
+    if checksums != {name: entry.crc32c for name, entry in manifest.tensors.items()}:
+        held.release()
+        raise UnfitShardError(f"{weights} is not what was written")
+    return held
+
+
+def registered(mapped: Tensor) -> bool:
+    """Whether the device of this process may copy from it on its own from now on."""
+    return int(torch.cuda.cudart().cudaHostRegister(mapped.data_ptr(), len(mapped), 0)) == 0
 
 
 def mark_of(path: Path) -> Mark:
