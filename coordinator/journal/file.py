@@ -87,14 +87,16 @@ class JournalFile:
         content = frame(records, self._term)
         refused = None
         try:
-            self._write(content)
+            try:
+                self._write(content)
+            finally:
+                self._check_term()  # stopped since the last look, it may have written what its successor has not read
         except SupersededError:
             raise
         except OSError as error:
             refused = error
-        self._check_term()  # stopped since the last look, it may have written what its successor has not read
         try:
-            self._compact(content)
+            self._compact(content)  # whatever was refused: a copy that is under way lacks nothing
         except SupersededError:
             raise
         except OSError as error:

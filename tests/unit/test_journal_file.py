@@ -62,6 +62,28 @@ def test_what_was_appended_is_read_again(tmp_path: Path) -> None:
     assert segments(tmp_path / "journal") == ["000002.log"]
 
 
+def test_a_term_that_cannot_be_looked_up_for_a_moment_costs_no_record_of_a_copy_under_way(tmp_path: Path) -> None:
+    """As where no file can be opened, because so many are."""
+    refuses = False
+
+    def check_term() -> None:
+        if refuses:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    journal = JournalFile(tmp_path, term=1, segment_bytes=2000, check_term=check_term)
+    names = (f"r{number}" for number in range(1000))
+    while journal._publishing is None:
+        append(journal, opened(next(names)))
+    journal._publishing.result()
+    refuses = True
+    with contextlib.suppress(OSError):  # or the copy takes over at once, and all is well
+        append(journal, opened("last"))
+    refuses = False
+    until(journal, lambda: journal._copy is None)
+    journal.close()
+    assert "last" in reopened(tmp_path).state.entries
+
+
 def test_a_torn_tail_is_left_out_and_never_written_behind(tmp_path: Path) -> None:
     journal = JournalFile(tmp_path, term=1)
     append(journal, opened("a"), Tokens("a", 1, 0, (5, 6)))
