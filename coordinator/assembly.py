@@ -74,11 +74,14 @@ class Layout:
     served: Served
 
     def shard_for_device(self, rank: int) -> str:
-        """The folder of a rank's shard on its node; empty where there is none, or no device to fetch from it."""
-        config = self.config
-        if config.checkpoint_dir is None or config.device != "cuda":
+        """The folder of a rank's shard on its node; empty where there is none, or no device to fetch from it.
+
+        rank: may be one that only a larger layout had.
+        """
+        config, degrees = self.config, self.plan.degrees
+        if config.checkpoint_dir is None or config.device != "cuda" or rank >= degrees.replica_ranks:
             return ""
-        place = self.plan.degrees.place(rank)
+        place = degrees.place(rank)
         return str(ShardAddress(config.checkpoint_dir, config.model_digest, place, config.dtype).folder)
 
 

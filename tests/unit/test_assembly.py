@@ -1,0 +1,32 @@
+"""What the coordinator's parts are told of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.assembly import Layout, read_layout
+from echelon.config import CoordinatorConfig
+from tests.tiny import make_checkpoint
+
+
+def layout(folder: Path, **changes: object) -> Layout:
+    fields = {
+        "model": make_checkpoint(folder / "model"), "served_model_name": "tiny", "device": "cuda", "dtype": "float32",
+        "max_context": 64, "state_dir": folder / "state", "ray_address": "h:1", "internal_address": "h:2", "tensor": 2,
+        "checkpoint_dir": folder / "store", "model_digest": "m",
+    }  # fmt: skip
+    return read_layout(CoordinatorConfig.model_validate(fields | changes))
+
+
+def test_each_rank_of_the_layout_has_a_shard_and_a_spare_beyond_it_none(tmp_path: Path) -> None:
+    """As there is for a moment, when a smaller layout has been asked for."""
+    made = layout(tmp_path)
+    places = [made.shard_for_device(rank).rpartition("/")[2] for rank in range(3)]
+    assert places == ["p0-d0-t0", "p0-d0-t1", ""]
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_dir": None}, {"device": "cpu"}], ids=["no store", "no device"])
+def test_there_is_nothing_to_hold_ready_without_a_store_or_a_device(tmp_path: Path, changes: dict[str, object]) -> None:
+    assert layout(tmp_path, **changes).shard_for_device(0) == ""
