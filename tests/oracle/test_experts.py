@@ -41,7 +41,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3-moe": {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]},
     "one-expert": {"num_experts_per_tok": 1},  # its router chooses the same for every row
+    "deepseek-v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+    "deepseek-v3": {"num_hidden_layers": 3, "n_shared_experts": 1},
 }
+LONG = ("deepseek-v2", "deepseek-v3")
 DEGREES = {
     "alone": Degrees(),
     "tensor-2-expert-2": Degrees(tensor=2, expert=2),
@@ -78,7 +81,9 @@ class Found:
     loads: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in FAMILIES]
+)
 def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Expected:
     directory = tmp_path_factory.mktemp(request.param)
     family = "qwen3-moe" if request.param == "one-expert" else request.param
@@ -90,15 +95,18 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, experts_implementation="eager"
     )
+    chosen: list[list[list[int]]] = []
+    for name, gate in model.named_modules():
+        if name.endswith(".gate"):
+            gate.register_forward_hook(lambda gate, inputs, outputs: chosen.append(outputs[2].tolist()))
     random = np.random.default_rng(5)
     sequences = [random.integers(2, 320, size=length).tolist() for length in LENGTHS]
     logprobs, choices = [], []
     with torch.inference_mode():
         for ids in sequences:
-            output = model(torch.tensor([ids]), output_router_logits=True)
-            logprobs.append(output.logits[0].log_softmax(-1).numpy())
-            chosen = model.config.num_experts_per_tok
-            choices.append([logits.float().softmax(-1).topk(chosen)[1].tolist() for logits in output.router_logits])
+            logprobs.append(model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy())
+            choices.append(chosen.copy())
+            chosen.clear()
     return Expected(directory, sequences, logprobs, [list(layer) for layer in zip(*choices, strict=True)])
 
 
@@ -246,7 +254,7 @@ def _check_holdings(expected: Expected, degrees: Degrees, found: Sequence[Found]
     """Each rank has its share of the experts: numbers by the config, divided by the ranks of the stage."""
     keys = json.loads((expected.directory / "config.json").read_text())
     neurons = keys.get("moe_intermediate_size", keys["intermediate_size"])
-    experts = keys.get("num_experts", keys.get("num_local_experts"))
+    experts = next(keys[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in keys)
     numbers = len(expected.choices) * experts * 3 * neurons * keys["hidden_size"]
     for rank, held in enumerate(found):
         assert held.expert_bytes == numbers * FLOAT64_BYTES // degrees.stage_ranks

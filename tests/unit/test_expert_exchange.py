@@ -74,6 +74,7 @@ def outputs(context: ParallelContext, placement: ExpertPlacement, rows: Tensor, 
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 @pytest.mark.parametrize("degrees", DEGREES, ids=lambda d: f"data{d.data}-tensor{d.tensor}-expert{d.expert}")
 def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict[int, ExpertPlacement]) -> None:
+    """And what stands beside the experts, once, whoever computes it: here seven times the row."""
     placement = placements[degrees.expert]
     counts = [(5, 3), (1, 0), (4, 4)]
     steps = [[Rows.random(2 * i + rank, n) for rank, n in enumerate(rows)] for i, rows in enumerate(counts)]
@@ -82,21 +83,23 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
         dispatcher, found, computed = exchange(context, placement), [], []
         for rows, step in zip(counts, steps, strict=True):
             mine = step[context.place.data_rank]
+            own = dispatcher.share(mine.rows)
             dispatched = dispatcher.dispatch(
-                dispatcher.share(mine.rows),
+                own,
                 dispatcher.share(mine.expert_ids),
                 dispatcher.share(mine.weights),
                 ExpertStep(decode, rows),
             )
             made = outputs(context, placement, dispatched.rows, dispatched.ends)
-            found.append(dispatcher.restore(dispatched.combine(made, None), len(mine.rows)))
+            found.append(dispatcher.restore(dispatched.combine(made, 7 * own), len(mine.rows)))
             computed.append(int(dispatched.ends[-1]))
         return found, computed, sum(dispatcher.map.loads.tolist())
 
     ranks = as_ranks(degrees, as_rank)
     for rank, (found, _, _) in enumerate(ranks):
         for step, sums in zip(steps, found, strict=True):
-            torch.testing.assert_close(sums, step[degrees.place(rank).data_rank].sums())
+            mine = step[degrees.place(rank).data_rank]
+            torch.testing.assert_close(sums, mine.sums() + 7 * mine.rows)
     choices = [CHOSEN * sum(rows) for rows in counts]
     computed = np.sum([computed for _, computed, _ in ranks], axis=0)
     assert computed.tolist() == [count * degrees.expert_tensor for count in choices]  # no padding, and nothing twice

@@ -12,7 +12,10 @@ from torch import Tensor
 from models.moe import Experts, MixtureOfExperts
 from models.router import SoftmaxRouter
 from parallel.comm import Group
+from parallel.context import ParallelContext
+from parallel.degrees import Degrees
 from parallel.expert import PREFILL, Copies, SplitExperts
+from tests.ranks import as_ranks
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -54,6 +57,22 @@ def test_experts_compute_the_formula(rows: int, chosen: int, seed: int) -> None:
     hidden = random(rows, 8, seed=seed + 3)
     found = MixtureOfExperts(router, experts, SplitExperts(Group(), 5))(hidden, PREFILL)
     torch.testing.assert_close(found, one_by_one(hidden, *router(hidden), experts))
+
+
+def test_what_stands_beside_experts_is_added_once_by_ranks_that_split_it() -> None:
+    hidden, experts = random(6, 8), Experts(random(3, 12, 8), random(3, 8, 6, seed=1), F.silu)
+    router = SoftmaxRouter(random(3, 8, seed=2), 2, normalizes=True, rounds=False)
+    routed = MixtureOfExperts(router, experts, SplitExperts(Group(), 3))(hidden, PREFILL)
+
+    def as_rank(context: ParallelContext) -> Tensor:
+        part = slice(3 * context.tensor.rank, 3 * context.tensor.rank + 3)
+        mine = Experts(experts.gate_up.view(3, 2, 6, 8)[:, :, part].flatten(1, 2), experts.down[:, :, part], F.silu)
+        share = torch.zeros(8).double().index_fill(0, torch.arange(4) + 4 * context.tensor.rank, 1.0)
+        layer = MixtureOfExperts(router, mine, SplitExperts(context.tensor, 3), lambda rows, step: rows * share)
+        return layer(hidden, PREFILL)
+
+    for found in as_ranks(Degrees(tensor=2), as_rank):
+        torch.testing.assert_close(found, routed + hidden)
 
 
 def test_rows_that_all_choose_one_expert_are_all_computed() -> None:

@@ -116,6 +116,18 @@ def test_a_shard_holds_experts_at_their_first_places(tmp_path: Path) -> None:
     assert_kept(rank, expected)
 
 
+def test_a_shard_holds_what_stays_in_float32(tmp_path: Path) -> None:
+    """The correction of DeepSeek-V3's routers, between tensors of two bytes."""
+    model = make_checkpoint(tmp_path / "model", "deepseek-v3")
+    rank = KeepingRank(model, tmp_path / "store", Degrees(tensor=2, expert=2).place(1), "bfloat16")
+    assert rank.keep().bytes > 0
+    expected, _ = KeepingRank(model, None, rank.place, "bfloat16").load()
+    wide = [name for name, tensor in expected.items() if tensor.dtype == torch.float32]
+    assert wide == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert_kept(rank, expected)
+    assert_same(load_file(rank.weights), expected)
+
+
 def test_layouts_and_dtypes_have_shards_of_their_own(rank: KeepingRank) -> None:
     places = [
         rank.place,
