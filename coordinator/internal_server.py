@@ -13,6 +13,7 @@ from typing import assert_never
 import grpc.aio
 import structlog
 
+from coordinator.expert_loads import ExpertLoads
 from coordinator.replica.events import (
     Accept,
     Attached,
@@ -34,9 +35,11 @@ from coordinator.replica.events import (
 )
 from coordinator.replica.service import Outbox, ReplicaService, Told
 from coordinator.service import Service
+from echelon.convert_cluster import slots_by_rank
 from echelon.internal import wire
 from echelon.internal.link import PROTOCOL_VERSION, Command
 from echelon.internal.v1 import control_pb2, control_pb2_grpc, link_pb2, link_pb2_grpc
+from echelon.types import ExpertLoad
 
 log = structlog.get_logger("internal")
 
@@ -48,9 +51,13 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
     """One Attach stream a rank. epoch_settings: what a FormEpoch says now besides the store and the blocks."""
 
     def __init__(
-        self, replicas: Mapping[int, ReplicaService], epoch_settings: Callable[[], control_pb2.FormEpoch]
+        self,
+        replicas: Mapping[int, ReplicaService],
+        epoch_settings: Callable[[], control_pb2.FormEpoch],
+        expert_loads: ExpertLoads,
     ) -> None:
         self._replicas = replicas
+        self._expert_loads = expert_loads
         self._epoch_settings = epoch_settings
 
     async def Attach(
@@ -83,6 +90,10 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
         """A rank's messages until its stream ends; then the outbox ends too."""
         try:
             async for message in messages:
+                if message.HasField("expert_loads"):
+                    fence, layers = message.fence, loads_of(message)
+                    self._expert_loads.told(fence.replica, hello.rank, fence.epoch, layers)
+                    continue
                 event = event_of(message, hello.rank, hello.incarnation)
                 if event is not None and message.fence.epoch in (0, replica.core.fence.epoch):
                     replica.post(event)
@@ -216,6 +227,21 @@ def noted(told: control_pb2.WeightsLoaded | control_pb2.ShardWritten, epoch: int
     """What is told of weights, as the event log shows it: what is set."""
     fields: dict[str, object] = {field.name: value for field, value in told.ListFields()}
     return {"epoch": epoch} | fields | {"took_s": round(told.took_s, 3)}
+
+
+def loads_of(message: control_pb2.RankMessage) -> list[ExpertLoad]:
+    """How often a rank has chosen its layers' experts."""
+    fence = message.fence
+    return [
+        ExpertLoad(
+            replica=fence.replica,
+            epoch=fence.epoch,
+            layer=layer.layer,
+            rows=tuple(layer.rows),
+            slots=slots_by_rank(layer.slots, layer.slots_per_rank),
+        )
+        for layer in message.expert_loads.layers
+    ]
 
 
 def fault_of(fault: control_pb2.RankFault, rank: int, incarnation: str) -> Fault:

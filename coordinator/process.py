@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from coordinator.assembly import Layout, RankLauncher, build_service, read_layout
 from coordinator.cluster import Cluster
 from coordinator.decoding import DecodingInterceptor
+from coordinator.expert_loads import ExpertLoads
 from coordinator.fences import Fences
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
@@ -74,6 +75,7 @@ class Coordinator:
         self._reconfiguration = Reconfiguration(layout, self._service, self._replicas.services, tell)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
+        self._expert_loads = ExpertLoads()
         self._jobs: JobService | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -156,6 +158,10 @@ class Coordinator:
             spares=self._spares.describe(),
         )
 
+    def _describe_experts(self) -> list[types.ExpertLoad]:
+        replicas = self._replicas.services.items()
+        return self._expert_loads.describe({index: replica.core.fence.epoch for index, replica in replicas})
+
     # Bringing up.
 
     def _build_replicas(self, layout: Layout) -> Replicas:
@@ -187,7 +193,7 @@ class Coordinator:
 
     async def _serve_public(self, jobs: JobService) -> None:
         server = grpc.aio.server(interceptors=[DecodingInterceptor(LARGE_METHODS)], options=SERVER_OPTIONS)
-        cluster = ClusterServicer(self.describe, self._service)
+        cluster = ClusterServicer(self.describe, self._describe_experts, self._service)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
         batch = BatchJobServicer(jobs, lambda: self._service.facts)
         jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(batch, server)
@@ -200,7 +206,7 @@ class Coordinator:
     async def _serve_internal(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         replicas = self._replicas.services
-        ranks = RankControlServicer(replicas, lambda: self._reconfiguration.layout.settings)
+        ranks = RankControlServicer(replicas, lambda: self._reconfiguration.layout.settings, self._expert_loads)
         control_pb2_grpc.add_RankControlServicer_to_server(ranks, server)
         link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(replicas, self._service), server)
         await self._start(server, self._config.internal_address)

@@ -21,7 +21,7 @@ from coordinator.service import Service
 from echelon import convert, convert_cluster, convert_jobs
 from echelon.errors import EchelonError, InternalError
 from echelon.status import abort_status
-from echelon.types import Cluster, Completion
+from echelon.types import Cluster, Completion, ExpertLoad
 from echelon.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -223,8 +223,11 @@ class BatchJobServicer(jobs_pb2_grpc.BatchJobServiceServicer):
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer, cluster_pb2_grpc.ModelServiceServicer):
     """ClusterService and ModelService: what serves, and what has happened."""
 
-    def __init__(self, describe: Callable[[], Cluster], service: Service) -> None:
+    def __init__(
+        self, describe: Callable[[], Cluster], describe_experts: Callable[[], list[ExpertLoad]], service: Service
+    ) -> None:
         self._describe = describe
+        self._describe_experts = describe_experts
         self._service = service
 
     async def GetCluster(
@@ -233,6 +236,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer, cluster_pb2_grpc.
         context: grpc.aio.ServicerContext[cluster_pb2.GetClusterRequest, cluster_pb2.Cluster],
     ) -> cluster_pb2.Cluster:
         return convert_cluster.cluster_to_proto(self._describe())
+
+    async def GetExpertLoad(
+        self,
+        request: cluster_pb2.GetExpertLoadRequest,
+        context: grpc.aio.ServicerContext[cluster_pb2.GetExpertLoadRequest, cluster_pb2.GetExpertLoadResponse],
+    ) -> cluster_pb2.GetExpertLoadResponse:
+        layers = [convert_cluster.expert_load_to_proto(load) for load in self._describe_experts()]
+        return cluster_pb2.GetExpertLoadResponse(layers=layers)
 
     async def ListModels(
         self,

@@ -21,7 +21,7 @@ from echelon.profiles import Given, client_settings
 from echelon.retry import RetryPolicy
 from echelon.session import Finish
 from echelon.structured import M, ParsedCompletion, parse
-from echelon.types import Admitted, Cluster, ClusterEvent, Completion, Model, Rank, StreamEvent
+from echelon.types import Admitted, Cluster, ClusterEvent, Completion, ExpertLoad, Model, Rank, StreamEvent
 
 
 class Client:
@@ -177,6 +177,10 @@ class Client:
     def ranks(self) -> tuple[Rank, ...]:
         """One entry a device, in the order of the mesh."""
         return self.cluster().ranks
+
+    def expert_load(self) -> list[ExpertLoad]:
+        """How often each expert was chosen, by replica and layer; empty for a model without experts."""
+        return self._transport.finish(calls.get_expert_load(self._settings))
 
     def events(self, *, after: int = 0, follow: bool = True) -> Iterator[ClusterEvent]:
         """The coordinator's decisions and observations after that sequence; follow waits for new ones."""

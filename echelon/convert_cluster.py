@@ -5,10 +5,12 @@ Used by the SDK and by the coordinator's server. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from google.protobuf import json_format
 
 from echelon.convert import timestamp_from_proto, timestamp_to_proto
-from echelon.types import Cluster, ClusterEvent, Model, Rank, Replica, Spare
+from echelon.types import Cluster, ClusterEvent, ExpertLoad, Model, Rank, Replica, Spare
 from echelon.v1 import cluster_pb2
 
 _RANK_FIELDS = tuple(field.name for field in cluster_pb2.Rank.DESCRIPTOR.fields)
@@ -78,6 +80,33 @@ def cluster_from_proto(message: cluster_pb2.Cluster) -> Cluster:
         spares=tuple(spare_from_proto(spare) for spare in message.spares),
         ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.pipeline, rank.data, rank.tensor))),
     )
+
+
+def expert_load_to_proto(load: ExpertLoad) -> cluster_pb2.LayerExpertLoad:
+    return cluster_pb2.LayerExpertLoad(
+        replica=load.replica,
+        epoch=load.epoch,
+        layer=load.layer,
+        tokens_per_expert=load.rows,
+        physical_to_logical=[expert for rank in load.slots for expert in rank],
+        slots_per_rank=len(load.slots[0]) if load.slots else 0,
+        max_over_mean=load.max_over_mean,
+    )
+
+
+def expert_load_from_proto(message: cluster_pb2.LayerExpertLoad) -> ExpertLoad:
+    return ExpertLoad(
+        replica=message.replica,
+        epoch=message.epoch,
+        layer=message.layer,
+        rows=tuple(message.tokens_per_expert),
+        slots=slots_by_rank(message.physical_to_logical, message.slots_per_rank),
+    )
+
+
+def slots_by_rank(experts: Sequence[int], per_rank: int) -> tuple[tuple[int, ...], ...]:
+    """The experts of each rank, from those of all slots one behind the other."""
+    return tuple(tuple(experts[first : first + per_rank]) for first in range(0, len(experts), per_rank or 1))
 
 
 def event_to_proto(event: ClusterEvent) -> cluster_pb2.WatchClusterEventsResponse:

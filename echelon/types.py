@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 
@@ -245,6 +245,42 @@ class Cluster:
     ranks: tuple[Rank, ...]
     spares: tuple[Spare, ...] = ()
     journal: str = "durable"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLoad:
+    """How often the experts of a layer were chosen since the replica's epoch began.
+
+    rows: by expert. slots: the experts of each rank that holds whole ones, some perhaps on several; () where every rank
+    holds a part of each.
+    """
+
+    replica: int
+    epoch: int
+    layer: int
+    rows: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def max_over_mean(self) -> float:
+        """Of the experts; 1 if none was chosen."""
+        return _max_over_mean(self.rows)
+
+    @property
+    def rank_rows(self) -> tuple[float, ...]:
+        """Of each rank that holds whole experts: its experts' rows, divided among the ranks that hold the same one."""
+        held = [sum(expert in rank for rank in self.slots) for expert in range(len(self.rows))]
+        return tuple(sum(self.rows[expert] / held[expert] for expert in set(rank)) for rank in self.slots)
+
+    @property
+    def rank_max_over_mean(self) -> float:
+        """Of the ranks; 1 where all have alike many rows."""
+        return _max_over_mean(self.rank_rows)
+
+
+def _max_over_mean(rows: Sequence[float]) -> float:
+    total = sum(rows)
+    return max(rows) * len(rows) / total if total else 1.0
 
 
 @dataclass(frozen=True, slots=True)

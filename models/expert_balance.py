@@ -30,15 +30,15 @@ class Rebalanced:
 def rebalance_experts(model: DecoderModel, context: ParallelContext, first_layer: int = 0) -> Mapping[int, Rebalanced]:
     """Every layer of the stage whose experts travel, by its number, counted from first_layer.
 
-    1. Loads are added over the stage, and start again from zero.
+    1. Loads since the last time are added over the stage.
     2. A layer's new placement starts from its old one and moves few experts (`parallel/balance.py`).
     3. Weights and map change over in place.
     """
     done = {}
     for number, mlp, dispatcher in _exchanging(model, first_layer):
         held = dispatcher.map
-        loads = [float(load) for load in dispatcher.stage.all_reduce(held.loads.clone()).tolist()]
-        held.loads.zero_()
+        loads = [float(load) for load in dispatcher.stage.all_reduce(held.loads - held.balanced).tolist()]
+        held.balanced.copy_(held.loads)
         layout = ExpertLayout(len(loads), context.place.degrees.expert, held.slots_per_rank)
         old, new = held.placement, place_experts(loads, layout, held.placement)
         weights = (mlp.experts.gate_up, mlp.experts.down)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from models.config import ModelConfig
@@ -99,7 +100,7 @@ def experts_dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
     """Rows travel unless every rank has them already, and a part of every expert."""
     degrees = context.place.degrees
     if not degrees.exchanges_rows:
-        return SplitExperts(context.tensor, experts)
+        return SplitExperts(context.tensor, experts, torch.zeros(experts, dtype=torch.int64, device=context.device))
     held = experts // degrees.expert
     placement = ExpertPlacement(tuple(tuple(range(rank * held, (rank + 1) * held)) for rank in range(degrees.expert)))
     expert_map = ExpertMap.of(placement, experts, context.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import Group
-from parallel.expert_map import ExpertMap
+from parallel.expert_map import ExpertMap, count_choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +82,20 @@ class SplitExperts:
 
     1. Each rank computes its slice of every chosen expert for all rows, which all ranks have.
     2. One all-reduce adds the slices.
+
+    loads: [experts] int64, rows that chose the expert so far; not counted if None.
     """
 
     group: Group
     experts: int
+    loads: Tensor | None = None
 
     def share(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
+        if self.loads is not None:
+            count_choices(self.loads, expert_ids)
         copies = Copies.of(expert_ids, weights, self.experts)
 
         def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:

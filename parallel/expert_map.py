@@ -18,18 +18,19 @@ from parallel.balance import ExpertPlacement
 class ExpertMap:
     """placement: the same on the host.  replicas: [experts] int64, in how many slots an expert lies.
     slots: [experts, expert ranks] int64, which ones; the first `replicas` of them count.
-    loads: [experts] int64, rows that chose the expert here since it was last zeroed."""
+    loads: [experts] int64, rows that chose the expert here so far; balanced: what they were at the last balance."""
 
     placement: ExpertPlacement
     replicas: Tensor
     slots: Tensor
     loads: Tensor
+    balanced: Tensor
 
     @classmethod
     def of(cls, placement: ExpertPlacement, experts: int, device: torch.device) -> ExpertMap:
-        replicas, loads = torch.zeros(2, experts, dtype=torch.int64, device=device)
+        replicas, loads, balanced = torch.zeros(3, experts, dtype=torch.int64, device=device)
         slots = torch.zeros(experts, len(placement.slots), dtype=torch.int64, device=device)
-        made = cls(placement, replicas, slots, loads)
+        made = cls(placement, replicas, slots, loads, balanced)
         made.change(placement)
         return made
 
@@ -49,7 +50,12 @@ class ExpertMap:
 
     def slots_of(self, expert_ids: Tensor) -> Tensor:
         """[m, k] experts, counted -> [m, k] slots; rows take the replicas of an expert in turn."""
-        chosen = expert_ids.flatten()
-        self.loads.scatter_add_(0, chosen, torch.ones_like(chosen))
+        count_choices(self.loads, expert_ids)
         turn = torch.arange(expert_ids.shape[0], device=expert_ids.device).unsqueeze(-1)
         return self.slots[expert_ids, turn % self.replicas[expert_ids]]
+
+
+def count_choices(loads: Tensor, expert_ids: Tensor) -> None:
+    """loads [experts] int64 has one more for each choice, without waiting for the device."""
+    chosen = expert_ids.flatten()
+    loads.scatter_add_(0, chosen, torch.ones_like(chosen))

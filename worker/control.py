@@ -31,6 +31,9 @@ class RankHandler(Protocol):
     def beat(self) -> control_pb2.Heartbeat:
         """Its phase and last step."""
 
+    def expert_loads(self) -> control_pb2.ExpertLoads | None:
+        """How often experts were chosen, if it is not what was told before."""
+
     def accepted(self, term: int) -> None:
         """A coordinator of this term has taken the rank in."""
 
@@ -141,6 +144,8 @@ class ControlLink:
         while True:
             await asyncio.sleep(self._spec.heartbeat_s)
             self.send(heartbeat=self._handler.beat())
+            if (loads := self._handler.expert_loads()) is not None:
+                self.send(expert_loads=loads)
 
     def _fence(self) -> control_pb2.Fence:
         return control_pb2.Fence(term=self._term, replica=self._spec.replica, epoch=self._epoch)

@@ -21,12 +21,15 @@ from echelon.internal.link import Fence
 from echelon.internal.v1 import control_pb2
 from models.config import ModelConfig, read_model_config
 from models.constraints import constraint_tokenizer
+from models.expert_load import ExpertLoads
 from models.registry import build_model
+from models.tables import held_layers
 from parallel import mesh
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from worker.checkpoint.held import HeldShard
 from worker.engine import EngineCore, EngineLimits
+from worker.expert_news import ExpertLoadNews
 from worker.kv_cache import KVCache
 from worker.matchers import Matchers
 from worker.memory import settle_kv_blocks
@@ -73,6 +76,7 @@ class Epoch:
     parameter_bytes: int
     kv_bytes: int
     op_log: OpLog | None
+    expert_loads: ExpertLoadNews
     layout: str
     took_s: Mapping[str, float]
     resources: ExitStack
@@ -123,7 +127,8 @@ def form_epoch(
         resources.callback(log.close)
     resident = model.resident_bytes, kv_cache.resident_bytes
     laps.end("plans")
-    return Epoch(fence, stage, plans, lead, loaded, *resident, log, command.layout, laps.took_s, resources)
+    loads = ExpertLoadNews(ExpertLoads(model, context, held_layers(config, context.place).start))
+    return Epoch(fence, stage, plans, lead, loaded, *resident, log, loads, command.layout, laps.took_s, resources)
 
 
 class Laps:

@@ -100,8 +100,13 @@ class RankProcess:
             phase = "stepping"
         return control_pb2.Heartbeat(phase=phase, step=self._steps.step, kind=kind, slowest_s=slowest_s)
 
+    def expert_loads(self) -> control_pb2.ExpertLoads | None:
+        return None if self._epoch is None else self._epoch.expert_loads.news()
+
     def accepted(self, term: int) -> None:
         log.info("accepted", rank=self._spec.rank, term=term)
+        if self._epoch is not None:
+            self._epoch.expert_loads.forget_told()
         if self._fault is not None:
             self._control.send(fault=self._fault)
 

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from echelon.cli import batch, chaos, chat, checkpoint, cluster, doctor, generate
+from echelon.cli.experts.command import experts
 from echelon.cli.output import error_line, exit_code, forget_output, retry_notices
 from echelon.cli.plan.command import plan
 from echelon.cli.sampling import with_sampling
@@ -60,6 +61,7 @@ app.command("chat")(with_sampling(chat.chat, max_tokens=chat.MAX_TOKENS_HELP))
 app.add_typer(batch.app, name="batch")
 app.command("status")(cluster.status)
 app.command("events")(cluster.events)
+app.command("experts")(experts)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan)

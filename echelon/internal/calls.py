@@ -23,6 +23,7 @@ from echelon.session import Broken, CallSession, FeedSession, Session
 from echelon.types import (
     Cluster,
     ClusterEvent,
+    ExpertLoad,
     ItemResult,
     JobStatus,
     Model,
@@ -89,6 +90,16 @@ def list_models(settings: Settings) -> Unary[list[Model]]:
 def get_cluster(settings: Settings) -> Unary[Cluster]:
     method, request = "echelon.v1.ClusterService/GetCluster", cluster_pb2.GetClusterRequest()
     return _unary(settings, method, request, cluster_pb2.Cluster, convert_cluster.cluster_from_proto)
+
+
+def get_expert_load(settings: Settings) -> Unary[list[ExpertLoad]]:
+    return _unary(
+        settings,
+        "echelon.v1.ClusterService/GetExpertLoad",
+        cluster_pb2.GetExpertLoadRequest(),
+        cluster_pb2.GetExpertLoadResponse,
+        lambda answer: [convert_cluster.expert_load_from_proto(layer) for layer in answer.layers],
+    )
 
 
 def watch_events(settings: Settings, after: int, follow: bool) -> Feed[ClusterEvent]:

@@ -159,6 +159,34 @@ class GetClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GetExpertLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetExpertLoadResponse(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerExpertLoad]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerExpertLoad, _Mapping]]] = ...) -> None: ...
+
+class LayerExpertLoad(_message.Message):
+    __slots__ = ("layer", "tokens_per_expert", "physical_to_logical", "max_over_mean", "replica", "epoch", "slots_per_rank")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    PHYSICAL_TO_LOGICAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_OVER_MEAN_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    tokens_per_expert: _containers.RepeatedScalarFieldContainer[int]
+    physical_to_logical: _containers.RepeatedScalarFieldContainer[int]
+    max_over_mean: float
+    replica: int
+    epoch: int
+    slots_per_rank: int
+    def __init__(self, layer: _Optional[int] = ..., tokens_per_expert: _Optional[_Iterable[int]] = ..., physical_to_logical: _Optional[_Iterable[int]] = ..., max_over_mean: _Optional[float] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ..., slots_per_rank: _Optional[int] = ...) -> None: ...
+
 class WatchClusterEventsRequest(_message.Message):
     __slots__ = ("after_sequence", "follow")
     AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]

@@ -111,6 +111,11 @@ class ClusterServiceStub(object):
                 request_serializer=echelon_dot_v1_dot_cluster__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=echelon_dot_v1_dot_cluster__pb2.Cluster.FromString,
                 _registered_method=True)
+        self.GetExpertLoad = channel.unary_unary(
+                '/echelon.v1.ClusterService/GetExpertLoad',
+                request_serializer=echelon_dot_v1_dot_cluster__pb2.GetExpertLoadRequest.SerializeToString,
+                response_deserializer=echelon_dot_v1_dot_cluster__pb2.GetExpertLoadResponse.FromString,
+                _registered_method=True)
         self.WatchClusterEvents = channel.unary_stream(
                 '/echelon.v1.ClusterService/WatchClusterEvents',
                 request_serializer=echelon_dot_v1_dot_cluster__pb2.WatchClusterEventsRequest.SerializeToString,
@@ -122,6 +127,12 @@ class ClusterServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetCluster(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetExpertLoad(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +152,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetCluster,
                     request_deserializer=echelon_dot_v1_dot_cluster__pb2.GetClusterRequest.FromString,
                     response_serializer=echelon_dot_v1_dot_cluster__pb2.Cluster.SerializeToString,
+            ),
+            'GetExpertLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertLoad,
+                    request_deserializer=echelon_dot_v1_dot_cluster__pb2.GetExpertLoadRequest.FromString,
+                    response_serializer=echelon_dot_v1_dot_cluster__pb2.GetExpertLoadResponse.SerializeToString,
             ),
             'WatchClusterEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchClusterEvents,
@@ -175,6 +191,33 @@ class ClusterService(object):
             '/echelon.v1.ClusterService/GetCluster',
             echelon_dot_v1_dot_cluster__pb2.GetClusterRequest.SerializeToString,
             echelon_dot_v1_dot_cluster__pb2.Cluster.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/echelon.v1.ClusterService/GetExpertLoad',
+            echelon_dot_v1_dot_cluster__pb2.GetExpertLoadRequest.SerializeToString,
+            echelon_dot_v1_dot_cluster__pb2.GetExpertLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

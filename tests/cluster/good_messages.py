@@ -161,6 +161,7 @@ GOOD: Mapping[str, Strategy] = {
     ),
     "ListModels": st.builds(cluster_pb2.ListModelsRequest),
     "GetCluster": st.builds(cluster_pb2.GetClusterRequest),
+    "GetExpertLoad": st.builds(cluster_pb2.GetExpertLoadRequest),
     "WatchClusterEvents": st.builds(
         cluster_pb2.WatchClusterEventsRequest, after_sequence=st.integers(0, 9), follow=st.booleans()
     ),

@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 
 from coordinator.assembly import build_service, read_layout
+from coordinator.expert_loads import ExpertLoads
 from coordinator.fences import Fences
 from coordinator.frontend import GenerateFields
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
@@ -108,7 +109,9 @@ class Site:
     async def run(self, test: Callable[[Site], Coroutine[Any, Any, None]], server: grpc.aio.Server) -> None:
         settings = self.layout.settings
         services = self.replicas.services
-        control_pb2_grpc.add_RankControlServicer_to_server(RankControlServicer(services, lambda: settings), server)
+        control_pb2_grpc.add_RankControlServicer_to_server(
+            RankControlServicer(services, lambda: settings, ExpertLoads()), server
+        )
         link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(services, self.service), server)
         await server.start()
         works = [asyncio.create_task(work) for work in (self.replicas.run(), self.service.tick())]

@@ -16,7 +16,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed", "formed")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed", "formed", "expert_loads")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class RankMessage(_message.Message):
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
     BLAMED_FIELD_NUMBER: _ClassVar[int]
     FORMED_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOADS_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -41,7 +42,8 @@ class RankMessage(_message.Message):
     written: ShardWritten
     blamed: RankBlamed
     formed: EpochFormed
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ..., formed: _Optional[_Union[EpochFormed, _Mapping]] = ...) -> None: ...
+    expert_loads: ExpertLoads
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ..., formed: _Optional[_Union[EpochFormed, _Mapping]] = ..., expert_loads: _Optional[_Union[ExpertLoads, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
@@ -127,6 +129,24 @@ class EpochFormed(_message.Message):
     TOOK_S_FIELD_NUMBER: _ClassVar[int]
     took_s: _containers.ScalarMap[str, float]
     def __init__(self, took_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ExpertLoads(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer", "rows", "slots", "slots_per_rank")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    slots_per_rank: int
+    def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., slots: _Optional[_Iterable[int]] = ..., slots_per_rank: _Optional[int] = ...) -> None: ...
 
 class ShardWritten(_message.Message):
     __slots__ = ("bytes", "took_s", "reason")
