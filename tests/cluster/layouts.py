@@ -12,7 +12,7 @@ from typing import Any
 
 from models.families import FULL, SLIDING
 from parallel.degrees import Degrees, divisors
-from tests.tiny import LLAMA3_ROPE
+from tests.tiny import LLAMA3_ROPE, YARN_ROPE
 
 # Odd on purpose: head_dim is not hidden / heads, the vocabulary is a multiple of nothing, layers are three.
 ODD: dict[str, object] = {
@@ -41,6 +41,14 @@ LONGROPE: dict[str, object] = {
     "original_max_position_embeddings": 1,
     "sliding_window": 24,
 }
+# A dense layer, then two with experts, those of the best groups; YaRN scales rotations and scores, each otherwise.
+DEEPSEEK: dict[str, object] = {
+    "num_hidden_layers": 3,
+    "topk_method": "group_limited_greedy",
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7},
+}
+DEEPSEEK_V3 = DEEPSEEK | {"topk_method": "noaux_tc", "n_shared_experts": 2}
 MOE: dict[str, object] = {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}
 WINDOW: dict[str, object] = {"sliding_window": 24}
 TIED: dict[str, object] = {"tie_word_embeddings": True}
@@ -103,6 +111,9 @@ LAYOUTS = {
     "mixtral-2-expert-2": Layout("mixtral", Degrees(tensor=2, expert=2), WINDOW, long=True),
     "mixtral-4-expert-2": Layout("mixtral", Degrees(tensor=4, expert=2), WINDOW, long=True),
     "mixtral-2-expert-2-pipeline-2": Layout("mixtral", Degrees(pipeline=2, tensor=2, expert=2), WINDOW, long=True),
+    "deepseek-v2-2-chunked": Layout("deepseek-v2", Degrees(tensor=2), DEEPSEEK, CHUNKED, long=True),
+    "deepseek-v2-lite-pipeline-2": Layout("deepseek-v2-lite", Degrees(pipeline=2), DEEPSEEK, long=True),
+    "deepseek-v3-2-expert-2": Layout("deepseek-v3", Degrees(tensor=2, expert=2), DEEPSEEK_V3, long=True),
     "qwen3-4": Layout("qwen3", Degrees(tensor=4), {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }
 
@@ -132,8 +143,10 @@ SHAPES: dict[str, Mapping[str, object]] = {
     "gemma3": THREE_LAYERS | {"layer_types": [SLIDING, FULL, SLIDING]},
     "mixtral": WINDOW | THREE_LAYERS,
     "qwen3-moe": MOE,
+    "deepseek-v2": DEEPSEEK,
+    "deepseek-v3": DEEPSEEK_V3,
 }
-WITH_EXPERTS = ("mixtral", "qwen3-moe")
+WITH_EXPERTS = ("mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3")
 MOST_RANKS = 4
 
 

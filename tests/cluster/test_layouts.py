@@ -124,7 +124,10 @@ def assert_bytes(cluster: LocalCluster, config: ModelConfig, degrees: Degrees) -
         dense = sum(math.prod(parameter.held_shape(degrees)) for parameter in held)
         assert rank.parameter_bytes == (dense + expert_numbers(config, place)) * FLOAT64_BYTES
         heads = -(-config.num_key_value_heads // degrees.tensor)
-        position = len(held_layers(config, place)) * 2 * heads * config.head_dim * FLOAT64_BYTES
+        numbers = (
+            2 * heads * config.head_dim if config.latent is None else config.latent.rank + config.latent.rotary_dim
+        )
+        position = len(held_layers(config, place)) * numbers * FLOAT64_BYTES
         assert rank.kv_bytes == SMALL["kv_cache_tokens"] * position
     layers = [held_layers(config, degrees.place(stage * degrees.stage_ranks)) for stage in range(degrees.pipeline)]
     assert [layer for held in layers for layer in held] == list(range(config.num_hidden_layers))
