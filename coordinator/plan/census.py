@@ -132,7 +132,8 @@ class Census:
     def pair_flop(self, decode: bool) -> int:
         """Of a head, for a query and a key: their product, and the value's share in the sum.
 
-        Latent attention decodes on what is cached, all heads alike, and expands keys and values for prompts.
+        Latent attention decodes on what is cached, all heads alike; for prompts the floor is that of keys and values of
+        heads made of it.
         """
         latent = self.config.latent
         if latent is None:
