@@ -6,6 +6,7 @@ In the coordinator process, by `coordinator/process.py` and `reconfiguration.py`
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.answer_text import AnswerText, Stops
@@ -43,7 +44,9 @@ class RankLauncher:
         self._config = config
         self._fences = fences
 
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+    async def launch(
+        self, replica: int, rank: int, incarnation: str, no_room: Callable[[str], None] | None = None
+    ) -> None:
         spec = RankSpec(
             coordinator_address=self._config.internal_address,
             cluster=self._fences.cluster,
@@ -56,7 +59,7 @@ class RankLauncher:
         )
         await self._cluster.connect()
         if not await self._spares.start_rank(spec):
-            await self._cluster.launch(spec)
+            await self._cluster.launch(spec, no_room)
 
     async def kill(self, replica: int, suspect: int | None) -> None:
         await self._cluster.connect()  # nothing would be asked of anybody before

@@ -1,8 +1,9 @@
-"""Ray, as the coordinator uses it: slots, rank processes and node agents. The only `import ray` of the coordinator.
+"""Ray, as the coordinator uses it: rank processes and spares in slots, and node agents.
 
 Ray places processes and starts them; killing goes through the node agents, by pidfd and with confirmation. Ranks,
 agents and slots are detached, so they outlive a coordinator and a successor finds them by name. A slot is one
-placement group of one bundle per device, kept through all epochs. Every blocking call of Ray runs in a thread.
+placement group of one bundle per device, kept through all epochs, unless its node is lost. Every blocking call of Ray
+runs in a thread.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from typing import Any, TypeVar
 
 import ray
 import structlog
+from ray.util.placement_group import PlacementGroup
 
-from coordinator.slots import SLOT_TIMEOUT_S, create_agent, create_rank, discard_actors, take_slot
+from coordinator import slots
+from coordinator.agents import CALL_TIMEOUT_S, Agents, ask, last_line, result
+from coordinator.nodes import Tell
+from coordinator.places import Places
+from coordinator.ray_port import reach_ray
 from echelon.errors import InternalError
 from worker.actor import remove_slots
 from worker.spec import RankSpec, parse_name, replica_prefix, spare_name, spares_prefix
 
 NAMESPACE = "echelon"
 JOIN_TIMEOUT_S = 25.0
-CALL_TIMEOUT_S = 30.0
 DEATH_POLL_S = 10.0
+LOST_POLL_S = 0.5
 
 Result = TypeVar("Result")
-Agent = Any  # Ray's actor handles have no static type
-Actor = Any
+Actor = Any  # Ray's handles have no static type
 
 log = structlog.get_logger("cluster")
 
@@ -48,25 +53,30 @@ class SpareProcess:
 
 
 class Cluster:
-    """One per coordinator, connected from `connect` to `remove` or `disconnect`. address: of the Ray to join."""
+    """One per coordinator, connected from `connect` to `remove` or `disconnect`. address: of the Ray to join.
 
-    def __init__(self, cluster: str, address: str, lease_s: float) -> None:
+    tell takes events: of nodes that join and are lost.
+    """
+
+    def __init__(self, cluster: str, address: str, lease_s: float, tell: Tell = lambda *event: None) -> None:
         self._cluster = cluster
         self._address = address
-        self._lease_s = lease_s
         self._joining: asyncio.Task[None] | None = None
-        self._agents: dict[str, Agent] = {}
+        self._agents = Agents(cluster, lease_s, self._call, tell)
+        self._nodes = self._agents.nodes
+        self._places = Places(cluster, self._nodes, self._call)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="ray")
 
     async def connect(self) -> None:
-        """Join Ray as a driver, and have an agent on every node. Raises InternalError. Whoever is first does it."""
-        if self._joining is None:
+        """Join Ray as a driver, and have an agent on every node. Raises InternalError, and can be tried again then."""
+        if self._joining is None or (self._joining.done() and self._joining.exception()):
             self._joining = asyncio.create_task(self._join())
         await asyncio.shield(self._joining)
 
     async def _join(self) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
+            await self._call(reach_ray, self._address)
             async with asyncio.timeout(JOIN_TIMEOUT_S):  # its own attempts go on for minutes
                 await self._call(
                     ray.init,
@@ -75,10 +85,13 @@ class Cluster:
                     log_to_driver=False,
                     configure_logging=False,
                 )
-            await self._find_agents()
+            await self._agents.list_nodes()
+            await self._nodes.settle()
         except TimeoutError:
+            await self._call(ray.shutdown)
             raise InternalError(f"Ray at {self._address} does not answer within {JOIN_TIMEOUT_S:g} s") from None
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            await self._call(ray.shutdown)
             raise InternalError(f"Ray at {self._address} cannot be used: {error}") from error
 
     async def survivors(self, replica: int) -> frozenset[tuple[int, str]]:
@@ -108,8 +121,8 @@ class Cluster:
 
     async def _living(self) -> list[tuple[str, tuple[str, int, int, str]]]:
         """Node, and (kind, replica, rank, incarnation or serial), of every process of ours whose agent answers."""
-        nodes = list(self._agents)
-        asked = (self._ask(self._agents[node].living) for node in nodes)
+        nodes = dict(self._nodes.agents)
+        asked = (ask(agent.living) for agent in nodes.values())
         found = await asyncio.gather(*asked, return_exceptions=True)
         parts = [(node, part) for node, part in zip(nodes, found, strict=True) if not isinstance(part, BaseException)]
         living = [(node, parse_name(name)) for node, part in parts for name in part]
@@ -119,82 +132,109 @@ class Cluster:
             if cluster == self._cluster
         ]
 
-    async def launch(self, spec: RankSpec) -> int:
-        """Start a rank in its slot; its pid. Raises InternalError when Ray has no room or the process does not come."""
-        node_id, actor = await self._create(spec.name, spec.replica, spec.rank, spec.device)
-        return int(await self.ask(actor.start, spec.to_json(), self._agents[node_id]))
+    async def launch(self, spec: RankSpec, no_room: Callable[[str], None] | None = None) -> int:
+        """Start a rank in its slot; its pid. Raises InternalError when the process does not come.
+
+        no_room is told why there is no slot, every few seconds while one is waited for; without it InternalError is
+        raised soon. Only that wait can be cancelled: a process that is being started must get its master.
+        """
+        slot = await self._places.take(spec.replica, spec.rank, spec.device, no_room)
+        return await asyncio.shield(self._start(spec, slot))
+
+    async def _start(self, spec: RankSpec, slot: PlacementGroup) -> int:
+        node_id, actor = await self._create(spec.name, slot, spec.device)
+        return int(await self.ask(actor.start, spec.to_json(), self._nodes.agents.get(node_id)))
 
     async def launch_spare(self, name: str, replica: int, rank: int, device: str) -> SpareProcess:
-        """Start a process that waits in a rank's slot and warms up there. Raises as `launch`."""
-        node_id, actor = await self._create(name, replica, rank, device)
-        await self.ask(actor.warm, name, device, self._agents[node_id])
+        """Start a process that waits in a rank's slot and warms up there. Raises InternalError; it moves no slot."""
+        slot, node = await self._call(slots.find_slot, self._cluster, replica, rank)
+        if slot is None or node in {"", *self._nodes.lost}:
+            raise InternalError(f"the slot of rank {rank} of replica {replica} is on no node that answers")
+        node_id, actor = await self._create(name, slot, device)
+        await self.ask(actor.warm, name, device, self._nodes.agents.get(node_id))
         return SpareProcess(replica, rank, name, node_id, actor)
 
     async def start_spare(self, spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
         """It is this rank from now on. Raises InternalError if it is not up to it; then it has been ended."""
         try:
-            await self.ask(spare.actor.start, spec.to_json(), self._agents.get(spare.node_id), timeout_s=timeout_s)
+            agent = self._nodes.agents.get(spare.node_id)
+            await self.ask(spare.actor.start, spec.to_json(), agent, timeout_s=timeout_s)
         except InternalError:
             await self.end_all(spare.name)
             await self.end_all(spec.name)
             raise
 
-    async def _create(self, name: str, replica: int, rank: int, device: str) -> tuple[str, Actor]:
-        """A process in the slot of a rank, and its node, which has an agent."""
+    async def _create(self, name: str, slot: PlacementGroup, device: str) -> tuple[str, Actor]:
+        """A process in a slot, and its node, which has an agent."""
         try:
-            async with asyncio.timeout(SLOT_TIMEOUT_S + CALL_TIMEOUT_S):
-                slot = await self._call(take_slot, self._cluster, replica, rank, device)
-                actor = await self._call(create_rank, name, slot, device)
-                node_id = await _result(actor.node_id.remote())
-                if node_id not in self._agents:
-                    await self._find_agents()
-        except (TimeoutError, ray.exceptions.RayError) as error:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                actor = await self._call(slots.create_rank, name, slot, device)
+                node_id = await self._unless_lost(result(actor.node_id.remote()), await self._call(slots.node_of, slot))
+                await self._agents.of(node_id)
+        except (TimeoutError, KeyError, ray.exceptions.RayError) as error:
             raise _not_done(f"Ray did not start {name}", error) from error
         return node_id, actor
+
+    async def _unless_lost(self, answer: asyncio.Future[Any], node: str) -> Any:
+        """The first answer of an actor. Ray may wait for long for one on a lost node. Raises KeyError for it."""
+        while not answer.done():
+            await asyncio.wait([answer], timeout=LOST_POLL_S)
+            if node in self._nodes.lost:
+                raise KeyError(f"node {node} is lost")
+        return answer.result()
 
     async def ask(self, method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """An actor's answer. Raises InternalError when it is gone or does not answer in time."""
         try:
-            return await self._ask(method, *arguments, timeout_s=timeout_s)
+            return await ask(method, *arguments, timeout_s=timeout_s)
         except (TimeoutError, ray.exceptions.RayError) as error:
             raise _not_done("a process did not do as it was told", error) from error
 
     async def kill(self, replica: int, suspect: int | None = None) -> None:
         """End every process of a replica, of whatever incarnation, and return once that is confirmed.
 
-        Of a node that is gone there is no confirmation; should its processes live on unseen, the fences stop them
-        from doing harm and the agent's lease ends them.
+        Of a node that is lost there is no confirmation; should its processes live on unseen, the fences stop them
+        from doing harm, the agent's lease ends them, and nothing is placed there before they are gone.
         """
         prefix = replica_prefix(self._cluster, replica)
         first = "" if suspect is None else f"{prefix}{suspect}/"
         await self.end_all(prefix, first)
         # Ray knows a rank that was a spare by its first name, and must end it where the agent has died.
         waiting = {spare.name for spare in await self.spares()}
-        await self._call(discard_actors, spares_prefix(self._cluster, replica), waiting)
+        await self._call(slots.discard_actors, spares_prefix(self._cluster, replica), waiting)
 
     async def end_all(self, prefix: str, first: str = "") -> None:
-        """End every process whose name begins so, those that begin with `first` ahead of the others."""
-        await asyncio.gather(*(self._kill_on(node, agent, prefix, first) for node, agent in self._agents.items()))
-        await self._call(discard_actors, prefix)
+        """End every process whose name begins so, those that begin with `first` ahead of the others.
+
+        Raises InternalError when Ray does not answer.
+        """
+        await self._agents.kill(prefix, first)
+        try:
+            await self._call(slots.discard_actors, prefix)
+        except ray.exceptions.RayError as error:
+            raise _not_done("Ray forgets no actor", error) from error
 
     async def deaths(self) -> AsyncGenerator[tuple[str, int, int, str], None]:
         """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end."""
-        polls: dict[asyncio.Future[list[str]], str] = {}
+        polls: dict[asyncio.Future[list[str]], tuple[str, Actor]] = {}
         try:
             while True:
-                for node, agent in self._agents.items():
-                    if node not in polls.values():
-                        polls[_result(agent.deaths.remote(DEATH_POLL_S))] = node
+                for poll, (node, agent) in list(polls.items()):
+                    if self._nodes.agents.get(node) is not agent:  # lost; one that comes after it is asked anew
+                        poll.cancel()
+                        del polls[poll]
+                for node in self._nodes.agents.keys() - {node for node, _ in polls.values()}:
+                    agent = self._nodes.agents[node]
+                    polls[result(agent.deaths.remote(DEATH_POLL_S))] = node, agent
                 if not polls:  # every agent is gone, until the next renewal finds new ones
                     await asyncio.sleep(1.0)
                     continue
                 done, _ = await asyncio.wait(polls, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 for poll in done:
-                    node = polls.pop(poll)
+                    node, _ = polls.pop(poll)
                     if isinstance(poll.exception(), ray.exceptions.RayError):
                         # What lived there says so itself: its streams end.
-                        log.warning("an agent is gone", node=node)
-                        self._agents.pop(node, None)
+                        self._nodes.lose(node, f"its agent is gone: {last_line(poll.exception())}")
                         continue
                     for name in poll.result():
                         kind, _, replica, rank, last = parse_name(name)
@@ -203,67 +243,34 @@ class Cluster:
             for poll in polls:
                 poll.cancel()
 
-    async def renew(self) -> None:
+    async def renew(self) -> float:
         """Extend the lease on every node; a node that is new or has lost its agent gets one.
 
         Waits for no answer longer than the lease can spare: one agent that is stuck must not cost the others theirs.
+        Returns for how many seconds Ray has not answered, though asked each time.
         """
-        try:
-            async with asyncio.timeout(self._lease_s / 3):
-                await self._find_agents()
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            log.warning("Ray does not tell its nodes", error=str(error))
-            await self._renew_known()
-
-    async def _find_agents(self) -> None:
-        nodes = await self._call(ray.nodes)
-        for node_id in [node["NodeID"] for node in nodes if node["Alive"]]:
-            if node_id not in self._agents:
-                self._agents[node_id] = await self._call(create_agent, self._cluster, node_id, self._lease_s)
-        await self._renew_known()
-
-    async def _renew_known(self) -> None:
-        lease = [self._ask(agent.renew, self._lease_s, timeout_s=self._lease_s / 6) for agent in self._agents.values()]
-        await asyncio.gather(*lease, return_exceptions=True)
+        await self._agents.renew()
+        return self._agents.ray_silent_s
 
     async def remove(self) -> None:
         """End all ranks, spares and agents, a predecessor's too, give the slots back, and leave Ray."""
         try:
-            await self.connect()
+            await (self._joining or self.connect())
         except InternalError as error:
             log.warning("nothing is ended", error=error.message)
             return
-        for node, agent in list(self._agents.items()):
-            await self._kill_on(node, agent, "", "")
+        await self._agents.kill("")
         with contextlib.suppress(ray.exceptions.RayError):
             for kind in ("rank", "spare", "agent"):
-                await self._call(discard_actors, f"{kind}/{self._cluster}/")
+                await self._call(slots.discard_actors, f"{kind}/{self._cluster}/")
             await self._call(remove_slots, self._cluster)
         await self.disconnect()
 
     async def disconnect(self) -> None:
         """Leave Ray; all processes and slots stay for a successor."""
+        self._nodes.close()
         await self._call(ray.shutdown)
         self._threads.shutdown(wait=False)
-
-    async def _kill_on(self, node: str, agent: Agent, prefix: str, first: str) -> None:
-        while True:
-            try:
-                left = await self._ask(agent.kill, prefix, first)
-            except ray.exceptions.RayActorError:
-                self._agents.pop(node, None)
-                return
-            except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("an agent does not answer; its lease must end first", node=node, error=str(error))
-                await asyncio.sleep(self._lease_s)
-                return
-            if not left:
-                return
-            log.warning("processes do not end; trying again", node=node, left=left)
-
-    async def _ask(self, method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        async with asyncio.timeout(timeout_s):
-            return await _result(method.remote(*arguments))
 
     async def _call(self, function: Callable[..., Result], *positional: object, **named: object) -> Result:
         call = functools.partial(function, *positional, **named)
@@ -271,10 +278,4 @@ class Cluster:
 
 
 def _not_done(what: str, error: Exception) -> InternalError:
-    reason = str(error).strip().splitlines()[-1:] or ["no answer in time"]
-    return InternalError(f"{what}: {reason[0]}")
-
-
-def _result(reference: Any) -> asyncio.Future[Any]:
-    """Awaitable without a thread."""
-    return asyncio.wrap_future(reference.future())
+    return InternalError(f"{what}: {last_line(error) or 'no answer in time'}")

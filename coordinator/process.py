@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc.aio
@@ -28,6 +28,7 @@ from coordinator.fences import Fences
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
+from coordinator.ray_watch import RayWatch
 from coordinator.reconfiguration import Reconfiguration
 from coordinator.replica.config import ReplicaConfig
 from coordinator.replica.core import ReplicaCore
@@ -62,8 +63,9 @@ class Coordinator:
         self._fences = Fences.open(config.state_dir)
         layout = read_layout(config)
         self._service = build_service(layout, self._fences)
-        self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s)
+        self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s, self._on_node)
         name, term, events = self._fences.cluster, self._fences.term, self._service.events
+        self._ray = RayWatch(config.ray_address, config.served, events.emit, tell)
         self._spares = Spares(self._cluster, name, term, config.device, self._need_of_spares, events)
         self._serving = Serving(
             lambda: self._replicas.services,
@@ -185,6 +187,7 @@ class Coordinator:
                 plan=layout.plan,
                 layout=layout.settings.layout,
                 incarnation_prefix=f"{fences.cluster}-",
+                served=config.served,
                 limits=HealthLimits(heartbeat_s=config.heartbeat_s),
             )
         )
@@ -223,7 +226,7 @@ class Coordinator:
 
     async def _on_ray(self) -> None:
         """What needs Ray, which takes seconds to join; ranks that serve need not wait for it."""
-        await self._cluster.connect()
+        await self._ray.join(self._cluster.connect)
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         await self._cluster.end_surplus(self._config.replicas)
@@ -254,7 +257,11 @@ class Coordinator:
         while True:
             await asyncio.sleep(self._config.lease_s / 6)
             self._fences.check()  # no lease from one that was replaced, and that only now wakes
-            await self._cluster.renew()
+            self._ray.heard(await self._cluster.renew())
+
+    def _on_node(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
+        self._service.events.emit(kind, subject, detail)
+        self._spawn(self._spares.on_node(kind, subject.removeprefix("node/")))
 
     def _need_of_spares(self) -> Need:
         layout, queued = self._reconfiguration.layout, self._service.core.counts.queued

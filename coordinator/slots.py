@@ -1,7 +1,7 @@
 """Slots: what a cluster holds of Ray, one bundle of one device each, kept through all epochs, and the actors in them.
 
 In the coordinator, in threads: every call blocks on Ray. A rank and its spare take half a bundle each, so that they
-share the device. All of it is detached and found again by name.
+share the device. All of it is detached and found again by name. A slot whose node is lost is given up for another.
 """
 
 from __future__ import annotations
@@ -14,28 +14,56 @@ import ray
 from ray.util import scheduling_strategies
 from ray.util.placement_group import PlacementGroup
 
-from echelon.errors import InternalError
 from worker.actor import AgentActor, RankActor, slot_name
 
 SLOT_TIMEOUT_S = 30.0
+SLOT_POLL_S = 2.0
+NODE_LABEL = "ray.io/node-id"
 SHARE = 0.5  # of a slot's device, for a rank or a spare
 
 
-def take_slot(cluster: str, replica: int, rank: int, device: str) -> PlacementGroup:
-    """The slot of a rank, made if there is none. Raises InternalError when Ray has no room."""
-    name, resource = slot_name(cluster, replica, rank), "GPU" if device == "cuda" else "CPU"
-    slot: PlacementGroup
+def take_slot(
+    cluster: str, replica: int, rank: int, device: str, lost: Collection[str] = frozenset()
+) -> PlacementGroup:
+    """The slot of a rank, made if there is none, and placed as soon as Ray has room for it on a node that is not lost.
+
+    Ray would move a slot from a dead node too, but only once it believes in the death.
+    """
+    slot, node = find_slot(cluster, replica, rank)
+    if slot is not None:
+        if node not in {"", *lost}:
+            return slot
+        ray.util.remove_placement_group(slot)
+    elsewhere = [{NODE_LABEL: f"!in({','.join(sorted(lost))})"}] if lost else None
+    fresh: PlacementGroup = ray.util.placement_group(
+        [{_resource(device): 1}],
+        name=slot_name(cluster, replica, rank),
+        lifetime="detached",
+        bundle_label_selector=elsewhere,
+    )
+    return fresh
+
+
+def find_slot(cluster: str, replica: int, rank: int) -> tuple[PlacementGroup | None, str]:
+    """The slot of a rank, None if there is none, and its node."""
     try:
-        slot = ray.util.get_placement_group(name)
+        slot: PlacementGroup = ray.util.get_placement_group(slot_name(cluster, replica, rank))
     except ValueError:
-        slot = ray.util.placement_group([{resource: 1}], name=name, lifetime="detached")
-    if not slot.wait(timeout_seconds=SLOT_TIMEOUT_S):
-        free = ", ".join(f"{name} {count:g}" for name, count in sorted(_free().items()))
-        raise InternalError(
-            f"Ray has no room for rank {rank} of replica {replica} within {SLOT_TIMEOUT_S:g} s: it needs 1 {resource}, "
-            f"free are {free or 'none'}"
-        )
-    return slot
+        return None, ""
+    return slot, node_of(slot)
+
+
+def node_of(slot: PlacementGroup) -> str:
+    """Where Ray has placed a slot; empty while it has not."""
+    told = ray.util.placement_group_table(slot)
+    return str(told["bundles_to_node_id"].get(0, "")) if told.get("state") == "CREATED" else ""
+
+
+def shortage(who: str, device: str) -> str:
+    """One sentence: what is needed for this one, and what there is."""
+    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    free = ", ".join(f"{name} {count:g}" for name, count in sorted(resources.items()) if name in ("CPU", "GPU"))
+    return f"Ray has no room for {who}: it needs 1 {_resource(device)}, free are {free or 'none'}"
 
 
 def create_rank(name: str, slot: PlacementGroup, device: str) -> Any:
@@ -80,6 +108,5 @@ def discard_actors(prefix: str, kept: Collection[str] = ()) -> None:
                 ray.kill(ray.get_actor(name))
 
 
-def _free() -> dict[str, float]:
-    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return {name: count for name, count in resources.items() if name in ("CPU", "GPU")}
+def _resource(device: str) -> str:
+    return "GPU" if device == "cuda" else "CPU"

@@ -153,6 +153,14 @@ class Spares:
         if held := self._held.pop((replica, rank), None):
             self._lose((replica, rank), held.warm, "its process has died")
 
+    async def on_node(self, kind: str, node_id: str) -> None:
+        """An event of a node. Who waits on a lost one has no master; Ray, or the agent that comes next, ends it."""
+        for slot, held in list(self._held.items()):
+            if kind == "node.lost" and held.process.node_id == node_id:
+                del self._held[slot]
+                self._emit("spare.lost", slot, reason="its node is lost")
+                await self._end_process(slot, held.process.name)
+
     async def start_rank(self, spec: RankSpec) -> bool:
         """Have the spare of its slot be this rank; False if there is none that is up to it."""
         slot = spec.replica, spec.rank
@@ -186,7 +194,7 @@ class Spares:
         try:
             process = await self._cluster.launch_spare(name, *slot, self._device)
         except InternalError as error:
-            await self._cluster.end_all(name)  # it may have begun all the same
+            await self._end_process(slot, name)  # it may have begun all the same
             self._not_before_s = time.monotonic() + RETRY_S
             self._emit("spare.failed", slot, error=error.message)
             return
@@ -201,7 +209,7 @@ class Spares:
         except InternalError as error:
             if before is None or self._held.get(slot) is before:
                 self._held.pop(slot, None)
-                await self._cluster.end_all(process.name)
+                await self._end_process(slot, process.name)
                 self._lose(slot, before is not None and before.warm, error.message)
             return
         if before is not None and self._held.get(slot) is not before:
@@ -212,7 +220,7 @@ class Spares:
 
     async def _end(self, slot: Slot, reason: str) -> None:
         held = self._held.pop(slot)
-        await self._cluster.end_all(held.process.name)
+        await self._end_process(slot, held.process.name)
         self._emit("spare.ended", slot, pid=held.pid, reason=reason)
 
     def _lose(self, slot: Slot, was_warm: bool, reason: str) -> None:
@@ -220,6 +228,13 @@ class Spares:
         if not was_warm:
             self._not_before_s = time.monotonic() + RETRY_S
         self._emit("spare.lost", slot, reason=reason)
+
+    async def _end_process(self, slot: Slot, name: str) -> None:
+        """As far as it can be reached; what is left of it ends with its slot, or with its lease."""
+        try:
+            await self._cluster.end_all(name)
+        except InternalError as error:
+            self._emit("spare.not_ended", slot, error=error.message)
 
     def _emit(self, kind: str, slot: Slot, **detail: object) -> None:
         self._events.emit(kind, f"spare/{slot[0]}/{slot[1]}", detail)

@@ -144,6 +144,7 @@ class CoordinatorConfig(ServeConfig):
     ray_address: str
     internal_address: str = Field(description="Where ranks dial in.")
     model_digest: str = Field(default="", description="Of the model's files as they were checked, for checkpoint_dir.")
+    served: bool = Field(default=False, description="An earlier coordinator of this supervisor has served.")
 
 
 def flag_of(field: str) -> str:

@@ -7,7 +7,6 @@ signals to real processes. What the cluster logs is kept, and its end is shown w
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -25,17 +24,18 @@ from echelon.chaos import victims
 from echelon.chaos.moments import Moment, wait_for, wait_journal
 from echelon.client import Client
 from echelon.errors import ConfigError, EchelonError
+from echelon.internal.configuring import told_change, write_config
+from echelon.internal.local_nodes import LocalNodes, Node, cpus_of, with_cpus
 from echelon.types import Cluster, ClusterEvent, Rank, Spare
 
 READY_PREFIX = "echelon: ready "
-CHANGED, NOT_CHANGED = "echelon: reconfigured", "echelon: not reconfigured: "
 POLL_S = 0.05
 SHOWN_LINES = 40
 STOP_TIMEOUT_S = 90.0
 STATUS_TIMEOUT_S = 5.0
 MOMENT_TIMEOUT_S = 60.0
 
-Victim = Rank | Spare | int | Literal["coordinator", "leader", "spare", "node", "gcs"]
+Victim = Rank | Spare | Node | int | Literal["coordinator", "leader", "spare", "node", "gcs"]
 
 
 class LocalCluster:
@@ -44,8 +44,11 @@ class LocalCluster:
     They go into a --config file, so that `reconfigure` can change them; variables ECHELON_* go before it.
 
     A victim is a Rank, a Spare, a rank's number in replica 0 (stage by stage, there data rank by data rank, tensor
-    ranks being neighbours), "leader", "coordinator", "spare", "node" or "gcs"; `echelon/chaos/moments.py` has the
-    moments. Use as a context manager, or close.
+    ranks being neighbours), a Node, "leader", "coordinator", "spare", "node" or "gcs"; `echelon/chaos/moments.py` has
+    the moments. Use as a context manager, or close.
+
+    nodes: Ray nodes on this machine, as if each were one of its own; a sequence says how many CPUs, places for ranks,
+    each has, Ray's head first. A number gives each as many as there are ranks.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class LocalCluster:
         state_dir: str | os.PathLike[str] | None = None,
         ray_address: str | None = None,
         start_timeout_s: float = 120.0,
+        nodes: int | Sequence[int] = 1,
         **flags: object,
     ) -> None:
         given: dict[str, object] = {"model": Path(model), "tensor": tensor, "device": device, "dtype": dtype}
@@ -65,18 +69,21 @@ class LocalCluster:
         self._folder = tempfile.TemporaryDirectory(prefix="echelon-test-")
         self.log_path = Path(self._folder.name) / "serve.log"
         self._config_path = Path(self._folder.name) / "serve.yaml"
-        self._write_config(given)
+        write_config(self._config_path, given)
         self._client: Client | None = None
         self._watcher: Client | None = None
+        cpus = cpus_of(nodes, given)
+        command = [sys.executable, "-m", "echelon", "serve", "--config", str(self._config_path)]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "echelon", "serve", "--config", str(self._config_path)],
+                with_cpus(cpus[0], command) if cpus[1:] and ray_address is None else command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 start_new_session=True,
             )
+        self._nodes = LocalNodes(self._process.pid, ray_address, Path(self._folder.name), cpus[1:])
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read_stdout, name="serve-stdout", daemon=True)
         self._reader.start()
@@ -128,6 +135,14 @@ class LocalCluster:
             return sum(spare.state == "warm" for spare in cluster.spares) >= count
 
         return self.wait(warm, f"{count} warm spares", timeout_s).spares
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Ray's nodes on this machine, the head first, dead ones too."""
+        return self._nodes.nodes()
+
+    def add_node(self, cpus: int = 1) -> None:
+        """Another node, which joins in a few seconds."""
+        self._nodes.add(cpus)
 
     @property
     def coordinator_pid(self) -> int:
@@ -184,32 +199,15 @@ class LocalCluster:
         if wanted == self._flags:
             return self.status()
         epoch, heard = self.status().replicas[0].epoch, self.log_path.stat().st_size
-        self._write_config(wanted)
+        write_config(self._config_path, wanted)
         self._process.send_signal(signal.SIGHUP)
-        self.wait(lambda now: self._told_change(heard) is not None, "the change of configuration")
-        reason = self._told_change(heard)
+        self.wait(lambda now: told_change(self.log_path, heard) is not None, "the change of configuration")
+        reason = told_change(self.log_path, heard)
         if reason:
-            self._write_config(self._flags)
+            write_config(self._config_path, self._flags)
             raise ConfigError(reason)
         self._flags = wanted
         return self.wait_epoch(0, epoch + 1)
-
-    def _write_config(self, flags: Mapping[str, object]) -> None:
-        """JSON is YAML; what is None is left out."""
-        values = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
-        self._config_path.write_text(json.dumps(values, default=str))
-
-    def _told_change(self, heard_bytes: int) -> str | None:
-        """What the supervisor has said of a change since: None nothing yet, empty done, else why it was refused."""
-        with self.log_path.open("rb") as log:
-            log.seek(heard_bytes)
-            lines = log.read().decode(errors="replace").splitlines()
-        for line in lines:
-            if line == CHANGED:
-                return ""
-            if line.startswith(NOT_CHANGED):
-                return line.removeprefix(NOT_CHANGED)
-        return None
 
     def close(self) -> int:
         """SIGTERM and wait until nothing is left; the exit code of `echelon serve`."""
@@ -223,6 +221,7 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self._nodes.close()
         self._reader.join()
         if self._process.stdout is not None:
             self._process.stdout.close()
@@ -254,6 +253,9 @@ class LocalCluster:
 
     def _signal(self, victim: Victim, when: Moment | None, number: int) -> int:
         """Of a moment the look tells who the victim is then: a recovery has other processes."""
+        if isinstance(victim, Node) and number == signal.SIGKILL:
+            self._nodes.kill(victim)
+            return victim.raylet_pid
         if isinstance(victim, Rank | Spare) and when is None:
             os.kill(victim.pid, number)
             return victim.pid
@@ -270,6 +272,8 @@ class LocalCluster:
     def _pids_of(self, victim: Victim, look: Cluster) -> tuple[int, ...]:
         if isinstance(victim, Rank | Spare):
             return (victim.pid,)
+        if isinstance(victim, Node):
+            return (victim.raylet_pid,)
         if isinstance(victim, int):
             return (rank_of(look.ranks, victim).pid,)
         return victims.find(victim, look, random.Random(0)).pids

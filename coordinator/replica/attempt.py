@@ -56,7 +56,8 @@ class State(enum.Enum):
 class RankState:
     """One incarnation of a rank; hello is None until it first attaches, resident until it serves.
 
-    retiring_s: when it was told to end its epoch, None once it has said that it did.
+    retiring_s: when it was told to end its epoch, None once it has said that it did. waits_for: why no node has a place
+    for it, empty if one had.
     """
 
     incarnation: str
@@ -66,6 +67,7 @@ class RankState:
     total_bytes: int = 0
     resident: Resident | None = None
     retiring_s: float | None = None
+    waits_for: str = ""
 
     @property
     def idle(self) -> bool:

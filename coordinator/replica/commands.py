@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes a ready rank holds."""
+
+    parameter_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accept:
     """The rank belongs to this coordinator."""
 

@@ -19,7 +19,8 @@ SETTLED_S = 10.0  # a replica that served this long has left its earlier failure
 class ReplicaConfig:
     """epoch is the persisted one, 0 before the first. incarnation_prefix differs between clusters on one Ray.
 
-    layout: a digest of all that ranks are told of the plan; who serves another is not adopted.
+    layout: a digest of all that ranks are told of the plan; who serves another is not adopted. served: it has before,
+    so that no failure ends the cluster.
     """
 
     replica: int
@@ -28,6 +29,7 @@ class ReplicaConfig:
     plan: ReplicaPlan
     layout: str = ""
     incarnation_prefix: str = ""
+    served: bool = False
     limits: HealthLimits = field(default_factory=HealthLimits)
     budget: Budget = field(default_factory=Budget)
     adopt_window_s: float = 10.0

@@ -18,6 +18,7 @@ from coordinator.replica.early import Early, without_agent
 from coordinator.replica.events import Effect, Event
 from coordinator.replica.health import Observation
 from coordinator.replica.recovery import Failures
+from coordinator.replica.room import wait_for_room
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
@@ -37,12 +38,14 @@ class ReplicaCore:
         self._early, self._on_word = Early(), False  # adopted before it is known which processes have an agent
         self._failures, self._up_s = Failures(config.budget), 0.0
         self.reason = ""  # why it does not serve
-        self.adopted = self._kept = False  # serves an earlier coordinator's epoch; is started again after any failure
+        self.adopted, self._kept = False, config.served  # an earlier one's epoch; is started again after any failure
         self._down_s: float | None = None
         self._handlers: Mapping[type, Callable[..., list[Effect]]] = {
             events.Attached: self._attached,
             events.Detached: lambda now, event, rank: rank.detached(now),
-            events.Died: self._died,
+            events.Died: lambda now, e, rank: self._lost(
+                now, e.rank, f"its process has died in phase {rank.seen.phase}"
+            ),
             events.Beat: lambda now, event, rank: rank.beat(now, event),
             events.StoreOpened: self._store_opened,
             events.Progress: self._progress,
@@ -50,7 +53,8 @@ class ReplicaCore:
             events.Fault: self._fault,
             events.Blamed: lambda now, event, rank: self._told(now, self._attempt.take_blamed(now, event.requests)),
             events.Retired: self._retired,
-            events.LaunchFailed: self._launch_failed,
+            events.LaunchFailed: lambda now, e, rank: self._lost(now, e.rank, f"could not be started: {e.error}"),
+            events.NoRoom: self._no_room,
             events.Noted: lambda now, event, rank: [self._emit(event.kind, event.rank, **event.detail)],
         }
 
@@ -97,8 +101,7 @@ class ReplicaCore:
             word = self._early.all_serve(self._epoch, self._layout, self._plan.ranks)
             self._on_word = bool(word)
             return self.step(now, events.Started(word)) if word else []
-        rank = self._attempt.find(event.rank, event.incarnation)
-        if rank is not None:
+        if rank := self._attempt.find(event.rank, event.incarnation):
             return self._handlers[type(event)](now, event, rank)
         if not self._on_word:
             return list(self._attempt.refuse(event)) if isinstance(event, events.Attached) else []
@@ -160,7 +163,7 @@ class ReplicaCore:
     def _launch(self, now: float) -> list[Effect]:
         self._state, attempt = State.LAUNCHING, self._attempt
         attempt.deadline_s, attempt.began_s = now + self._config.launch_timeout_s, now
-        launches: list[Effect] = [events.Launch(index, self.incarnation()) for index in attempt.absent]
+        launches: list[Effect] = [events.Launch(i, self.incarnation(), self._kept) for i in attempt.absent]
         for index in attempt.absent:
             attempt.add(index, RankState(self.incarnation(), Observation("waiting", 0, now, now)))
         launching = self._emit("replica.launching", epoch=self._epoch, ranks=len(launches))
@@ -204,8 +207,7 @@ class ReplicaCore:
         if event.phase == "waiting":
             rank.retired(now, event)
         effects: list[Effect] = [attempt.accept(event)]
-        if not again:
-            effects.append(self._emit("rank.attached", event.rank, pid=event.pid, epoch=self._epoch))
+        effects += [] if again else [self._emit("rank.attached", event.rank, pid=event.pid, epoch=self._epoch)]
         if self._state is State.FORMING or not rank.idle:
             effects += attempt.again(event)
         return effects + self._form_when_all_idle() + self._serve_when_all_ready(now)
@@ -248,9 +250,6 @@ class ReplicaCore:
 
     # What goes wrong.
 
-    def _died(self, now: float, event: events.Died, rank: RankState) -> list[Effect]:
-        return self._lost(now, event.rank, f"its process has died in phase {rank.seen.phase}")
-
     def _fault(self, now: float, event: events.Fault, rank: RankState) -> list[Effect]:
         return self._told(now, self._attempt.take_fault(now, event, self._state is State.FORMING))
 
@@ -259,8 +258,9 @@ class ReplicaCore:
         fault = self._attempt.fault
         return asks + (self._lost(now, fault.rank, fault.reason) if fault and now >= fault.until_s else [])
 
-    def _launch_failed(self, now: float, event: events.LaunchFailed, rank: RankState) -> list[Effect]:
-        return self._lost(now, event.rank, f"could not be started: {event.error}")
+    def _no_room(self, now: float, event: events.NoRoom, rank: RankState) -> list[Effect]:
+        self.reason = event.reason
+        return wait_for_room(self._attempt, rank, event, now + self._config.launch_timeout_s)
 
     def _tick(self, now: float, event: events.Tick) -> list[Effect]:
         attempt, attaching = self._attempt, self._state in (State.ADOPTING, State.LAUNCHING)

@@ -16,6 +16,7 @@ from coordinator.replica.commands import Command as Command
 from coordinator.replica.commands import Form as Form
 from coordinator.replica.commands import OpenStore as OpenStore
 from coordinator.replica.commands import Refuse as Refuse
+from coordinator.replica.commands import Resident as Resident
 from coordinator.replica.commands import Retire as Retire
 from echelon.errors import EchelonError
 from echelon.internal.link import Fence
@@ -26,14 +27,6 @@ class Started:
     """Ray has been joined. survivors: (rank, incarnation) of this replica's processes that an agent has charge of."""
 
     survivors: frozenset[tuple[int, str]] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Bytes a ready rank holds."""
-
-    parameter_bytes: int
-    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +157,15 @@ class LaunchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoom:
+    """No node has a place for the process; told again and again while that is so."""
+
+    rank: int
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Relayout:
     """Serve another plan from the next epoch on. layout: a digest of all that its ranks are told of it."""
 
@@ -202,18 +204,18 @@ class Acquitted:
     """A request was found to break steps, so those that broke say nothing against the replica's devices."""
 
 
-RankEvent = (
-    Attached | Detached | Died | Beat | StoreOpened | Progress | Ready | Fault | Blamed | Retired | Noted | LaunchFailed
-)
+OwnWord = Attached | Detached | Beat | StoreOpened | Progress | Ready | Fault | Blamed | Retired | Noted
+RankEvent = OwnWord | Died | LaunchFailed | NoRoom
 Event = RankEvent | Started | Relayout | Persisted | Killed | Tick | StartEnded | Acquitted
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start a rank's process in its slot."""
+    """Start a rank's process in its slot. patient: wait for room however long, and tell NoRoom; else fail soon."""
 
     rank: int
     incarnation: str
+    patient: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from coordinator.replica.events import (
     Launch,
     LaunchFailed,
     Loading,
+    NoRoom,
     Persisted,
     PersistEpoch,
     ReplicaDown,
@@ -57,8 +58,13 @@ Outbox = asyncio.Queue[Told | None]
 class RankProcesses(Protocol):
     """What starts and ends rank processes: `coordinator/cluster.py` over Ray, or a test's own."""
 
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
-        """Start a rank's process in its slot. Raises when it cannot be started."""
+    async def launch(
+        self, replica: int, rank: int, incarnation: str, no_room: Callable[[str], None] | None = None
+    ) -> None:
+        """Start a rank's process in its slot. Raises when it cannot be started.
+
+        no_room is told why there is no place for it, now and then while it waits for one; without it it raises soon.
+        """
 
     async def kill(self, replica: int, suspect: int | None) -> None:
         """Kill every process of the replica, suspect first; returns when all are confirmed gone."""
@@ -89,6 +95,7 @@ class ReplicaService:
         self._unpersisted: int | None = None
         self._serving: Fence | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._launches: set[asyncio.Task[None]] = set()
         self._closing = False
 
     @property
@@ -131,9 +138,11 @@ class ReplicaService:
             return
         for effect in self.core.step(time.monotonic(), event):  # a clock that is set must not end a rank
             match effect:
-                case Launch(rank, incarnation):
-                    self._spawn(self._launch(rank, incarnation))
+                case Launch():
+                    self._launches.add(self._spawn(self._launch(effect)))
                 case Kill(epoch, suspect):
+                    self._give_up_launches()
+                    self._hang_up()
                     self._spawn(self._kill(epoch, suspect))
                 case PersistEpoch(epoch):
                     self._unpersisted = epoch
@@ -175,11 +184,28 @@ class ReplicaService:
         self._unpersisted = None
         return True
 
-    async def _launch(self, rank: int, incarnation: str) -> None:
+    async def _launch(self, wanted: Launch) -> None:
+        rank, incarnation = wanted.rank, wanted.incarnation
+
+        def no_room(reason: str) -> None:
+            self.post(NoRoom(rank, incarnation, reason))
+
         try:
-            await self._processes.launch(self._replica, rank, incarnation)
+            await self._processes.launch(self._replica, rank, incarnation, no_room if wanted.patient else None)
         except Exception as error:  # noqa: BLE001 - whatever Ray says is the reason, and the core decides
             self.post(LaunchFailed(rank, incarnation, f"{type(error).__name__}: {error}"))
+
+    def _hang_up(self) -> None:
+        """Whoever no agent can kill dials again, is refused, and ends itself."""
+        for (_, incarnation), outbox in self._outboxes.items():
+            if incarnation != self.core.incarnation():
+                outbox.put_nowait(None)
+
+    def _give_up_launches(self) -> None:
+        """What waits for room must not take the place of its successor once there is some."""
+        for launch in self._launches:
+            launch.cancel()
+        self._launches.clear()
 
     async def _kill(self, epoch: int, suspect: int | None) -> None:
         """An epoch must not begin before its predecessor is confirmed dead, nor before it is on disk."""
@@ -203,13 +229,15 @@ class ReplicaService:
     def _emit(self, kind: str, error: Exception) -> None:
         self._service.events.emit(kind, f"replica/{self._replica}", {"error": str(error)})
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """What breaks here leaves the core waiting for an answer that never comes: the coordinator must end."""
         self._tasks.discard(task)
+        self._launches.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._callbacks.fail(error)

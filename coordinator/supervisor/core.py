@@ -1,7 +1,8 @@
 """SupervisorCore: when Ray and the coordinator are started, replaced and ended, as `step(now, event) -> effects`.
 
 Sans-IO, in the supervisor's process (`coordinator/supervisor/process.py` is its shell). A coordinator that dies or
-falls silent is replaced while its ranks stay; one that keeps dying, or says that it failed, ends everything.
+falls silent is replaced while its ranks stay; one that keeps dying, or says that it failed, ends everything. Our own
+Ray, should it end or stop answering, is started again, and with it a coordinator; another's is waited for.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from coordinator.supervisor.events import (
 BEAT_TIMEOUT_S = 10.0  # a successor must renew the lease before the ranks are ended
 FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing
 MAX_DEATHS = 5
+MAX_RAY_FAILURES = 3  # in a row, of a Ray that is started again
 DEATHS_WINDOW_S = 60.0
 CLEAN_UP_S = 30.0  # beyond the drain: to kill ranks and give the slots back
 HURRY_S = 10.0
@@ -77,7 +79,8 @@ class SupervisorCore:
         self._kill_at_s = 0.0
         self._deaths: list[float] = []
         self._death_reason = ""
-        self._ray_lost = False
+        self._ray_lost = False  # ours is to be started again; another's is awaited
+        self._ray_failures = 0
         self._shown_ready = False
         self._exit = Exit(0)
 
@@ -91,12 +94,12 @@ class SupervisorCore:
             case Begin():
                 return self._start_ray() if self._owns_ray else self._start_coordinator(now)
             case RayUp() if self._state is State.RAY_STARTING:
+                self._ray_failures = 0
                 return self._start_coordinator(now)
             case RayFailed(message) if self._state is State.RAY_STARTING:
-                return self._leave(Exit(1, message))
-            case RayEnded() if self._state in (State.RUNNING, State.REPLACING):
-                self._ray_lost = True
-                return self._replace("Ray has ended")
+                return self._ray_failed(message)
+            case RayEnded(reason) if self._state in (State.RUNNING, State.REPLACING):
+                return self._lose_ray(reason)
             case Told(message) if self._state in (State.RUNNING, State.STOPPING):
                 return self._told(now, message)
             case CoordinatorEnded(code):
@@ -115,10 +118,23 @@ class SupervisorCore:
         self._state, self._ray_lost = State.RAY_STARTING, False
         return [StartRay()]
 
+    def _ray_failed(self, message: str) -> list[Effect]:
+        """A first start tells its error and ends. What has served is not given up for one start that fails."""
+        self._ray_failures += 1
+        if not self._shown_ready or self._ray_failures >= MAX_RAY_FAILURES:
+            return self._leave(Exit(1, message))
+        return [Warn(f"Ray is started once more: {message}"), *self._start_ray()]
+
+    def _lose_ray(self, reason: str) -> list[Effect]:
+        """Ours takes the coordinator along, which has a place in it; its successor replays from the journal."""
+        told: list[Effect] = [] if self._ray_lost else [Warn(reason)]
+        self._ray_lost = True
+        return self._replace(reason) if self._owns_ray else told
+
     def _start_coordinator(self, now: float) -> list[Effect]:
         self._state, self._death_reason = State.RUNNING, ""
         self._silent_at_s = now + FIRST_BEAT_TIMEOUT_S
-        return [StartCoordinator()]
+        return [StartCoordinator(served=self._shown_ready)]
 
     def _replace(self, reason: str) -> list[Effect]:
         self._state, self._death_reason = State.REPLACING, reason
@@ -139,6 +155,11 @@ class SupervisorCore:
                 self._shown_ready = True
                 # A change that a coordinator died of may be done by its successor.
                 return [*shown, PrepareSuccessor(), *self._changed()]
+            case {"ray_lost": str(reason)} if self._state is State.RUNNING:
+                return self._lose_ray(reason)
+            case {"ray_back": str(address)} if self._ray_lost and not self._owns_ray:
+                self._ray_lost = False
+                return [Warn(f"Ray at {address} is back")]
             case {"reconfiguring": True} if self._change is Change.SENT:
                 self._change = Change.BEGUN
                 return [TakeConfiguration(read=True)]
@@ -159,11 +180,13 @@ class SupervisorCore:
             return self._unchanged("the coordinator ended meanwhile") + self._coordinator_ended(now, code)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         reason = self._death_reason or f"it ended with {how}"
-        self._deaths = [death for death in self._deaths if now - death < DEATHS_WINDOW_S] + [now]
+        if self._owns_ray or not self._ray_lost:  # nobody lives long while another's Ray comes and goes
+            self._deaths = [death for death in self._deaths if now - death < DEATHS_WINDOW_S] + [now]
         if len(self._deaths) >= MAX_DEATHS:
             times = f"{MAX_DEATHS} times within {DEATHS_WINDOW_S:g} s"
             return self._leave(Exit(1, f"the coordinator had to be replaced {times}, at last because {reason}"))
-        again = self._start_ray() if self._ray_lost else self._start_coordinator(now)
+        ray = self._ray_lost and self._owns_ray
+        again = self._start_ray() if ray else self._start_coordinator(now)
         return [Warn(f"the coordinator is replaced: {reason}"), *again]
 
     def _signalled(self, now: float, number: int) -> list[Effect]:

@@ -28,12 +28,14 @@ class RayFailed:
 
 @dataclass(frozen=True, slots=True)
 class RayEnded:
-    """Our Ray was up and has ended by itself."""
+    """Our Ray was up, and a process that it cannot do without has ended."""
+
+    reason: str = "Ray has ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One message of the coordinator: beat, loading, ready or failed."""
+    """One message of the coordinator: beat, loading, ready, failed, ray_lost or ray_back."""
 
     message: Mapping[str, object]
 
@@ -94,7 +96,9 @@ class StartRay:
 
 @dataclass(frozen=True, slots=True)
 class StartCoordinator:
-    """Its end is answered by CoordinatorEnded."""
+    """Its end is answered by CoordinatorEnded. served: an earlier one has, so that no failure to start ends it all."""
+
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import cast
 from tokenizers import Tokenizer
 
 from coordinator.placement import degrees_of, plan_replica
+from coordinator.ray_port import reach_ray
 from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
@@ -29,9 +30,7 @@ from models.files import check_model_directory, model_digest
 from models.json_source import read_json_object
 
 LOCAL_HOST = "127.0.0.1"
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty SETTINGS
 MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
-CONNECT_TIMEOUT_S = 5.0
 CHANGEABLE = (
     "model",
     "served_model_name",
@@ -211,16 +210,8 @@ def _claim(host: str, port: int, what: str) -> int:
 
 
 def _reach_ray(address: str) -> str:
-    """The address of this host that reaches that Ray: ranks on its nodes will dial it.
-
-    Ray itself would wait for minutes on a port that is open and speaks no gRPC; so we greet it first.
-    """
     try:
-        with socket.create_connection(split_address(address), timeout=CONNECT_TIMEOUT_S) as connection:
-            connection.sendall(HTTP2_GREETING)
-            if connection.recv(9)[3:4] != b"\x04":
-                raise ConnectionError("what listens there is no Ray")
-            return str(connection.getsockname()[0])
+        return reach_ray(address)
     except OSError as error:
         raise UnavailableError(
             f"no Ray answers at --ray-address {address}: {error.strerror or error}; start one with "

@@ -166,8 +166,8 @@ class Supervisor:
         if self._ray is None:
             return
         if not self._ray_starting:
-            if self._ray.ended():
-                self._step(supervision.RayEnded())
+            if reason := self._ray.ended():
+                self._step(supervision.RayEnded(reason))
             return
         try:
             self._ray_starting = not self._ray.is_up()
@@ -221,11 +221,11 @@ class Supervisor:
                 self._ray.stop()
                 self._ray.start(self._environment)
                 self._ray_starting = True
-            case supervision.StartCoordinator():
+            case supervision.StartCoordinator(served):
                 self._prepare()
                 self._coordinator, self._successor = self._successor, None
                 assert self._coordinator is not None
-                self._coordinator.configure(self._config)
+                self._coordinator.configure(self._config.model_copy(update={"served": served}))
             case supervision.PrepareSuccessor():
                 self._prepare()
             case supervision.SignalCoordinator(number):

@@ -51,10 +51,14 @@ def branches_on_degree(tree: ast.AST) -> bool:
     return False
 
 
+RAY_FILES = frozenset(
+    {*(f"coordinator/{name}.py" for name in ("agents", "cluster", "places", "slots")), "worker/actor.py"}
+)
+
 # The rule, the folders it holds in, and the only files it does not hold for.
 RULES: dict[str, tuple[Rule, tuple[str, ...], frozenset[str]]] = {
     "process groups": (names_process_groups, PACKAGES, frozenset({"parallel/mesh.py", "parallel/comm.py"})),
-    "ray": (imports_ray, PACKAGES, frozenset({"coordinator/cluster.py", "coordinator/slots.py", "worker/actor.py"})),
+    "ray": (imports_ray, PACKAGES, RAY_FILES),
     "pickle": (unpickles, PACKAGES, frozenset()),
     "global": (declares_global, PACKAGES, frozenset()),
     "environment": (

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.cluster import Cluster
-from coordinator.supervisor.ray_head import RayHead, RayHeadConfig, session_members
+from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.errors import InternalError
+from echelon.internal.processes import session_members
 from worker.spec import RankSpec, spare_name
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]

@@ -77,7 +77,9 @@ class Site:
         core = ReplicaCore(ReplicaConfig(replica=replica, term=self.fences.term, epoch=0, plan=plan, layout=layout))
         return ReplicaService(replica, core, self, self.service, callbacks)
 
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+    async def launch(
+        self, replica: int, rank: int, incarnation: str, no_room: Callable[[str], None] | None = None
+    ) -> None:
         spec = RankSpec(
             coordinator_address=self.address, cluster="c", replica=replica, rank=rank, incarnation=incarnation,
             device="cpu", heartbeat_s=0.1, term=1,

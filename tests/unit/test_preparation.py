@@ -146,7 +146,7 @@ def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_ray_to_join_must_be_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.supervisor.preparation.CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("coordinator.ray_port.CONNECT_TIMEOUT_S", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.supervisor import ray_head
-from coordinator.supervisor.ray_head import STARTED_MARK, RayHead, RayHeadConfig, session_members
+from coordinator.supervisor.ray_head import STARTED_MARK, RayHead, RayHeadConfig
 from echelon.errors import InternalError
+from echelon.internal.processes import session_members
 from worker.spec import RankSpec, parse_name, spare_name
 
 
@@ -22,8 +24,8 @@ class Scripted(RayHeadConfig):
 
     code: str = ""
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-c", self.code]
+    def command(self, generation: int = 0) -> list[str]:
+        return [sys.executable, "-c", self.code, str(generation)]
 
 
 def scripted(folder: Path, code: str) -> RayHead:
@@ -80,7 +82,43 @@ def test_an_end_is_noticed(tmp_path: Path) -> None:
     head.start(dict(os.environ))
     while not head.ended():
         time.sleep(0.05)
+    assert head.ended() == "Ray has ended"
     head.stop()
+
+
+def test_the_end_of_a_part_that_it_cannot_do_without_is_noticed_while_the_rest_runs(tmp_path: Path) -> None:
+    def rename(name: str) -> str:
+        return f"open('/proc/self/comm', 'w').write({name!r})"
+
+    parts = "".join(f"os.fork() or ({rename(name)}, time.sleep(600));" for name in ("raylet", "gcs_server", "agent"))
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    head = scripted(
+        tmp_path,
+        f"import os, signal, time; {deaf} {parts} time.sleep(1); print({STARTED_MARK!r}, flush=True); time.sleep(600)",
+    )
+    head.start(dict(os.environ))
+    try:
+        wait_up(head)
+        named = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in session_members(head.pid)}
+        os.kill(named["agent"], signal.SIGKILL)
+        assert head.ended() == ""
+        os.kill(named["gcs_server"], signal.SIGKILL)
+        while not head.ended():
+            time.sleep(0.01)
+        assert head.ended() == "Ray's gcs_server has ended"
+        session, began_s = head.pid, time.monotonic()
+        head.stop()
+        assert list(session_members(session)) == []
+        assert time.monotonic() - began_s < ray_head.STOP_TIMEOUT_S, "nothing is waited for that cannot end by itself"
+    finally:
+        head.stop()
+    assert head.ended() == ""
+
+
+def test_a_ray_that_is_started_again_takes_no_earlier_one_for_itself() -> None:
+    config = RayHeadConfig("127.0.0.1", 1, 2, 3, Path("e"))
+    folders = [next(word for word in config.command(n) if word.startswith("--temp-dir=")) for n in range(3)]
+    assert folders == ["--temp-dir=e/ray", "--temp-dir=e/ray1", "--temp-dir=e/ray2"]
 
 
 def test_rank_names_read_back() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from coordinator.placement import ReplicaPlan
 from coordinator.replica import service as replica_service
 from coordinator.replica.config import ReplicaConfig
 from coordinator.replica.core import ReplicaCore
-from coordinator.replica.events import Accept, Attached, Noted, Refuse, Started
+from coordinator.replica.events import Accept, Attached, Died, Noted, Refuse, Started
 from coordinator.replica.service import Callbacks, Outbox, ReplicaService
 from coordinator.service import Service
 from echelon.internal.v1 import control_pb2
@@ -62,7 +62,9 @@ class Site:
             raise OSError("no space left on device")
         self.persisted.append(epoch)
 
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None:
+    async def launch(
+        self, replica: int, rank: int, incarnation: str, no_room: Callable[[str], None] | None = None
+    ) -> None:
         self.launched.append(incarnation)
 
     async def kill(self, replica: int, suspect: int | None) -> None:
@@ -169,3 +171,20 @@ def test_what_a_rank_tells_of_its_weights_is_for_the_event_log() -> None:
         Noted(1, "c-3", "shard.written", {"epoch": 3, "bytes": 7, "took_s": 1.0}),
         Noted(1, "c-3", "shard.not_written", {"epoch": 3, "took_s": 1.0, "reason": "full"}),
     ]
+
+
+def test_an_epoch_that_ends_hangs_up_on_its_ranks_so_that_those_nobody_can_kill_are_refused() -> None:
+    async def work() -> None:
+        site = Site()
+        site.replica.post(Started())
+        await settled()
+        old = site.replica.attach(hello("1"))
+        told(old)
+        site.replica.post(Died(0, "1"))
+        assert told(old) == [None]
+        await settled()
+        new, again = site.replica.attach(hello("2")), site.replica.attach(hello("1"))
+        assert [type(command) for command in told(again)] == [Refuse]
+        assert None not in told(new)
+
+    run(work())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -57,7 +58,9 @@ class Site:
         core = ReplicaCore(ReplicaConfig(replica=replica, term=1, epoch=self.epochs[replica], plan=PLAN))
         return ReplicaService(replica, core, self, self.service, callbacks)
 
-    async def launch(self, replica: int, rank: int, incarnation: str) -> None: ...
+    async def launch(
+        self, replica: int, rank: int, incarnation: str, no_room: Callable[[str], None] | None = None
+    ) -> None: ...
 
     async def kill(self, replica: int, suspect: int | None) -> None: ...
 

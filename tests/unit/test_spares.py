@@ -79,6 +79,7 @@ class ScriptedCluster:
     left: list[SpareProcess] = field(default_factory=list)
     launch_error: InternalError | None = None
     shards: list[str] = field(default_factory=list)
+    unreachable: bool = False
 
     async def spares(self) -> list[SpareProcess]:
         return self.left
@@ -98,6 +99,8 @@ class ScriptedCluster:
 
     async def end_all(self, prefix: str) -> None:
         self.ended.append(prefix)
+        if self.unreachable:
+            raise InternalError("Ray does not answer")
 
     def spare(self) -> object:
         raise AssertionError("asked through the cluster")
@@ -280,3 +283,19 @@ def test_fewer_are_wanted() -> None:
 def test_the_shell_asks_of_a_cluster_what_a_cluster_can() -> None:
     for name in ("spares", "launch_spare", "ask", "start_spare", "end_all"):
         assert callable(getattr(Cluster, name)), name
+
+
+def test_one_on_a_lost_node_is_given_up_and_ended_as_far_as_it_can_be_reached() -> None:
+    async def live() -> None:
+        made = shell([(43, True)])
+        await made.spares._move()
+        await made.spares.on_node("node.lost", "b")
+        assert made.spares.describe() and not made.cluster.ended
+        await made.spares.on_node("node.joined", "a")
+        assert made.spares.describe()
+        made.cluster.unreachable = True
+        await made.spares.on_node("node.lost", "a")
+        assert made.spares.describe() == () and made.cluster.ended == ["spare/c/0/0/3-1"]
+        assert made.told() == ["spare.warm", "spare.lost", "spare.not_ended"]
+
+    asyncio.run(live())

@@ -12,6 +12,7 @@ from coordinator.supervisor.core import (
     FIRST_BEAT_TIMEOUT_S,
     HURRY_S,
     MAX_DEATHS,
+    MAX_RAY_FAILURES,
     SupervisorCore,
 )
 from coordinator.supervisor.events import (
@@ -155,6 +156,42 @@ def test_a_ray_that_ends_takes_the_coordinator_along_and_both_start_again() -> N
     warning, start = core.step(1.1, CoordinatorEnded(-9))
     assert isinstance(warning, Warn) and "Ray has ended" in warning.message and start == StartRay()
     assert core.step(5.0, RayUp()) == [StartCoordinator()]
+
+
+def test_a_ray_of_ours_that_does_not_answer_is_replaced_like_one_that_ended() -> None:
+    core = running()
+    assert core.step(1.0, Told({"ray_lost": "it does not answer"})) == [KILL]
+    warning, start = core.step(1.1, CoordinatorEnded(-9))
+    assert warning == Warn("the coordinator is replaced: it does not answer") and start == StartRay()
+
+
+def test_a_ray_that_served_is_started_again_when_its_start_fails_but_not_for_ever() -> None:
+    core = running()
+    core.step(1.0, Told({"ready": "h:1"}))
+    core.step(2.0, RayEnded("Ray's raylet has ended"))
+    core.step(2.1, CoordinatorEnded(-9))
+    for _ in range(MAX_RAY_FAILURES - 1):
+        assert core.step(60.0, RayFailed("busy")) == [Warn("Ray is started once more: busy"), StartRay()]
+    assert core.step(70.0, RayUp()) == [StartCoordinator(served=True)], "which is not to fail for good"
+    core.step(80.0, RayEnded())
+    core.step(80.1, CoordinatorEnded(-9))
+    for _ in range(MAX_RAY_FAILURES - 1):
+        core.step(140.0, RayFailed("busy"))
+    assert core.step(200.0, RayFailed("busy")) == [Exit(1, "busy")]
+
+
+def test_a_ray_of_another_is_waited_for_and_told_of_once() -> None:
+    """However often the coordinator dies of it meanwhile."""
+    core = running(owns_ray=False)
+    assert core.step(1.0, Told({"ray_lost": "Ray is away"})) == [Warn("Ray is away")]
+    assert core.step(2.0, Told({"ray_lost": "Ray is away"})) == []
+    for death in range(2 * MAX_DEATHS):
+        warning, start = core.step(3.0 + death, CoordinatorEnded(-6))
+        assert isinstance(warning, Warn) and start == StartCoordinator()
+    assert core.step(30.0, Told({"ray_back": "h:6379"})) == [Warn("Ray at h:6379 is back")]
+    assert core.step(31.0, Told({"ray_back": "h:6379"})) == []
+    deaths = [core.step(32.0 + death, CoordinatorEnded(-6)) for death in range(MAX_DEATHS)]
+    assert isinstance(deaths[-1][0], Exit), "with Ray back deaths count again"
 
 
 def test_nothing_is_started_while_stopping() -> None:

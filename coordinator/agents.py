@@ -1,0 +1,144 @@
+"""Agents: the node agents of a cluster, found or started on every node of Ray, renewed, and told to kill.
+
+On the coordinator's loop, for `coordinator/cluster.py`; which nodes are lost is `coordinator/nodes.py`'s to say. An
+agent is a detached actor, so that it outlives a coordinator and a successor finds it by its node's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import ray
+import structlog
+
+from coordinator.nodes import Nodes, Tell
+from coordinator.slots import create_agent
+
+CALL_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 15.0  # an agent itself gives up after ten
+
+Result = TypeVar("Result")
+Agent = Any  # Ray's actor handles have no static type
+
+log = structlog.get_logger("agents")
+
+
+class InThread(Protocol):
+    """Runs what blocks on Ray."""
+
+    def __call__(self, function: Callable[..., Result], *positional: object) -> Awaitable[Result]: ...
+
+
+class Agents:
+    """Of one cluster. tell takes the events of nodes that join and are lost."""
+
+    def __init__(
+        self,
+        cluster: str,
+        lease_s: float,
+        in_thread: InThread,
+        tell: Tell,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cluster = cluster
+        self._lease_s = lease_s
+        self._in_thread = in_thread
+        self._clock = clock
+        self._heard_s = clock()
+        self.nodes: Nodes[Agent] = Nodes(self._meet, lease_s / 2, tell, clock)
+
+    @property
+    def ray_silent_s(self) -> float:
+        """How long Ray has not told its nodes, though asked again and again."""
+        return self._clock() - self._heard_s
+
+    async def list_nodes(self) -> None:
+        """Ask Ray for its nodes; one that is new gets an agent, in a while."""
+        nodes = await self._in_thread(ray.nodes)
+        self._heard_s = self._clock()
+        self.nodes.listed({node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]})
+
+    async def of(self, node: str) -> Agent:
+        """The agent of a node. Raises KeyError where there is no such node."""
+        if node not in self.nodes.agents:
+            await self.list_nodes()
+        return await self.nodes.agent(node)
+
+    async def renew(self) -> None:
+        """Extend the lease on every node; a node that is new or has lost its agent gets one.
+
+        Waits for no answer longer than the lease can spare: one agent that is stuck must not cost the others theirs.
+        """
+        await asyncio.gather(self._list_nodes_soon(), *(self._renew(*each) for each in self.nodes.agents.items()))
+
+    async def kill(self, prefix: str, first: str = "") -> None:
+        """End what runs under a prefix, `first` ahead of the rest; returns once each node has confirmed or is lost."""
+        self.nodes.owe(prefix)
+        await asyncio.gather(*(self._kill(*each, prefix, first) for each in self.nodes.agents.items()))
+
+    async def _list_nodes_soon(self) -> None:
+        try:
+            async with asyncio.timeout(self._lease_s / 3):
+                await self.list_nodes()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("Ray does not tell its nodes", error=str(error))
+
+    async def _renew(self, node: str, agent: Agent) -> None:
+        try:
+            await ask(agent.renew, self._lease_s, timeout_s=self._lease_s / 6)
+        except TimeoutError:
+            self.nodes.silent(node)
+        except ray.exceptions.RayError as error:
+            self.nodes.lose(node, f"its agent is gone: {last_line(error)}")
+        else:
+            self.nodes.heard(node)
+
+    async def _kill(self, node: str, agent: Agent, prefix: str, first: str) -> None:
+        while True:
+            try:
+                left = await ask(agent.kill, prefix, first, timeout_s=KILL_TIMEOUT_S)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                self.nodes.owe(prefix, node)
+                self.nodes.lose(node, f"its agent does not kill: {last_line(error) or 'no answer'}")
+                return
+            if not left:
+                return
+            log.warning("processes do not end; trying again", node=node, left=left)
+
+    async def _meet(self, node: str, owed: frozenset[str]) -> Agent | None:
+        """The agent of a node, if it answers and nothing is left of what it owes."""
+        try:
+            agent = await self._in_thread(create_agent, self._cluster, node, self._lease_s)
+        except Exception as error:  # noqa: BLE001 - whatever Ray says, it is tried again while the node is listed
+            log.warning("no agent", node=node, error=last_line(error))
+            return None
+        try:
+            await ask(agent.renew, self._lease_s)  # its process may be starting
+            left = [await ask(agent.kill, prefix, "", timeout_s=KILL_TIMEOUT_S) for prefix in sorted(owed)]
+        except TimeoutError:
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._in_thread(ray.kill, agent)  # it is stuck: Ray ends it, and the next one can begin
+            return None
+        except ray.exceptions.RayError:
+            return None
+        return None if any(left) else agent
+
+
+async def ask(method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    """Call a method of an actor. Raises TimeoutError and Ray's errors."""
+    async with asyncio.timeout(timeout_s):
+        return await result(method.remote(*arguments))
+
+
+def result(reference: Any) -> asyncio.Future[Any]:
+    """Awaitable without a thread."""
+    return asyncio.wrap_future(reference.future())
+
+
+def last_line(error: BaseException | None) -> str:
+    """What an error says last; Ray's begin with a trace."""
+    return next(reversed(str(error).strip().splitlines()), "")

@@ -1,0 +1,61 @@
+"""Places: the search for a slot on a node that is not lost, however long it takes, and whose turn it is meanwhile.
+
+On the coordinator's loop, for `coordinator/cluster.py`. Of several replicas that lack room the first is given all there
+is, and the others wait without a slot: two that each held half of what is left would wait for ever for the other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from coordinator import slots
+from coordinator.agents import InThread
+from coordinator.nodes import Nodes
+from echelon.errors import InternalError
+from worker.actor import remove_slots
+
+
+class Places:
+    """Of one cluster."""
+
+    def __init__(self, cluster: str, nodes: Nodes[Any], in_thread: InThread) -> None:
+        self._cluster = cluster
+        self._nodes = nodes
+        self._in_thread = in_thread
+        self._lacking: set[tuple[int, int]] = set()  # replica and rank
+
+    async def take(
+        self, replica: int, rank: int, device: str, no_room: Callable[[str], None] | None = None
+    ) -> PlacementGroup:
+        """The slot of a rank, once there is room for it.
+
+        no_room is told every few seconds why there is none; without it InternalError is raised after SLOT_TIMEOUT_S.
+        """
+        began_s, lost = time.monotonic(), None
+        try:
+            while True:
+                if no_room is not None and any(other < replica for other, _ in self._lacking):
+                    await self._in_thread(remove_slots, self._cluster, replica)
+                    lost = None
+                    no_room("a replica before it lacks room too")
+                    await asyncio.sleep(slots.SLOT_POLL_S)
+                    continue
+                if lost != self._nodes.lost:  # one that was avoided may be good again, or another is lost
+                    lost = self._nodes.lost
+                    slot = await self._in_thread(slots.take_slot, self._cluster, replica, rank, device, lost)
+                if await self._in_thread(slot.wait, slots.SLOT_POLL_S):
+                    return slot
+                waited_s = time.monotonic() - began_s
+                shortage = await self._in_thread(slots.shortage, f"rank {rank} of replica {replica}", device)
+                if no_room is not None:
+                    self._lacking.add((replica, rank))
+                    no_room(shortage)
+                elif waited_s >= slots.SLOT_TIMEOUT_S:
+                    raise InternalError(f"for {waited_s:.0f} s {shortage}")
+        finally:
+            self._lacking.discard((replica, rank))

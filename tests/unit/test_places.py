@@ -1,0 +1,156 @@
+"""The search for a slot, over a Ray of a few places: nodes that are lost, room that is short, and whose turn it is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from coordinator import places, slots
+from coordinator.cluster import Cluster
+from echelon.errors import InternalError
+
+
+@dataclass(eq=False)
+class Slot:
+    """A placement group. node: empty while it is not placed."""
+
+    ray: FewPlaces
+    avoided: Collection[str]
+    node: str = ""
+
+    def wait(self, timeout_s: float) -> bool:
+        self.ray.place()
+        time.sleep(timeout_s)
+        return bool(self.node)
+
+
+class FewPlaces:
+    """Ray: free places by node, and slots by replica and rank."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **free: int) -> None:
+        self.free = free
+        self.slots: dict[tuple[int, int], Slot] = {}
+        self.told: list[str] = []
+        for name in ("find_slot", "shortage"):
+            monkeypatch.setattr(slots, name, getattr(self, name))
+        monkeypatch.setattr(slots, "take_slot", self.take_slot)
+        monkeypatch.setattr(slots, "SLOT_POLL_S", 0.01)
+        monkeypatch.setattr(places, "remove_slots", self.remove_slots)
+        self.cluster = Cluster("c0ffee", "h:1", 30.0)
+        self.cluster._nodes._addresses.update(dict.fromkeys(free, "10.0.0.1"))
+        self.cluster._nodes.agents.update(dict.fromkeys(free, object()))
+
+    def place(self) -> None:
+        for slot in self.slots.values():
+            for node, free in self.free.items():
+                if not slot.node and free and node not in slot.avoided:
+                    slot.node, self.free[node] = node, free - 1
+
+    def find_slot(self, cluster: str, replica: int, rank: int) -> tuple[Slot | None, str]:
+        slot = self.slots.get((replica, rank))
+        return slot, "" if slot is None else slot.node
+
+    def take_slot(self, cluster: str, replica: int, rank: int, device: str, lost: Collection[str]) -> Slot:
+        slot = self.slots.get((replica, rank))
+        if slot is not None and slot.node not in {"", *lost}:
+            return slot
+        self.remove(replica, rank)
+        self.slots[replica, rank] = Slot(self, lost)
+        self.place()
+        return self.slots[replica, rank]
+
+    def remove(self, replica: int, rank: int) -> None:
+        slot = self.slots.pop((replica, rank), None)
+        if slot is not None and slot.node:
+            self.free[slot.node] += 1
+
+    def remove_slots(self, cluster: str, replica: int) -> None:
+        for of, rank in list(self.slots):
+            if of == replica:
+                self.remove(of, rank)
+
+    def shortage(self, who: str, device: str) -> str:
+        return f"no room for {who}"
+
+    async def wanted(self, replica: int, rank: int) -> str:
+        return (await self.cluster._places.take(replica, rank, "cpu", self.told.append)).node  # type: ignore[attr-defined,no-any-return]
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 10.0))
+
+
+def test_a_slot_moves_off_a_lost_node_and_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=1, b=1, c=1)
+        assert [await ray.wanted(0, 0), await ray.wanted(0, 1)] == ["a", "b"]
+        del ray.cluster._nodes.agents["b"]  # Ray believes in it and would place there: its place is free
+        assert [await ray.wanted(0, 0), await ray.wanted(0, 1)] == ["a", "c"]
+
+    run(work())
+
+
+def test_a_node_that_comes_back_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=1)
+        agent = ray.cluster._nodes.agents.pop("a")
+        waiting = asyncio.create_task(ray.wanted(0, 0))
+        while not ray.told:
+            await asyncio.sleep(0.01)
+        assert not waiting.done() and set(ray.told) == {"no room for rank 0 of replica 0"}
+        ray.cluster._nodes.agents["a"] = agent
+        assert await waiting == "a"
+
+    run(work())
+
+
+def test_a_first_start_does_not_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "SLOT_TIMEOUT_S", 0.05)
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=0)
+        with pytest.raises(InternalError, match="no room for rank 0 of replica 0"):
+            await ray.cluster._places.take(0, 0, "cpu")
+
+    run(work())
+
+
+def test_of_two_replicas_that_lack_room_the_first_gets_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would hold one of the two places, and wait for the other's."""
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=2)
+        assert [await ray.wanted(0, 0), await ray.wanted(1, 0)] == ["a", "a"]
+        second = asyncio.create_task(ray.wanted(1, 1))
+        while not ray.told:
+            await asyncio.sleep(0.01)
+        assert not second.done()
+        assert await ray.wanted(0, 1) == "a", "the second replica has given its place back"
+        again = asyncio.create_task(ray.wanted(1, 0))
+        await asyncio.sleep(0.1)
+        assert not again.done() and not second.done()
+        ray.free["b"] = 2
+        ray.cluster._nodes._addresses["b"], ray.cluster._nodes.agents["b"] = "10.0.0.2", object()
+        assert [await again, await second] == ["b", "b"]
+
+    run(work())
+
+
+def test_a_wait_that_is_given_up_holds_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=0)
+        first = asyncio.create_task(ray.wanted(0, 0))
+        while not ray.told:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        ray.remove_slots("c0ffee", 0)
+        ray.free["a"] = 1
+        assert await ray.wanted(1, 0) == "a"
+
+    run(work())
