@@ -118,7 +118,7 @@ class RayHead:
         if self._process.poll() is not None:
             raise self._failure(output, f"Ray ended with exit code {self._process.returncode} while starting")
         if STARTED_MARK in output:
-            own = [process for process in processes() if process.session == self._process.pid]
+            own = [process for process in processes().values() if process.session == self._process.pid]
             for each in own:
                 if each.name in VITAL and each.name not in self._vital:
                     with contextlib.suppress(ProcessLookupError):  # then `ray start` ends too, in a second
@@ -170,7 +170,7 @@ def end_with_parent() -> None:
 def _kill_all(session: int) -> None:
     """SIGKILL until the session is empty of living processes."""
     for _ in range(100):
-        members = list(session_members(session))
+        members = session_members(session)
         if not members:
             return
         for pid in members:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from echelon.chaos import processes
 from echelon.errors import EchelonError
+from echelon.internal.processes import written_bytes
 from echelon.types import Cluster
 
 Moment = Literal["prefill", "decode", "journal", "form", "load", "replay"]
@@ -69,7 +69,7 @@ def wait_for(
 def wait_journal(coordinator_pid: int, timeout_s: float) -> None:
     """Until the coordinator, a process of this machine, has just written to its journal. Raises TimeoutError."""
     deadline_s = time.monotonic() + timeout_s
-    before_bytes = processes.written_bytes(coordinator_pid, JOURNAL)
-    while processes.written_bytes(coordinator_pid, JOURNAL) == before_bytes:
+    before_bytes = written_bytes(coordinator_pid, JOURNAL)
+    while written_bytes(coordinator_pid, JOURNAL) == before_bytes:
         if time.monotonic() >= deadline_s:
             raise TimeoutError(f"waited {timeout_s:g} s for journal, to which {coordinator_pid} wrote nothing")

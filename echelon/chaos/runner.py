@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from echelon.chaos import load, moments, processes, victims
+from echelon.chaos import load, moments, victims
 from echelon.chaos.compare import Verdict, compare
 from echelon.chaos.load import Asked, Heard, Streams
 from echelon.chaos.outcome import SERVES, Strike, Trial
 from echelon.chaos.plan import Injection, Round
 from echelon.client import Client
 from echelon.errors import ConfigError, EchelonError
+from echelon.internal.processes import alive
 from echelon.types import Cluster, ClusterEvent
 
 LOOK_TIMEOUT_S = 5.0
@@ -102,7 +103,7 @@ class Runner:
             for injection in injections:
                 strikes.append(self._strike(injection, streams, strikes[-1].look if strikes else self.look()))
             heard = streams.results()
-            survivors = tuple(pid for strike in strikes for pid in strike.target.pids if processes.alive(pid))
+            survivors = tuple(pid for strike in strikes for pid in strike.target.pids if alive(pid))
             self._wake()
             after = self._settle(events, before)
             verdicts = self._judge(heard)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from echelon.chaos import processes
 from echelon.errors import ConfigError
+from echelon.internal.processes import Process, descendants, listens, parent_of, processes
 from echelon.types import Cluster, Rank
 
 VICTIM = r"(?P<role>rank|leader|coordinator|supervisor|spare|node|gcs)(:(?P<number>\d+))?"
@@ -65,7 +65,7 @@ def find(name: str, cluster: Cluster, source: random.Random) -> Target:
         case "node":
             node_ids = list(dict.fromkeys(rank.node_id for rank in in_order(cluster.ranks)))
             return _node(cluster, _chosen("node", node_ids, number, source))
-    gcs = [pid for pid in ray_processes(cluster) if processes.name_of(pid) == GCS_PROCESS]
+    gcs = [process.pid for process in ray_processes(cluster) if process.name == GCS_PROCESS]
     return Target("gcs", "gcs", (_chosen("gcs, as the cluster joined a Ray that it did not start:", gcs, 0, source),))
 
 
@@ -74,9 +74,9 @@ def in_order(ranks: Sequence[Rank]) -> list[Rank]:
     return sorted(ranks, key=lambda rank: (rank.replica, rank.pipeline, rank.data, rank.tensor))
 
 
-def ray_processes(cluster: Cluster) -> list[int]:
+def ray_processes(cluster: Cluster) -> list[Process]:
     """What the supervisor's Ray consists of; nothing where the cluster joined another's. Raises as `find`."""
-    return processes.descendants(_supervisor(cluster))
+    return descendants(_supervisor(cluster))
 
 
 def check_local(address: str, cluster: Cluster) -> None:
@@ -90,12 +90,13 @@ def check_local(address: str, cluster: Cluster) -> None:
         raise ConfigError(
             f"{host} is another machine: chaos signals processes, so run it where they are", field="address"
         )
-    if not processes.listens(cluster.coordinator_pid, int(port)):
+    if not listens(cluster.coordinator_pid, int(port)):
         raise ConfigError(
             f"{told}, and no such process listens there on this machine: run chaos on the cluster's own, as its user",
             field="address",
         )
-    strangers = [rank for rank in cluster.ranks if not processes.name_of(rank.pid).startswith("ray::")]
+    own = {process.pid for process in processes().values() if process.name.startswith("ray::")}
+    strangers = [rank for rank in cluster.ranks if rank.pid not in own]
     if strangers:
         raise ConfigError(
             f"{told}, but its rank with pid {strangers[0].pid} is on another machine (node {strangers[0].node_id})",
@@ -122,7 +123,7 @@ def _rank(rank: Rank) -> Target:
 
 def _supervisor(cluster: Cluster) -> int:
     """0 means everybody to those who list processes, and to those who signal them ourselves."""
-    if not (pid := processes.parent_of(cluster.coordinator_pid)):
+    if not (pid := parent_of(cluster.coordinator_pid)):
         told = f"the coordinator with pid {cluster.coordinator_pid} has ended, so its supervisor cannot be found"
         raise ConfigError(told, field="victims")
     return pid
@@ -130,9 +131,10 @@ def _supervisor(cluster: Cluster) -> int:
 
 def _node(cluster: Cluster, node_id: str) -> Target:
     """The daemon first, so that it cannot report the deaths of its children."""
-    for pid in processes.processes():
-        if processes.name_of(pid) == NODE_PROCESS and f"--node_id={node_id}" in processes.arguments_of(pid):
-            return Target("node", f"node {node_id[:8]}", (pid, *processes.descendants(pid)))
+    for process in (table := processes()).values():
+        if process.name == NODE_PROCESS and f"--node_id={node_id}" in process.arguments():
+            under = [each.pid for each in descendants(process.pid, table)]
+            return Target("node", f"node {node_id[:8]}", (process.pid, *under))
     raise ConfigError(f"node {node_id}: its {NODE_PROCESS} is not a process of this machine", field="victims")
 
 

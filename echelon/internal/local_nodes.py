@@ -6,12 +6,9 @@ that ends by itself, because its Ray is gone, is started again, as the service o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from echelon.internal.processes import Process, descendants, processes, session_members
+from echelon.internal.processes import Process, descendants, kill_all, processes, session_members
 
 POLL_S = 0.2
 RESTART_S = 1.0
@@ -63,7 +60,7 @@ class LocalNodes:
 
     def nodes(self) -> tuple[Node, ...]:
         """All there are, the head first, and those that were seen alive and are not."""
-        table = {process.pid: process for process in processes()}
+        table = processes()
         address = self._address(table)
         found = [_node(raylet, arguments, table) for raylet, arguments in _raylets(table.values(), address)]
         alive = {node.node_id: node for node in found}
@@ -82,7 +79,7 @@ class LocalNodes:
 
         Of the head the GCS is left. A node of ours does not come back.
         """
-        table = {process.pid: process for process in processes()}
+        table = processes()
         if node.raylet_pid not in table:
             return []
         victims = {node.raylet_pid, *(process.pid for process in descendants(node.raylet_pid, table))}
@@ -91,9 +88,9 @@ class LocalNodes:
                 if table[node.raylet_pid].session == running.pid:
                     del self._wanted[number], self._running[number]
                     victims |= set(session_members(running.pid))
-                    _kill_all(victims)
+                    kill_all(victims)
                     running.wait()
-        _kill_all(victims)
+        kill_all(victims)
         return sorted(victims)
 
     def close(self) -> None:
@@ -101,7 +98,7 @@ class LocalNodes:
         self._closed.set()
         self._keeper.join()
         for running in self._running.values():
-            _kill_all(session_members(running.pid))
+            kill_all(session_members(running.pid))
             running.wait()
 
     def _keep(self) -> None:
@@ -110,13 +107,13 @@ class LocalNodes:
             with self._lock:
                 ended = {n for n in self._wanted if n not in self._running or self._running[n].poll() is not None}
                 due = {n for n in ended if time.monotonic() - self._started_s.get(n, 0.0) >= RESTART_S}
-                if due and (address := self._address({process.pid: process for process in processes()})):
+                if due and (address := self._address(processes())):
                     for number in due:
                         self._start(number, address)
 
     def _start(self, number: int, address: str) -> None:
         if earlier := self._running.get(number):
-            _kill_all(session_members(earlier.pid))
+            kill_all(session_members(earlier.pid))
         self._started_s[number] = time.monotonic()
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
         ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
@@ -178,14 +175,3 @@ def _is_agent(process: Process) -> bool:
 
 def _option(arguments: Iterable[str], name: str) -> str:
     return next((word.partition("=")[2] for word in arguments if word.startswith(f"{name}=")), "")
-
-
-def _kill_all(victims: Iterable[int]) -> None:
-    """SIGKILL to all, and again to those that live on, until none does."""
-    left = set(victims)
-    while left:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-        left &= {process.pid for process in processes()}

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from echelon.chaos import processes
 from echelon.chaos.matrix import summary, table
 from echelon.chaos.outcome import Outcome, Trial, next_tokens_s, outcomes, wrong
 from echelon.chaos.plan import Injection, Round
 from echelon.chaos.runner import Runner, Settings
+from echelon.internal.processes import alive
 from parallel.degrees import Degrees
 from tests.cluster.conftest import Checkpoints, Walker
 from tests.cluster.layouts import LLAMA3, WINDOW, Layout
@@ -121,7 +121,7 @@ def _assert_replaced(trial: Trial) -> None:
     pids: Mapping[str, set[int]] = {"before": {r.pid for r in before.ranks}, "after": {r.pid for r in after.ranks}}
     if ranks:
         assert not pids["before"] & pids["after"], "every rank of the replica was replaced"
-        assert not any(map(processes.alive, pids["before"]))
+        assert not any(map(alive, pids["before"]))
     else:
         assert (epochs, pids["before"]) == (0, pids["after"]), "the ranks were adopted, with all they held"
 

@@ -15,7 +15,7 @@ import pytest
 from coordinator.supervisor.ray_head import RayHead
 from echelon.chaos import victims
 from echelon.internal.local_nodes import Node
-from echelon.internal.processes import descendants, processes
+from echelon.internal.processes import descendants, kill_all, session_members
 from echelon.testing import LocalCluster
 from echelon.types import ClusterEvent
 from tests.cluster.conftest import Case, start_ray
@@ -53,8 +53,7 @@ def node_of(cluster: LocalCluster, rank: int) -> Node:
 
 def running_on(node: Node) -> set[int]:
     """The pids of all that runs there, the raylet's too."""
-    table = {process.pid: process for process in processes()}
-    return {node.raylet_pid, *(process.pid for process in descendants(node.raylet_pid, table))}
+    return {node.raylet_pid, *(process.pid for process in descendants(node.raylet_pid))}
 
 
 def of_kind(cluster: LocalCluster, kind: str) -> list[ClusterEvent]:
@@ -198,7 +197,5 @@ def test_a_ray_of_another_that_dies_is_waited_for(model: Path, tmp_path: Path) -
 
 
 def _kill(head: RayHead) -> None:
-    for process in list(processes()):
-        if process.session == head.pid:
-            os.kill(process.pid, signal.SIGKILL)
+    kill_all(session_members(head.pid))
     head.stop()

@@ -41,7 +41,7 @@ def real_ray() -> Iterator[RayHeadConfig]:
             yield config
         finally:
             head.stop()
-        assert list(session_members(session)) == []
+        assert session_members(session) == []
 
 
 def test_a_cluster_launches_finds_kills_and_removes_its_ranks(

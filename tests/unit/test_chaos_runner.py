@@ -19,8 +19,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from echelon import convert, convert_cluster
-from echelon.chaos import processes
 from echelon.cli.app import app
+from echelon.internal.processes import parent_of
 from echelon.types import Admitted, Choice, Cluster, ClusterEvent, Completion, FinishReason, StreamEvent, Usage
 from tests.unit.chaos_trial import cluster, rank
 from tests.unit.scripted import ScriptedServer
@@ -63,7 +63,7 @@ class PlayedCluster(ScriptedServer):
     def _shown(self) -> Cluster:
         own = replace(rank(0, epoch=self.epoch), pid=self.rank.pid)
         shown = cluster([own], epoch=self.epoch, decode_rows=self._steps)
-        return replace(shown, coordinator_pid=processes.parent_of(self.rank.pid))
+        return replace(shown, coordinator_pid=parent_of(self.rank.pid))
 
     def _emit(self, kind: str, subject: str, **detail: object) -> None:
         self._events.append(ClusterEvent(len(self._events) + 1, time.time(), kind, subject, detail))

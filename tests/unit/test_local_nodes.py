@@ -46,7 +46,7 @@ def nodes(tmp_path: Path) -> Iterator[LocalNodes]:
         yield found
     finally:
         found.close()
-        for process in processes():
+        for process in processes().values():
             if process.session == supervisor.pid:
                 os.kill(process.pid, 9)
         supervisor.wait()
@@ -64,7 +64,7 @@ def test_nodes_of_one_ray_are_found_and_die_with_all_that_runs_there(nodes: Loca
     assert (other.node_id, other.address, other.state, other.head) == ("id2", "127.0.0.2", "alive", False)
     gone = nodes.kill(other)
     assert len(gone) == 3 and {other.raylet_pid, other.agent_pid} < set(gone)
-    assert not set(gone) & {process.pid for process in processes()}
+    assert not set(gone) & processes().keys()
     assert [node.state for node in nodes.nodes()] == ["alive", "dead"]
     assert nodes.nodes()[0] == head, "the other node is untouched"
     assert nodes.kill(other) == [], "the dead are not killed twice"
