@@ -1,13 +1,15 @@
 """Agents: the node agents of a cluster, found or started on every node of Ray, renewed, and told to kill.
 
 On the coordinator's loop, for `coordinator/cluster.py`; which nodes are lost is `coordinator/nodes.py`'s to say. An
-agent is a detached actor, so that it outlives a coordinator and a successor finds it by its node's name.
+agent is a detached actor, so that it outlives a coordinator and a successor finds it by its node's name. It takes
+orders of the latest term that it has heard of: whoever is told so has been superseded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
@@ -15,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 import structlog
 
+from coordinator.fences import SupersededError
 from coordinator.nodes import Nodes, Tell
 from coordinator.slots import create_agent
 
@@ -34,17 +37,21 @@ class InThread(Protocol):
 
 
 class Agents:
-    """Of one cluster. tell takes the events of nodes that join and are lost."""
+    """identity: the cluster, and the coordinator's term. tell takes the events of nodes that join and are lost.
+
+    Whatever gives orders raises SupersededError once an agent has heard of a later term.
+    """
 
     def __init__(
         self,
-        cluster: str,
+        identity: tuple[str, int],
         lease_s: float,
         in_thread: InThread,
         tell: Tell,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cluster = cluster
+        self._cluster, self._term = identity
+        self._superseded = False
         self._lease_s = lease_s
         self._in_thread = in_thread
         self._clock = clock
@@ -77,6 +84,7 @@ class Agents:
 
     async def kill(self, prefix: str, first: str = "") -> None:
         """End what runs under a prefix, `first` ahead of the rest; returns once each node has confirmed or is lost."""
+        self._obeyed(not self._superseded)  # it may have no agent left that would say so
         self.nodes.owe(prefix)
         await asyncio.gather(*(self._kill(*each, prefix, first) for each in self.nodes.agents.items()))
 
@@ -89,7 +97,7 @@ class Agents:
 
     async def _renew(self, node: str, agent: Agent) -> None:
         try:
-            await ask(agent.renew, self._lease_s, timeout_s=self._lease_s / 6)
+            self._obeyed(await ask(agent.renew, self._term, self._lease_s, timeout_s=self._lease_s / 6))
         except TimeoutError:
             self.nodes.silent(node)
         except ray.exceptions.RayError as error:
@@ -100,7 +108,7 @@ class Agents:
     async def _kill(self, node: str, agent: Agent, prefix: str, first: str) -> None:
         while True:
             try:
-                left = await ask(agent.kill, prefix, first, timeout_s=KILL_TIMEOUT_S)
+                left = await self._order(agent, prefix, first)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 self.nodes.owe(prefix, node)
                 self.nodes.lose(node, f"its agent does not kill: {last_line(error) or 'no answer'}")
@@ -117,8 +125,8 @@ class Agents:
             log.warning("no agent", node=node, error=last_line(error))
             return None
         try:
-            await ask(agent.renew, self._lease_s)  # its process may be starting
-            left = [await ask(agent.kill, prefix, "", timeout_s=KILL_TIMEOUT_S) for prefix in sorted(owed)]
+            self._obeyed(await ask(agent.renew, self._term, self._lease_s))  # its process may be starting
+            left = [await self._order(agent, prefix) for prefix in sorted(owed)]
         except TimeoutError:
             with contextlib.suppress(ray.exceptions.RayError):
                 await self._in_thread(ray.kill, agent)  # it is stuck: Ray ends it, and the next one can begin
@@ -126,6 +134,17 @@ class Agents:
         except ray.exceptions.RayError:
             return None
         return None if any(left) else agent
+
+    async def _order(self, agent: Agent, prefix: str, first: str = "") -> list[str]:
+        """What is left of the processes that it was told to kill."""
+        left: list[str] | None = await ask(agent.kill, self._term, prefix, first, timeout_s=KILL_TIMEOUT_S)
+        self._obeyed(left is not None)
+        return left or []
+
+    def _obeyed(self, obeyed: bool) -> None:
+        if not obeyed:
+            self._superseded = True
+            raise SupersededError(errno.ESTALE, f"agents obey a later coordinator than this one, of term {self._term}")
 
 
 async def ask(method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
@@ -137,6 +156,12 @@ async def ask(method: Any, *arguments: object, timeout_s: float = CALL_TIMEOUT_S
 def result(reference: Any) -> asyncio.Future[Any]:
     """Awaitable without a thread."""
     return asyncio.wrap_future(reference.future())
+
+
+def unheard(answer: asyncio.Future[Result]) -> asyncio.Future[Result]:
+    """The same, which may end in an error when nobody waits for it any more."""
+    answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return answer
 
 
 def last_line(error: BaseException | None) -> str:

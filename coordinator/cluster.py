@@ -22,7 +22,8 @@ import structlog
 from ray.util.placement_group import PlacementGroup
 
 from coordinator import slots
-from coordinator.agents import CALL_TIMEOUT_S, Agents, ask, last_line, result
+from coordinator.agents import CALL_TIMEOUT_S, Agents, ask, last_line, result, unheard
+from coordinator.fences import SupersededError
 from coordinator.nodes import Tell
 from coordinator.places import Places
 from coordinator.ray_port import reach_ray
@@ -31,7 +32,7 @@ from worker.actor import remove_slots
 from worker.spec import RankSpec, parse_name, replica_prefix, spare_name, spares_prefix
 
 NAMESPACE = "echelon"
-JOIN_TIMEOUT_S = 25.0
+JOIN_TIMEOUT_S = 60.0  # five seconds on an idle machine
 DEATH_POLL_S = 10.0
 LOST_POLL_S = 0.5
 
@@ -55,16 +56,20 @@ class SpareProcess:
 class Cluster:
     """One per coordinator, connected from `connect` to `remove` or `disconnect`. address: of the Ray to join.
 
-    tell takes events: of nodes that join and are lost.
+    identity: the cluster, and the coordinator's term; what ends processes raises SupersededError where an agent has
+    heard of a later one. tell takes events: of nodes that join and are lost.
     """
 
-    def __init__(self, cluster: str, address: str, lease_s: float, tell: Tell = lambda *event: None) -> None:
-        self._cluster = cluster
+    def __init__(
+        self, identity: tuple[str, int], address: str, lease_s: float, tell: Tell = lambda *event: None
+    ) -> None:
+        self._cluster, _ = identity
         self._address = address
         self._joining: asyncio.Task[None] | None = None
-        self._agents = Agents(cluster, lease_s, self._call, tell)
+        self._initialising: asyncio.Future[Any] | None = None
+        self._agents = Agents(identity, lease_s, self._call, tell)
         self._nodes = self._agents.nodes
-        self._places = Places(cluster, self._nodes, self._call)
+        self._places = Places(self._cluster, self._nodes, self._call)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="ray")
 
     async def connect(self) -> None:
@@ -77,22 +82,31 @@ class Cluster:
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             await self._call(reach_ray, self._address)
-            async with asyncio.timeout(JOIN_TIMEOUT_S):  # its own attempts go on for minutes
-                await self._call(
-                    ray.init,
-                    address=self._address,
-                    namespace=NAMESPACE,
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
-            await self._agents.list_nodes()
+            await self._initialise()
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                await self._agents.list_nodes()
             await self._nodes.settle()
         except TimeoutError:
-            await self._call(ray.shutdown)
             raise InternalError(f"Ray at {self._address} does not answer within {JOIN_TIMEOUT_S:g} s") from None
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             await self._call(ray.shutdown)
             raise InternalError(f"Ray at {self._address} cannot be used: {error}") from error
+
+    async def _initialise(self) -> None:
+        """Join as a driver. Raises TimeoutError, and what Ray does.
+
+        Its own attempts go on for minutes and cannot be called off: the next try waits for them, and begins no others.
+        """
+        settings = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
+        if ray.is_initialized():  # and then did not tell its nodes
+            return
+        call = functools.partial(self._call, ray.init, address=self._address, **settings)
+        attempt = self._initialising = self._initialising or asyncio.ensure_future(call())
+        await asyncio.wait([attempt], timeout=JOIN_TIMEOUT_S)
+        if not attempt.done():
+            raise TimeoutError
+        self._initialising = None
+        attempt.result()
 
     async def survivors(self, replica: int) -> frozenset[tuple[int, str]]:
         """(rank, incarnation) of a replica's processes that live and have a master: an agent that answers."""
@@ -139,7 +153,7 @@ class Cluster:
         raised soon. Only that wait can be cancelled: a process that is being started must get its master.
         """
         slot = await self._places.take(spec.replica, spec.rank, spec.device, no_room)
-        return await asyncio.shield(self._start(spec, slot))
+        return await asyncio.shield(unheard(asyncio.ensure_future(self._start(spec, slot))))
 
     async def _start(self, spec: RankSpec, slot: PlacementGroup) -> int:
         node_id, actor = await self._create(spec.name, slot, spec.device)
@@ -169,7 +183,8 @@ class Cluster:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 actor = await self._call(slots.create_rank, name, slot, device)
-                node_id = await self._unless_lost(result(actor.node_id.remote()), await self._call(slots.node_of, slot))
+                answer = unheard(result(actor.node_id.remote()))
+                node_id = await self._unless_lost(answer, await self._call(slots.node_of, slot))
                 await self._agents.of(node_id)
         except (TimeoutError, KeyError, ray.exceptions.RayError) as error:
             raise _not_done(f"Ray did not start {name}", error) from error
@@ -259,11 +274,15 @@ class Cluster:
         except InternalError as error:
             log.warning("nothing is ended", error=error.message)
             return
-        await self._agents.kill("")
-        with contextlib.suppress(ray.exceptions.RayError):
+        try:
+            await self._agents.kill("")
             for kind in ("rank", "spare", "agent"):
                 await self._call(slots.discard_actors, f"{kind}/{self._cluster}/")
             await self._call(remove_slots, self._cluster)
+        except ray.exceptions.RayError as error:
+            log.warning("not all is ended", error=last_line(error))
+        except SupersededError as error:
+            log.warning("nothing is ended", error=str(error))
         await self.disconnect()
 
     async def disconnect(self) -> None:

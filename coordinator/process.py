@@ -63,8 +63,8 @@ class Coordinator:
         self._fences = Fences.open(config.state_dir)
         layout = read_layout(config)
         self._service = build_service(layout, self._fences)
-        self._cluster = Cluster(self._fences.cluster, config.ray_address, config.lease_s, self._on_node)
         name, term, events = self._fences.cluster, self._fences.term, self._service.events
+        self._cluster = Cluster((name, term), config.ray_address, config.lease_s, self._on_node)
         self._ray = RayWatch(config.ray_address, config.served, events.emit, tell)
         self._spares = Spares(self._cluster, name, term, config.device, self._need_of_spares, events)
         self._serving = Serving(
@@ -114,6 +114,7 @@ class Coordinator:
 
     async def close(self) -> None:
         """End servers, ranks and slots; the state directory stays for a successor. `run` must have ended."""
+        self._fences.check()  # else they are a successor's
         self._service.events.emit("coordinator.stopping", "coordinator")
         self._replicas.close()
         try:
@@ -174,8 +175,7 @@ class Coordinator:
             ready=self._serving.started,
             fail=self._fail,
         )
-        make = functools.partial(self._build_replica, layout)
-        return Replicas(self._config.replicas, make, self._service, edges)
+        return Replicas(self._config.replicas, functools.partial(self._build_replica, layout), self._service, edges)
 
     def _build_replica(self, layout: Layout, replica: int, callbacks: Callbacks) -> ReplicaService:
         config, fences = self._config, self._fences

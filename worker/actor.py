@@ -1,7 +1,8 @@
 """The two kinds of actors that Ray runs for a cluster: RankActor, a rank's process, and AgentActor, a node's agent.
 
 Thin shells: Ray gives them a process, a node and a device, and nothing else goes through it. torch is imported only
-once a rank starts, or a spare warms up. Both register with their node's agent first, so none is ever without a master.
+once a rank starts, or a spare warms up. Both register with their node's agent first, and end when it does, so none is
+ever without a master.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import ray
 
-from worker.agent import NodeAgent
+from worker.agent import NodeAgent, end_with
 from worker.spec import RankSpec
 
 LEASE_CHECK_S = 0.5
@@ -37,7 +38,7 @@ class RankActor:
 
     def warm(self, name: str, device: str, agent: Any) -> int:
         """Be a spare: register, then get ready beside those who work. Returns the pid."""
-        ray.get(agent.register.remote(name, os.getpid()))
+        end_with(ray.get(agent.register.remote(name, os.getpid())))
         self._spare_name = name
         self._warming = threading.Thread(target=_warm, args=(device,), name="warm", daemon=True)
         self._warming.start()
@@ -60,7 +61,7 @@ class RankActor:
         if self._spare_name:
             ray.get(agent.rename.remote(self._spare_name, spec.name))
         else:
-            ray.get(agent.register.remote(spec.name, spec.pid))
+            end_with(ray.get(agent.register.remote(spec.name, spec.pid)))
         held = None if self._holder is None else self._holder.give()
         threading.Thread(target=_run_rank, args=(spec, held), name="rank", daemon=True).start()
         return spec.pid
@@ -96,9 +97,10 @@ class AgentActor:
         self._agent = NodeAgent(lease_s)
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
-    def register(self, name: str, pid: int) -> None:
-        """See NodeAgent."""
+    def register(self, name: str, pid: int) -> int:
+        """See NodeAgent. Returns the agent's pid."""
         self._agent.register(name, pid)
+        return os.getpid()
 
     def rename(self, name: str, new_name: str) -> None:
         """See NodeAgent."""
@@ -108,17 +110,19 @@ class AgentActor:
         """See NodeAgent."""
         return self._agent.living()
 
-    def kill(self, prefix: str, first: str) -> list[str]:
-        """See NodeAgent."""
-        return self._agent.kill(prefix, first)
+    def kill(self, term: int, prefix: str, first: str) -> list[str] | None:
+        """See NodeAgent. None: a later coordinator gives the orders here."""
+        return self._agent.kill(prefix, first) if self._agent.obeys(term) else None
 
     def deaths(self, timeout_s: float) -> list[str]:
         """See NodeAgent."""
         return self._agent.deaths(timeout_s)
 
-    def renew(self, lease_s: float) -> None:
-        """See NodeAgent."""
-        self._agent.renew(lease_s)
+    def renew(self, term: int, lease_s: float) -> bool:
+        """See NodeAgent. False: a later coordinator gives the orders here."""
+        if obeys := self._agent.obeys(term):
+            self._agent.renew(lease_s)
+        return obeys
 
     def _watch_lease(self) -> None:
         while not self._agent.expired():

@@ -1,8 +1,8 @@
 """NodeAgent: holds a pidfd of every rank on its node, kills them on order and confirms, and ends them with the lease.
 
 One per node, in a small torch-free process. A pidfd names a process and never its successor under the same pid, so
-a kill cannot hit a stranger. A stopped or wedged rank cannot honour a lease itself: the agent does it for it. Knows
-no Ray; `worker/actor.py` wraps it.
+a kill cannot hit a stranger. A stopped or wedged rank cannot honour a lease itself: the agent does it for it. Should
+the agent die alone, its ranks end with it. Knows no Ray; `worker/actor.py` wraps it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 KILL_TIMEOUT_S = 10.0
+WATCH_S = 60.0
 
 
 class NodeAgent:
@@ -23,9 +24,16 @@ class NodeAgent:
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._term = 0
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         self._lease_ends_s = clock() + lease_s
+
+    def obeys(self, term: int) -> bool:
+        """Whether the coordinator of this term may give orders: nobody of a later one has."""
+        with self._lock:
+            self._term = max(self._term, term)
+            return term == self._term
 
     def register(self, name: str, pid: int) -> None:
         """Take charge of a process. Raises ProcessLookupError if it has ended already."""
@@ -90,6 +98,18 @@ class NodeAgent:
     def expired(self) -> bool:
         """Whether the lease has ended; the caller then kills everything."""
         return self._clock() > self._lease_ends_s
+
+
+def end_with(pid: int) -> None:
+    """From now on this process ends when that one does. Raises ProcessLookupError if it has ended already."""
+    fd = os.pidfd_open(pid)
+
+    def watch() -> None:
+        while not _ended(fd, WATCH_S):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="master", daemon=True).start()
 
 
 def _kill(fd: int) -> None:

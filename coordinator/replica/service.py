@@ -221,6 +221,8 @@ class ReplicaService:
     async def _killed(self, suspect: int | None) -> bool:
         try:
             await self._processes.kill(self._replica, suspect)
+        except SupersededError:
+            raise
         except Exception as error:  # noqa: BLE001 - told, and tried again
             self._emit("replica.kill_failed", error)
             return False

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from worker.agent import NodeAgent
+from worker.agent import NodeAgent, end_with
 
 
 @pytest.fixture
@@ -87,3 +87,29 @@ def test_the_lease_ends_unless_renewed() -> None:
     assert not agent.expired()
     now[0] = 59.5
     assert agent.expired()
+
+
+def test_orders_of_an_older_term_are_refused() -> None:
+    agent = NodeAgent(lease_s=30.0)
+    assert [agent.obeys(term) for term in (1, 1, 3, 2, 1, 3)] == [True, True, True, False, False, True]
+
+
+def test_a_process_ends_with_its_master(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    follow = "import sys; from worker.agent import end_with; end_with(int(sys.argv[1]))"
+    code = f"{follow}; print(flush=True); sys.stdin.read()"
+    master = sleepers[0]
+    with subprocess.Popen([sys.executable, "-c", code, str(master.pid)], stdin=-1, stdout=-1) as servant:
+        try:
+            assert servant.stdout is not None and servant.stdout.readline() == b"\n"
+            assert servant.poll() is None
+            master.kill()
+            assert servant.wait(30.0) == 1
+        finally:
+            servant.kill()
+
+
+def test_a_master_that_has_ended_already_is_none(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    sleepers[0].kill()
+    sleepers[0].wait()
+    with pytest.raises(ProcessLookupError):
+        end_with(sleepers[0].pid)

@@ -13,16 +13,18 @@ import ray
 from coordinator import agents as agents_module
 from coordinator import nodes as nodes_module
 from coordinator.agents import Agents
+from coordinator.fences import SupersededError
 
 GONE = ray.exceptions.ActorUnavailableError("the connection is refused", None)
 
 
 class Handle:
-    """Of an agent's actor. answer: what each of its calls gives; None for one that hangs."""
+    """Of an agent's actor. answer: what is left after a kill, or a call raises; None for one that hangs."""
 
     def __init__(self, node: str, answer: object = ()) -> None:
         self.node = node
         self.answer: object = answer
+        self.term = 0
         self.orders: list[tuple[object, ...]] = []
         self.renew, self.kill = Method(self, "renew"), Method(self, "kill")
 
@@ -31,17 +33,21 @@ class Method:
     def __init__(self, of: Handle, name: str) -> None:
         self._of = of
         self._name = name
+        self._obeys = True
 
-    def remote(self, *arguments: object) -> Method:
+    def remote(self, term: int, *arguments: object) -> Method:
         self._of.orders.append((self._name, *arguments))
+        self._obeys = term >= self._of.term
         return self
 
     def future(self) -> Future[object]:
         told: Future[object] = Future()
         if isinstance(self._of.answer, Exception):
             told.set_exception(self._of.answer)
+        elif self._of.answer is not None and self._name == "kill":
+            told.set_result(self._of.answer if self._obeys else None)
         elif self._of.answer is not None:
-            told.set_result(self._of.answer)
+            told.set_result(self._obeys)
         return told
 
 
@@ -61,7 +67,7 @@ class World:
         monkeypatch.setattr(ray, "nodes", self.nodes)
         monkeypatch.setattr(ray, "kill", self.killed.append)
         self.agents = Agents(
-            "c", 0.6, self.call, lambda kind, subject, _: self.kinds.append((kind, subject)), self.clock
+            ("c", 7), 0.6, self.call, lambda kind, subject, _: self.kinds.append((kind, subject)), self.clock
         )
 
     def clock(self) -> float:
@@ -108,11 +114,11 @@ def test_what_lives_on_is_killed_again_and_keeps_its_node_from_use(monkeypatch: 
         world.handles["a"].answer = ["rank/c/0/0/1"]  # left over
         world.agents.nodes.listed({"a": "10.0.0.1"})
         world.agents.nodes.owe("rank/c/0/")
-        await asyncio.sleep(0.1)
-        assert world.agents.nodes.lost == {"a"}
+        while len([order for order in world.handles["a"].orders if order[0] == "kill"]) < 3:
+            await asyncio.sleep(0.01)
+            assert world.agents.nodes.lost == {"a"}
         world.handles["a"].answer = []
         await world.agents.of("a")
-        assert len([order for order in world.handles["a"].orders if order[0] == "kill"]) > 2
 
     run(work())
 
@@ -170,5 +176,28 @@ def test_a_ray_that_does_not_answer_is_silent_while_agents_are_renewed(monkeypat
         monkeypatch.setattr(ray, "nodes", world.nodes)
         await world.agents.renew()
         assert world.agents.ray_silent_s == 0.0
+
+    run(work())
+
+
+@pytest.mark.parametrize("order", ["kill", "renew", "meet"])
+def test_one_that_was_superseded_gives_no_more_orders(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Of any agent: the refusal of one tells that all the others are a successor's too."""
+
+    async def work() -> None:
+        world = World(monkeypatch, "a", "b")
+        agents = world.agents
+        world.handles["b"].term = 8 if order == "meet" else 0
+        await agents.list_nodes()
+        await agents.nodes.settle()
+        world.handles["b"].term = 8
+        if order == "renew":
+            with pytest.raises(SupersededError, match="a later coordinator than this one, of term 7"):
+                await agents.renew()
+        world.handles["a"].orders.clear()
+        with pytest.raises(SupersededError):
+            await agents.kill("rank/c/0/")
+        assert order == "kill" or world.handles["a"].orders == []
+        assert world.kinds.count(("node.lost", "node/b")) == 0, "it is no less alive for that"
 
     run(work())

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from echelon.chaos import victims
 from echelon.chaos.moments import wait_journal
 from echelon.chaos.victims import check_local, find
 from echelon.errors import ConfigError
-from echelon.internal.processes import alive, descendants, listens, parent_of, written_bytes
+from echelon.internal.processes import Process, alive, descendants, listens, parent_of, written_bytes
 from tests.unit.chaos_trial import COORDINATOR, cluster, rank
 
 RANKS = [rank(number, replica=replica) for replica in (1, 0) for number in (1, 0)]  # in no order
@@ -149,7 +150,7 @@ def test_a_coordinator_that_has_ended_has_no_supervisor_and_nobody_is_struck_for
     name: str, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Number 0 would be all of our own group, and what it started everything that runs here."""
-    monkeypatch.setattr(processes, "name_of", lambda pid: "gcs_server")
+    monkeypatch.setattr(victims, "descendants", lambda pid: [Process(1, pid, 1, "gcs_server")])
     sleeper.kill()
     sleeper.wait()
     with pytest.raises(ConfigError, match=f"coordinator with pid {sleeper.pid} has ended"):

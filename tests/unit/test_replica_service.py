@@ -40,7 +40,7 @@ class Site:
     """Processes, disk and coordinator around one replica. full: the disk refuses. superseded: it is a successor's."""
 
     def __init__(self) -> None:
-        self.full = self.superseded = False
+        self.full = self.superseded = self.agents_obey_another = False
         self.killed = 0
         self.persisted: list[int] = []
         self.launched: list[str] = []
@@ -69,6 +69,8 @@ class Site:
 
     async def kill(self, replica: int, suspect: int | None) -> None:
         self.killed += 1
+        if self.agents_obey_another:
+            raise SupersededError(errno.ESTALE, "agents obey a later coordinator")
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -116,6 +118,21 @@ def test_one_that_was_replaced_kills_no_rank_of_its_successor() -> None:
             site.replica.post(Started(frozenset()))
         await settled()
         assert (site.killed, site.launched, site.persisted) == (0, [], [])
+
+    run(work())
+
+
+def test_one_whose_agents_obey_another_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told once, and not tried again."""
+    monkeypatch.setattr(replica_service, "RETRY_S", 0.01)
+
+    async def work() -> None:
+        site = Site()
+        site.agents_obey_another = True
+        site.replica.post(Started())
+        await settled()
+        assert [type(error) for error in site.failures] == [SupersededError]
+        assert (site.killed, site.launched) == (1, [])
 
     run(work())
 
