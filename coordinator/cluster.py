@@ -69,7 +69,7 @@ class Cluster:
         self._initialising: asyncio.Future[Any] | None = None
         self._agents = Agents(identity, lease_s, self._call, tell)
         self._nodes = self._agents.nodes
-        self._places = Places(self._cluster, self._nodes, self._call)
+        self._places = Places(self._cluster, self._agents, self._call)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="ray")
 
     async def connect(self) -> None:

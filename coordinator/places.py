@@ -9,23 +9,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
 from coordinator import slots
-from coordinator.agents import InThread
-from coordinator.nodes import Nodes
+from coordinator.agents import Agents, InThread
 from echelon.errors import InternalError
 from worker.actor import remove_slots
+
+AGENT_POLL_S = 0.2
 
 
 class Places:
     """Of one cluster."""
 
-    def __init__(self, cluster: str, nodes: Nodes[Any], in_thread: InThread) -> None:
+    def __init__(self, cluster: str, agents: Agents, in_thread: InThread) -> None:
         self._cluster = cluster
-        self._nodes = nodes
+        self._agents = agents
+        self._nodes = agents.nodes
         self._in_thread = in_thread
         self._lacking: set[tuple[int, int]] = set()  # replica and rank
 
@@ -48,10 +49,12 @@ class Places:
                 if lost != self._nodes.lost:  # one that was avoided may be good again, or another is lost
                     lost = self._nodes.lost
                     slot = await self._in_thread(slots.take_slot, self._cluster, replica, rank, device, lost)
-                if await self._in_thread(slot.wait, slots.SLOT_POLL_S):
+                if await self._in_thread(slot.wait, slots.SLOT_POLL_S) and await self._has_agent(slot):
                     return slot
                 waited_s = time.monotonic() - began_s
                 shortage = await self._in_thread(slots.shortage, f"rank {rank} of replica {replica}", device)
+                if away := len(self._nodes.lost):
+                    shortage += f"; nodes whose agent does not answer: {away}"
                 if no_room is not None:
                     self._lacking.add((replica, rank))
                     no_room(shortage)
@@ -59,3 +62,11 @@ class Places:
                     raise InternalError(f"for {waited_s:.0f} s {shortage}")
         finally:
             self._lacking.discard((replica, rank))
+
+    async def _has_agent(self, slot: PlacementGroup) -> bool:
+        """Whether its node has one that answers. A node that has just joined gets it, and counts as lost until then."""
+        node = await self._in_thread(slots.node_of, slot)
+        if node not in self._nodes.agents:
+            await self._agents.list_nodes()
+            await asyncio.sleep(AGENT_POLL_S)
+        return node in self._nodes.agents

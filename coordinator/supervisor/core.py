@@ -38,7 +38,7 @@ from coordinator.supervisor.events import (
 )
 
 BEAT_TIMEOUT_S = 10.0  # a successor must renew the lease before the ranks are ended
-FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing
+FIRST_BEAT_TIMEOUT_S = 60.0  # a process that is still importing, or reads the model's files and the journal
 MAX_DEATHS = 5
 MAX_RAY_FAILURES = 3  # in a row, of a Ray that is started again
 DEATHS_WINDOW_S = 60.0
@@ -145,7 +145,8 @@ class SupervisorCore:
         return [exit]
 
     def _told(self, now: float, message: Mapping[str, object]) -> list[Effect]:
-        self._silent_at_s = now + BEAT_TIMEOUT_S
+        if "waiting" not in message:  # said before it begins
+            self._silent_at_s = now + BEAT_TIMEOUT_S
         match message:
             case {"failed": str(reason)} if self._state is State.RUNNING:
                 self._state, self._exit = State.STOPPING, Exit(1, reason)

@@ -41,9 +41,17 @@ class FewPlaces:
         monkeypatch.setattr(slots, "take_slot", self.take_slot)
         monkeypatch.setattr(slots, "SLOT_POLL_S", 0.01)
         monkeypatch.setattr(places, "remove_slots", self.remove_slots)
-        self.cluster = Cluster("c0ffee", "h:1", 30.0)
+        self.cluster = Cluster(("c0ffee", 1), "h:1", 30.0)
         self.cluster._nodes._addresses.update(dict.fromkeys(free, "10.0.0.1"))
         self.cluster._nodes.agents.update(dict.fromkeys(free, object()))
+        self.listed = 0
+        monkeypatch.setattr(self.cluster._agents, "list_nodes", self.list_nodes)
+        monkeypatch.setattr(slots, "node_of", lambda slot: slot.node)
+        monkeypatch.setattr(places, "AGENT_POLL_S", 0.01)
+
+    async def list_nodes(self) -> None:
+        self.listed += 1
+        self.cluster._nodes._addresses.update(dict.fromkeys(self.free, "10.0.0.1"))
 
     def place(self) -> None:
         for slot in self.slots.values():
@@ -102,9 +110,29 @@ def test_a_node_that_comes_back_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -
         waiting = asyncio.create_task(ray.wanted(0, 0))
         while not ray.told:
             await asyncio.sleep(0.01)
-        assert not waiting.done() and set(ray.told) == {"no room for rank 0 of replica 0"}
+        assert not waiting.done() and set(ray.told) == {
+            "no room for rank 0 of replica 0; nodes whose agent does not answer: 1"
+        }
         ray.cluster._nodes.agents["a"] = agent
         assert await waiting == "a"
+
+    run(work())
+
+
+def test_a_node_that_has_just_joined_is_of_use_once_its_agent_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray places slots on a node before anybody else has heard of it."""
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=1)
+        assert await ray.wanted(0, 0) == "a"
+        ray.free["b"] = 1
+        waiting = asyncio.create_task(ray.wanted(0, 1))
+        while len(ray.told) < 2:
+            await asyncio.sleep(0.01)
+        assert not waiting.done() and ray.listed and ray.free["b"] == 1, "its slot has been given back"
+        assert ray.told[-1] == "no room for rank 1 of replica 0; nodes whose agent does not answer: 1"
+        ray.cluster._nodes.agents["b"] = object()
+        assert await waiting == "b"
 
     run(work())
 

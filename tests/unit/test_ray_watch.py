@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from coordinator import ray_watch
-from coordinator.ray_watch import SILENCE_S, RayWatch
+from coordinator.ray_watch import PATIENCE_S, SILENCE_S, RayWatch
 from echelon.errors import InternalError
 
 
@@ -18,13 +18,19 @@ class Ears:
         self.events: list[str] = []
         self.told: list[dict[str, object]] = []
         self.refusals = refusals
+        self.now = 0.0
         self.watch = RayWatch(
-            "h:6379", served, lambda kind, subject, detail: self.events.append(kind), lambda **m: self.told.append(m)
+            "h:6379",
+            served,
+            lambda kind, subject, detail: self.events.append(kind),
+            lambda **message: self.told.append(message),
+            lambda: self.now,
         )
 
     async def connect(self) -> None:
         if self.refusals:
             self.refusals -= 1
+            self.now += PATIENCE_S / 2
             raise InternalError("Ray is away")
 
     def join(self) -> None:
@@ -50,6 +56,13 @@ def test_a_cluster_that_has_served_waits_for_its_ray() -> None:
     ears.join()
     assert ears.events == ["ray.lost", "ray.joined"]
     assert ears.told == [{"ray_lost": "Ray is away"}, {"ray_back": "h:6379"}]
+
+
+def test_one_attempt_that_fails_takes_no_ray_away() -> None:
+    """A Ray of the supervisor's own would be started anew for it."""
+    ears = Ears(served=True, refusals=1)
+    ears.join()
+    assert ears.told == [{"ray_back": "h:6379"}] and "ray.lost" not in ears.events
 
 
 def test_what_a_predecessor_has_told_is_taken_back() -> None:

@@ -107,6 +107,7 @@ def test_silence_is_a_death_but_not_while_the_supervisor_itself_stood_still() ->
 def test_a_new_coordinator_may_take_longer_to_its_first_beat() -> None:
     core = SupervisorCore(owns_ray=False, drain_timeout_s=30.0)
     core.step(0.0, Begin())
+    core.step(1.0, Told({"waiting": True}))  # for its configuration; then it reads files
     assert core.step(FIRST_BEAT_TIMEOUT_S - 1, Tick()) == []
     assert core.step(FIRST_BEAT_TIMEOUT_S, Tick()) == [KILL]
 
