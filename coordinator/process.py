@@ -85,13 +85,12 @@ class Coordinator:
 
     async def run(self) -> None:
         """Bring everything up, then watch over it. Raises EchelonError when it cannot be brought up."""
-        config = self._config
         self._service.events.emit("coordinator.started", "coordinator", {"term": self._fences.term, "pid": os.getpid()})
         self._service.metrics.term.set(self._fences.term)
-        self._jobs = await JobService.open(config.state_dir / "jobs.db", self._service, JobConfig())
+        self._jobs = await JobService.open(self._config.state_dir / "jobs.db", self._service, JobConfig())
         self._service.on_interrupted(self._jobs.interrupted)
-        if config.metrics_address:
-            self._service.metrics.serve(config.metrics_address)
+        if address := self._config.metrics_address:
+            self._service.metrics.serve(address)
         await self._set_serving(False)
         await self._set_durable()
         self._service.recorder.on_change = lambda: self._spawn(self._set_durable())
