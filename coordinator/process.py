@@ -15,19 +15,16 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from coordinator.assembly import Layout, RankLauncher, build_service, read_layout
 from coordinator.cluster import Cluster
-from coordinator.decoding import DecodingInterceptor
 from coordinator.expert_loads import ExpertLoads
 from coordinator.fences import Fences
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
+from coordinator.ports import Ports
 from coordinator.ray_watch import RayWatch
 from coordinator.reconfiguration import Reconfiguration
 from coordinator.replica.config import ReplicaConfig
@@ -41,15 +38,8 @@ from coordinator.serving import Serving
 from coordinator.spares import Need, Spares
 from echelon import types
 from echelon.config import CoordinatorConfig
-from echelon.errors import ConfigError
-from echelon.internal.channel import SERVER_OPTIONS
-from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
-from echelon.v1 import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
-STOP_GRACE_S = 1.0
 DRAIN_POLL_S = 0.05
-JOURNAL_HEALTH = "journal"  # a name to ask the health service for: whether what is delivered is durable
-LARGE_METHODS = ("/echelon.v1.BatchJobService/CreateBatchJob",)  # a whole batch file in one request
 
 log = structlog.get_logger("coordinator")
 
@@ -69,14 +59,13 @@ class Coordinator:
         self._spares = Spares(self._cluster, name, term, config.device, self._need_of_spares, events)
         self._serving = Serving(
             lambda: self._replicas.services,
-            lambda serves: self._spawn(self._set_serving(serves)),
+            lambda serves: self._spawn(self._ports.set_serving(serves)),
             lambda: self._tell(ready=self._config.address),
         )
         self._service.on_proven(self._serving.proven)
         self._replicas = self._build_replicas(layout)
         self._reconfiguration = Reconfiguration(layout, self._service, self._replicas.services, tell)
-        self._health = health.aio.HealthServicer()
-        self._servers: list[grpc.aio.Server] = []
+        self._ports = Ports()
         self._expert_loads = ExpertLoads()
         self._jobs: JobService | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -91,17 +80,16 @@ class Coordinator:
         self._service.on_interrupted(self._jobs.interrupted)
         if address := self._config.metrics_address:
             self._service.metrics.serve(address)
-        await self._set_serving(False)
+        await self._ports.set_serving(False)
         await self._set_durable()
         self._service.recorder.on_change = lambda: self._spawn(self._set_durable())
-        await self._serve_public(self._jobs)
-        await self._serve_internal()
+        await self._open_ports(self._jobs)
         await self._watch(self._replicas.run(), self._service.tick(), self._jobs.run(), self._on_ray())
 
     async def drain(self) -> None:
         """Let what runs finish while `run` goes on, and refuse what is new."""
         self._serving.close()
-        await self._set_serving(False)
+        await self._ports.set_serving(False)
         self._service.post(Drain())
         deadline_s = time.monotonic() + self._config.drain_timeout_s
         while time.monotonic() < deadline_s and not self._hurried:
@@ -117,8 +105,8 @@ class Coordinator:
         self._service.events.emit("coordinator.stopping", "coordinator")
         self._replicas.close()
         try:
-            await self._set_serving(False)
-            await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+            await self._ports.set_serving(False)
+            await self._ports.close()
             if self._jobs is not None:
                 await self._jobs.close()
         finally:
@@ -193,33 +181,13 @@ class Coordinator:
         launcher = RankLauncher(self._cluster, self._spares, config, fences)
         return ReplicaService(replica, core, launcher, self._service, callbacks)
 
-    async def _serve_public(self, jobs: JobService) -> None:
-        server = grpc.aio.server(interceptors=[DecodingInterceptor(LARGE_METHODS)], options=SERVER_OPTIONS)
-        cluster = ClusterServicer(self.describe, self._describe_experts, self._service)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._service), server)
-        batch = BatchJobServicer(jobs, lambda: self._service.facts)
-        jobs_pb2_grpc.add_BatchJobServiceServicer_to_server(batch, server)
-        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
-        cluster_pb2_grpc.add_ModelServiceServicer_to_server(cluster, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*service_names(), reflection.SERVICE_NAME, health.SERVICE_NAME), server)
-        await self._start(server, self._config.address)
-
-    async def _serve_internal(self) -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        replicas = self._replicas.services
+    async def _open_ports(self, jobs: JobService) -> None:
+        service, replicas = self._service, self._replicas.services
+        batch = BatchJobServicer(jobs, lambda: service.facts)
+        cluster = ClusterServicer(self.describe, self._describe_experts, service)
+        await self._ports.open_public(self._config.address, GenerationServicer(service), batch, cluster)
         ranks = RankControlServicer(replicas, lambda: self._reconfiguration.layout.settings, self._expert_loads)
-        control_pb2_grpc.add_RankControlServicer_to_server(ranks, server)
-        link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(replicas, self._service), server)
-        await self._start(server, self._config.internal_address)
-
-    async def _start(self, server: grpc.aio.Server, address: str) -> None:
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError:
-            raise ConfigError(f"{address} cannot be bound; is the port in use?", field="address") from None
-        await server.start()
-        self._servers.append(server)
+        await self._ports.open_internal(self._config.internal_address, ranks, ReplicaLinkServicer(replicas, service))
 
     # Keeping going.
 
@@ -271,12 +239,8 @@ class Coordinator:
         self._serving.look()
         self._reconfiguration.serving()
 
-    async def _set_serving(self, serving: bool) -> None:
-        for name in ("", *service_names()):
-            await self._health.set(name, _serving(serving))
-
     async def _set_durable(self) -> None:
-        await self._health.set(JOURNAL_HEALTH, _serving(self._service.recorder.durable))
+        await self._ports.set_durable(self._service.recorder.durable)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -293,14 +257,3 @@ class Coordinator:
             return
         if not self._failed.done():
             self._failed.set_exception(error)
-
-
-def _serving(serves: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
-    status = health_pb2.HealthCheckResponse
-    return status.SERVING if serves else status.NOT_SERVING
-
-
-def service_names() -> tuple[str, ...]:
-    """The public services, as health and reflection name them."""
-    files = (generation_pb2.DESCRIPTOR, jobs_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR)
-    return tuple(service.full_name for file in files for service in file.services_by_name.values())
