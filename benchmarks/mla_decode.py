@@ -25,7 +25,7 @@ from torch import Tensor
 from models.attention import PagedAttention
 from models.batch import ForwardBatch
 from models.config import ModelConfig, read_model_config
-from models.latent_attention import LatentSelfAttention
+from models.latent_attention import LatentQueries, LatentSelfAttention
 from models.layers import Rotation
 from models.registry import build_model
 from parallel.context import solo_context
@@ -138,14 +138,19 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, case: str) -> di
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     layer = layer_of(config, rows, context_tokens, device, dtype)
     attention = layer.attention
-    query = torch.randn(rows, config.num_attention_heads, config.key_dim, device=device, dtype=dtype)
+    assert config.latent is not None
+    plain, rotated = (
+        torch.randn(rows, config.num_attention_heads, width, device=device, dtype=dtype)
+        for width in (config.latent.plain_dim, config.latent.rotary_dim)
+    )
+    heads = LatentQueries(config.latent, attention.expand, plain, rotated)
     key = torch.randn(rows, 1, config.key_dim, device=device, dtype=dtype)
     cached_bytes, weight_bytes = reads_bytes(config, layer, rows, context_tokens, dtype.itemsize)
     row: dict[str, object] = {
         "case": case,
         "layer": microseconds(layer, device, arguments.repeats),
         "attention": microseconds(
-            lambda: layer.attend(attention.layer, attention.rule, query, key, None), device, arguments.repeats
+            lambda: layer.attend.latent(attention.layer, attention.rule, heads, key), device, arguments.repeats
         ),
         "reads_bytes": {"cache": cached_bytes, "weights": weight_bytes},
         "layer_floor_us": round((cached_bytes + weight_bytes) / arguments.bandwidth * 1e6, 1),

@@ -36,14 +36,38 @@ class PagedCache(Protocol):
 class AttentionRule:
     """How a layer attends: softmax of the products of query and key times scale, each x bent to cap * tanh(x / cap).
 
-    With a window, each token sees itself and the window - 1 before it; the cache keeps all of them. key_holds: so many
-    numbers of each key, the first, are the value; None if values are stored apart.
+    With a window, each token sees itself and the window - 1 before it; the cache keeps all of them.
     """
 
     window: int | None
     scale: float
     cap: float | None
-    key_holds: int | None = None
+
+
+class LatentHeads(Protocol):
+    """A batch's queries where keys and values of all heads are made of one vector a token, which is what is cached.
+
+    rank: so many of its numbers, the first, make values.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    def absorbed(self, tokens: slice) -> Tensor:
+        """[T, heads, cached numbers]: their products with what is cached are the queries' with the heads' keys."""
+        ...
+
+    def values(self, read: Tensor) -> Tensor:
+        """What heads read of what is cached, [T, heads, rank], as their values: [T, heads, value_dim]."""
+        ...
+
+    def expanding_pays(self, tokens: int) -> bool:
+        """Whether so many queries of a chunk are answered sooner by keys and values of heads."""
+        ...
+
+    def expanded(self, tokens: slice, cached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cached [context, cached numbers] -> queries [heads, T, head_dim], keys [heads, context, head_dim], values."""
+        ...
 
 
 class PagedAttention:
@@ -64,17 +88,13 @@ class PagedAttention:
         }
         self._prefill_masks = {window: [_causal_mask(row, window) for row in batch.prefill] for window in windows}
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor | None) -> Tensor:
-        """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim].
-
-        value None: keys hold it, and outputs are as wide as it is.
-        """
-        keys, values = self._cache.keys[layer], None if value is None else self._cache.values[layer]
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim]."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
-        if value is not None and values is not None:
-            values.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
+        values.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
         decoded = self._batch.num_decode_rows
-        output = query.new_empty(*query.shape[:-1], rule.key_holds or query.shape[-1])
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decoded:
             output[:decoded] = self._decode(rule, query[:decoded], keys, values)
         for row, mask in zip(self._batch.prefill, self._prefill_masks[rule.window], strict=True):
@@ -82,37 +102,72 @@ class PagedAttention:
             output[tokens] = _prefill(rule, row, mask, query[tokens], keys, values)
         return output
 
-    def _decode(self, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor | None) -> Tensor:
+    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads, key: Tensor) -> Tensor:
+        """key [T, 1, cached numbers]: what is cached of each token -> [T, heads, value_dim].
+
+        Decode rows read what is cached as it is; long chunks of prompts make keys and values of heads of it first.
+        """
+        keys, decoded = self._cache.keys[layer], self._batch.num_decode_rows
+        keys.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
+        read = self._decode_latent(rule, heads, keys)
+        output = read.new_empty(len(key), *read.shape[1:])
+        output[:decoded] = read
+        for row, mask in zip(self._batch.prefill, self._prefill_masks[rule.window], strict=True):
+            tokens = slice(row.offset, row.offset + row.tokens)
+            output[tokens] = _prefill_latent(rule, row, mask, heads, keys)
+        return output
+
+    def _decode(self, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """All decode rows at once, over their blocks gathered side by side."""
         rows, _, head_dim = query.shape
         grouped = query.reshape(rows, keys.shape[2], -1, head_dim)  # query heads by the key/value head they share
         visible = self._decode_visible[rule.window]
-        hidden = ~visible[:, :, None, None]
-
-        def gather(paged: Tensor) -> Tensor:
-            tokens = paged[self._batch.decode_block_tables].flatten(1, 2)  # [D, slots, key/value heads, head_dim]
-            # A block keeps what its last owner wrote; zeros keep a NaN of theirs out of this row's sums.
-            return tokens.masked_fill_(hidden, 0).transpose(1, 2)
-
-        stored = gather(keys)
-        held = stored[..., : rule.key_holds] if values is None else gather(values)
+        stored, held = self._gather(keys, visible), self._gather(values, visible)
         return _attend(rule, grouped, stored, held, visible[:, None, None, :]).flatten(1, 2)
+
+    def _decode_latent(self, rule: AttentionRule, heads: LatentHeads, keys: Tensor) -> Tensor:
+        """The same where all heads share what is cached, which begins with what values are made of."""
+        visible = self._decode_visible[rule.window]
+        query, stored = heads.absorbed(slice(0, len(visible))), self._gather(keys, visible)
+        read = _attend(rule, query.unsqueeze(1), stored, stored[..., : heads.rank], visible[:, None, None, :])
+        return heads.values(read.squeeze(1))
+
+    def _gather(self, paged: Tensor, visible: Tensor) -> Tensor:
+        """[D, key/value heads, slots, head_dim], zeros where nothing is visible."""
+        tokens = paged[self._batch.decode_block_tables].flatten(1, 2)  # [D, slots, key/value heads, head_dim]
+        # A block keeps what its last owner wrote; zeros keep a NaN of theirs out of this row's sums.
+        return tokens.masked_fill_(~visible[:, :, None, None], 0).transpose(1, 2)
 
 
 def _prefill(
-    rule: AttentionRule, row: PrefillRow, mask: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None
+    rule: AttentionRule, row: PrefillRow, mask: Tensor | None, query: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """One request's chunk over everything the request has stored so far."""
     tokens, _, head_dim = query.shape
     grouped = query.reshape(tokens, keys.shape[2], -1, head_dim).permute(1, 2, 0, 3)  # [kv heads, shared by, T, dim]
 
     def gather(paged: Tensor) -> Tensor:
-        stored = paged[row.block_table].flatten(0, 1)[: row.context_len]  # [context, key/value heads, head_dim]
-        return stored.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
+        return _stored(row, paged).transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
-    stored = gather(keys)
-    held = stored[..., : rule.key_holds] if values is None else gather(values)
-    return _attend(rule, grouped, stored, held, mask).permute(2, 0, 1, 3).flatten(1, 2)
+    return _attend(rule, grouped, gather(keys), gather(values), mask).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _prefill_latent(
+    rule: AttentionRule, row: PrefillRow, mask: Tensor | None, heads: LatentHeads, keys: Tensor
+) -> Tensor:
+    tokens, cached = slice(row.offset, row.offset + row.tokens), _stored(row, keys).squeeze(1)
+    if heads.expanding_pays(row.tokens):
+        query, key, value = heads.expanded(tokens, cached)
+        return _attend(rule, query[None], key[None], value[None], mask)[0].transpose(0, 1)
+    query = heads.absorbed(tokens).transpose(0, 1)
+    shared = cached.expand(len(query), -1, -1)
+    read = _attend(rule, query[None], shared[None], shared[None, ..., : heads.rank], mask)[0]
+    return heads.values(read.transpose(0, 1))
+
+
+def _stored(row: PrefillRow, paged: Tensor) -> Tensor:
+    """What a request has stored, [context, key/value heads, head_dim]."""
+    return paged[row.block_table].flatten(0, 1)[: row.context_len]
 
 
 def _attend(rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Latent attention (MLA), absorbed: queries are turned into the latent space, where all heads read what is cached.
+"""Latent attention (MLA): of each token the cache holds a compressed vector, behind its norm, and one rotated key.
 
-In rank processes. Of each token the cache holds the compressed vector behind its norm, and the rotated key beside it:
-no key and no value of a head is ever made. Source: DeepSeek-V2 (2024), section 2.1.2 and appendix C. It knows its own
-tensors and the attention it is handed, no batch and no cache.
+In rank processes. Decode is absorbed: queries are turned into the latent space, where all heads read what is cached,
+and no key or value of a head is made. Long chunks of prompts make them, as they then cost less. Source: DeepSeek-V2
+(2024), section 2.1.2 and appendix C. It knows its own tensors and the attention it is handed, no batch and no cache.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import AttentionRule
@@ -39,12 +40,62 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True)
-class LatentSelfAttention:
-    """Projections around attention in the latent space, whose one key/value head serves all heads.
+class LatentQueries:
+    """A batch's queries, [T, heads, plain_dim] and [T, heads, rotary_dim], of which the second are rotated.
 
-    compress: what is cached, before norm and rotation, the same on all tensor ranks. expand: [heads held *
-    (plain_dim + value_dim), rank], by head W_UK, which makes the plain part of its keys, and W_UV, which makes its
-    values.
+    expand: [heads * (plain_dim + value_dim), rank], by head W_UK, which makes the plain part of its keys, and W_UV,
+    which makes its values. q (W_UK c) = (q W_UK) c, and the sum of W_UV c is W_UV of the sum.
+    """
+
+    shape: LatentAttention
+    expand: Tensor
+    plain: Tensor
+    rotated: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.shape.rank
+
+    @property
+    def _by_head(self) -> tuple[Tensor, Tensor]:
+        """W_UK [heads, plain_dim, rank] and W_UV [heads, value_dim, rank]."""
+        parts = [self.shape.plain_dim, self.shape.value_dim]
+        to_keys, to_values = self.expand.view(-1, sum(parts), self.shape.rank).split(parts, dim=1)
+        return to_keys, to_values
+
+    def absorbed(self, tokens: slice) -> Tensor:
+        """[T, heads, rank + rotary_dim]."""
+        query = torch.bmm(self.plain[tokens].transpose(0, 1), self._by_head[0]).transpose(0, 1)
+        return torch.cat((query, self.rotated[tokens]), dim=-1)
+
+    def values(self, read: Tensor) -> Tensor:
+        """[T, heads, rank] -> [T, heads, value_dim]."""
+        return torch.bmm(read.transpose(0, 1), self._by_head[1].mT).transpose(0, 1)
+
+    def expanding_pays(self, tokens: int) -> bool:
+        """By the products for each head and position: those that narrower keys and values save, and those that make
+        them."""
+        shape = self.shape
+        saved = shape.cached_numbers + shape.rank - shape.head_dim - shape.value_dim
+        return tokens * saved > shape.rank * (shape.plain_dim + shape.value_dim)
+
+    def expanded(self, tokens: slice, cached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [heads, context, head_dim] and values [heads, context, value_dim] of heads."""
+        shape, heads = self.shape, self.plain.shape[1]
+        compressed, rotated = cached.split([shape.rank, shape.rotary_dim], dim=-1)
+        made = F.linear(compressed, self.expand).view(len(cached), heads, -1)
+        plain, values = made.split([shape.plain_dim, shape.value_dim], dim=-1)
+        keys = torch.cat((plain, rotated.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
+        query = torch.cat((self.plain[tokens], self.rotated[tokens]), dim=-1)
+        return query.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSelfAttention:
+    """Projections around attention over what is cached, which is one for all heads.
+
+    compress: makes it, before norm and rotation, the same on all tensor ranks. expand: of the heads held, as in
+    LatentQueries.
     """
 
     layer: int
@@ -57,24 +108,15 @@ class LatentSelfAttention:
     output: RowLinear
 
     def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """hidden [T, hidden] -> the same shape; q (W_UK c) = (q W_UK) c, and the sum of W_UV c is W_UV of the sum."""
+        """hidden [T, hidden] -> the same shape."""
         shape = self.shape
-        to_keys, to_values = self.expand.view(-1, shape.plain_dim + shape.value_dim, shape.rank).split(
-            [shape.plain_dim, shape.value_dim], dim=1
-        )
-        query = self.queries(hidden).view(len(hidden), len(to_keys), shape.head_dim)
+        held = len(self.expand) // (shape.plain_dim + shape.value_dim)
+        query = self.queries(hidden).view(len(hidden), held, shape.head_dim)
         plain, turning = query.split([shape.plain_dim, shape.rotary_dim], dim=-1)
-        absorbed = torch.bmm(plain.transpose(0, 1), to_keys).transpose(0, 1)  # [T, heads, rank]
         compressed, key = self.compress(hidden).unsqueeze(1).split([shape.rank, shape.rotary_dim], dim=-1)
-        read = attend(
-            self.layer,
-            self.rule,
-            torch.cat((absorbed, rotation(turning)), dim=-1),
-            torch.cat((self.norm(compressed), rotation(key)), dim=-1),
-            None,
-        )
-        values = torch.bmm(read.transpose(0, 1), to_values.mT)  # [heads, T, value_dim]
-        return self.output(values.transpose(0, 1).flatten(1))
+        heads = LatentQueries(shape, self.expand, plain, rotation(turning))
+        cached = torch.cat((self.norm(compressed), rotation(key)), dim=-1)
+        return self.output(attend.latent(self.layer, self.rule, heads, cached).flatten(1))
 
 
 def build_latent_attention(
@@ -93,9 +135,7 @@ def build_latent_attention(
     compresses = latent.query_rank is not None
     return LatentSelfAttention(
         layer=cached_layer,
-        rule=AttentionRule(
-            config.layers[layer].window, config.attention_scale, config.attention_cap, key_holds=latent.rank
-        ),
+        rule=AttentionRule(config.layers[layer].window, config.attention_scale, config.attention_cap),
         shape=latent,
         queries=Queries(
             compress=ColumnLinear(take("q_a_proj")) if compresses else None,

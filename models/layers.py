@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import AttentionRule
+from models.attention import AttentionRule, LatentHeads
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel.context import ParallelContext
@@ -158,7 +158,8 @@ def _yarn_frequencies(periods: Tensor, theta: float, scaling: YarnScaling) -> Te
 class Attend(Protocol):
     """Attention of a batch: stores the new keys and values of a layer, and returns what the queries read."""
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor | None) -> Tensor: ...
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads, key: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

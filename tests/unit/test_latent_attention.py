@@ -16,13 +16,15 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from echelon.errors import ConfigError
-from models.batch import ForwardBatch
+from models.batch import ForwardBatch, PrefillRow
 from models.config import read_model_config
+from models.latent_attention import LatentQueries, LatentSelfAttention
 from models.registry import build_model
 from parallel.context import solo_context
 from tests.published import PUBLISHED
 from tests.tiny import YARN_ROPE, make_checkpoint
 from worker.kv_cache import KVCache
+from worker.loader import load_weights
 
 CPU = torch.device("cpu")
 HEADS, CONTEXT, BLOCK_TOKENS = 12, 64, 4
@@ -91,18 +93,8 @@ def test_decode_makes_no_keys_or_values_of_heads(tmp_path: Path, family: str) ->
     model, cache = build_model(config, context), KVCache(config, context, CONTEXT // BLOCK_TOKENS, BLOCK_TOKENS)
     assert [tensor.shape for tensor in cache.keys] == [(CONTEXT // BLOCK_TOKENS, BLOCK_TOKENS, 1, 20 + 6)] * 2
     assert cache.values == ()
-    batch = ForwardBatch(
-        token_ids=torch.tensor([3]),
-        positions=torch.tensor([CONTEXT - 1]),
-        slot_mapping=torch.tensor([CONTEXT - 1]),
-        num_decode_rows=1,
-        decode_block_tables=torch.arange(CONTEXT // BLOCK_TOKENS)[None],
-        decode_context_lens=torch.tensor([CONTEXT]),
-        prefill=(),
-        sample_index=torch.tensor([0]),
-    )
     with Largest() as largest:
-        model(batch, cache)
+        model(batch_of(torch.full((CONTEXT,), 3), CONTEXT - 1, 1), cache)
     narrowest = min(config.latent.plain_dim, config.latent.value_dim)
     assert CONTEXT * 26 <= largest.numbers < HEADS * CONTEXT * narrowest
 
@@ -124,3 +116,41 @@ def test_refuses_what_it_does_not_compute(tmp_path: Path, keys: dict[str, Any], 
     with pytest.raises(ConfigError) as error:
         make_checkpoint(tmp_path, "deepseek-v3", **keys)
     assert all(word in str(error.value) for word in ["config.json", *words]), error.value
+
+
+def test_chunks_are_attended_alike_whether_heads_are_made_or_not(tmp_path: Path) -> None:
+    """One sequence as a whole, in halves that are long enough to pay for heads, in pieces that are not, and token by
+    token; the second half sees what the first has stored."""
+    make_checkpoint(tmp_path, "deepseek-v3", first_k_dense_replace=2)
+    config, context = read_model_config(tmp_path), solo_context(CPU, torch.float64)
+    model = build_model(config, context)
+    load_weights(model, config, tmp_path, context, lambda loaded_bytes, total_bytes: None)
+    attention = model.layers[0].attention
+    assert isinstance(attention, LatentSelfAttention)
+    queries = LatentQueries(attention.shape, attention.expand, torch.empty(0, 4, 10), torch.empty(0, 4, 6))
+    assert [queries.expanding_pays(tokens) for tokens in (1, 8, 32, 64)] == [False, False, True, True]
+    ids = torch.randint(2, 300, (CONTEXT,), generator=torch.Generator().manual_seed(3))
+    found = []
+    for chunk in (64, 32, 8, 1):
+        cache = KVCache(config, context, CONTEXT // BLOCK_TOKENS, BLOCK_TOKENS)
+        with torch.inference_mode():
+            parts = [model(batch_of(ids, first, chunk), cache) for first in range(0, CONTEXT, chunk)]
+        found.append(torch.cat(parts))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
+def batch_of(ids: Tensor, first: int, tokens: int) -> ForwardBatch:
+    """Consecutive tokens of a sequence that lies in blocks 0, 1, 2 and so on; a single one decodes."""
+    positions, decodes = torch.arange(first, first + tokens), tokens == 1
+    blocks = torch.arange(-(-(first + tokens) // BLOCK_TOKENS))
+    return ForwardBatch(
+        token_ids=ids[positions],
+        positions=positions,
+        slot_mapping=positions,
+        num_decode_rows=int(decodes),
+        decode_block_tables=blocks[None] if decodes else blocks.new_zeros(0, 0),
+        decode_context_lens=positions + 1 if decodes else positions.new_zeros(0),
+        prefill=() if decodes else (PrefillRow(0, tokens, first + tokens, blocks),),
+        sample_index=torch.arange(tokens),
+    )
