@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,9 +24,6 @@ LOCK_FILE = "lock"
 TERM_FILE = "term"
 RESERVED_BYTES = 4096  # a block: the next number finds room on a disk that has become full
 LOCK_PATIENCE_S = 5.0  # a predecessor that was killed may still be ending
-
-
-_Mark = tuple[int, int, int]
 
 
 class SupersededError(OSError):
@@ -46,10 +44,10 @@ class Fences:
 
     def __init__(self, directory: Path, lock: int, numbers: Numbers) -> None:
         self._directory = directory
-        self._path = directory / TERM_FILE  # looked at with every step
         self._lock = lock
         self._numbers = numbers
-        self._known: _Mark | None = None  # the file whose content was checked last
+        self._checked: int | None = None  # the term file whose content was checked last, open
+        self._checking = threading.Lock()  # the journal asks from two threads
 
     @classmethod
     def open(cls, directory: Path, patience_s: float = LOCK_PATIENCE_S) -> Fences:
@@ -92,14 +90,28 @@ class Fences:
 
     def check(self) -> None:
         """Raises SupersededError. Quick while the file is the same: the journal asks with every step."""
-        found = _mark(self._path)  # before it is read: one that is put in its place meanwhile is read next time
-        if found is not None and found != self._known:
-            refuse_older(self.term, _read(self._directory))
-            self._known = found
+        with self._checking:
+            if self._checked is not None and os.fstat(self._checked).st_nlink:  # nobody has put another in its place
+                return
+            self._let_go()
+            # Opened before it is read: what is put in its place in between is read the next time.
+            with contextlib.suppress(FileNotFoundError):
+                self._checked = os.open(self._directory / TERM_FILE, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                refuse_older(self.term, _read(self._directory))
+            except BaseException:
+                self._let_go()
+                raise
 
     def close(self) -> None:
         """Release the lock."""
         os.close(self._lock)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._checked is not None:
+            os.close(self._checked)
+            self._checked = None
 
     def _write(self, numbers: Numbers) -> None:
         """Replace the file as a whole: a crash leaves the old or the new one."""
@@ -136,15 +148,6 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _mark(path: Path) -> _Mark | None:
-    """Tells the term file from every other that stood there: it is never written in place. None where none is seen."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _acquire(lock: int, directory: Path, patience_s: float) -> None:
