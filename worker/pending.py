@@ -18,6 +18,7 @@ from torch import Tensor
 
 from echelon.internal.link import Logprob
 from worker.matchers import BROKEN, Constraint
+from worker.non_finite import Sampled
 from worker.op_clock import Span
 from worker.plan import NO_ID, NON_FINITE, StepResult
 from worker.sampler import logprobs_width
@@ -72,12 +73,21 @@ def nothing_drawn(device: torch.device) -> Drawn:
 
 
 class PendingStep:
-    """A step that was launched. constraints: of the sampled rows that have one. span: when this rank computed it."""
+    """A step that was launched. constraints: of the sampled rows that have one. span: when this rank computed it.
+
+    own: the rows that its data rank sampled, where it knows them.
+    """
 
     def __init__(
-        self, step: int, drawn: Drawn, constraints: Mapping[int, Constraint] | None = None, span: Span | None = None
+        self,
+        step: int,
+        drawn: Drawn,
+        constraints: Mapping[int, Constraint] | None = None,
+        span: Span | None = None,
+        own: Sampled | None = None,
     ) -> None:
         self._step = step
+        self.own = own
         self._logprobs = drawn.logprobs
         self._scored = drawn.scored
         self._constraints = constraints or {}

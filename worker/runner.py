@@ -18,14 +18,16 @@ from torch import Tensor
 
 from models.decoder import DecoderModel
 from models.expert_balance import rebalance_experts
+from models.tables import held_layers
 from parallel.comm import Channel
 from parallel.context import ParallelContext
-from worker import sampler
+from worker import non_finite, sampler
 from worker.batch import Share, StepBatch, apply_and_build
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
 from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
+from worker.non_finite import Sampled
 from worker.op_clock import OpClock, Span
 from worker.pending import Drawn, PendingStep, Queued, nothing_drawn, outcome_width, pack, scores_width
 from worker.plan import NO_ID, NON_FINITE, PlanTables, StepResult
@@ -103,13 +105,14 @@ class Runner:
         drawn = self._draw(hidden, batch, None if following is None else following.result())
         span = Span(started, self.clock.mark())
         constraints = self._matchers.of(batch.sampled_slots.tolist())
-        pending = PendingStep(tables.step, drawn, constraints, span)
+        own = Sampled(drawn.outcome, batch.slots, batch.positions)
+        pending = PendingStep(tables.step, drawn, constraints, span, own)
         for row, constraint in constraints.items():
             constraint.drawn = (pending, row)
         if self._context.returned is not None:
             self._out.append(_Out(tables.step, batch, span, drawn))
         elif batch.lanes:
-            pending = PendingStep(tables.step, self._of_all_lanes(drawn, batch), span=span)
+            pending = PendingStep(tables.step, self._of_all_lanes(drawn, batch), span=span, own=own)
         return Queued(tables.step, span, pending)
 
     @torch.inference_mode()
@@ -118,6 +121,13 @@ class Runner:
         channel, out = self._context.returned, self._out.popleft()
         assert channel is not None, "a stage alone has its ids at once"
         return self._send_back(channel, out) if self._context.place.last_stage else self._take_back(channel, out)
+
+    def tell_non_finite(self, pending: PendingStep, result: StepResult) -> None:
+        """Which layer it began in, to the log, if the step has rows that are not finite: its leader ends them next."""
+        place = self._context.place
+        if result.non_finite and pending.own is not None and place.tensor_rank == 0:
+            first_layer = held_layers(self.model.config, place).start
+            non_finite.tell(result.step, pending.own, self._state, self._kv_cache, first_layer)
 
     # Between stages.
 
@@ -162,7 +172,8 @@ class Runner:
         # come back in order, so what an earlier owner still had on the way is overwritten before it is read.
         self._state.write(batch.slots, batch.positions, outcome[:, 0])
         drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
-        pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span)
+        own = Sampled(outcome, batch.slots, batch.positions)
+        pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span, own=own)
         return Queued(out.step, Span(started, self.clock.mark()), pending)
 
     def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:

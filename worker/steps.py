@@ -81,6 +81,7 @@ class Steps:
             op, queued = taken
             if queued.pending is not None:
                 result = queued.pending.result()
+                self._epoch.stage.runner.tell_non_finite(queued.pending, result)
                 self._done = result.step
                 self.times.end()
                 self._on_result(result)

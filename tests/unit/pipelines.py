@@ -129,7 +129,9 @@ class Pipeline:
                     self._slow(op)
                     rank.executed.append((op, queued))
                     if number == 0 and queued.pending is not None:
-                        self._results.put(queued.pending.result())
+                        result = queued.pending.result()
+                        stage.runner.tell_non_finite(queued.pending, result)
+                        self._results.put(result)
             context.replica.barrier()
         except Exception as error:
             self._results.put(error)

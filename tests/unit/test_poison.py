@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from echelon.internal.link import Assign, Command, Progress, Released
 from parallel.degrees import Degrees
@@ -99,6 +101,35 @@ def test_what_a_poisonous_request_left_in_the_cache_is_not_found(tmp_path: Path)
         assert pipeline.outcome.released == [Released("p", 1, SPOILT, "NON_FINITE")]
         outcome = pipeline.answer([asked("late", *COMMON, 34)])
     assert [token for run in outcome.runs for token in run.ids] == alone["late"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "layer", "position"),
+    [
+        ("model.embed_tokens.weight", 0, 2),  # the third token is poison
+        ("model.layers.0.self_attn.o_proj.weight", 1, 0),
+        ("model.layers.1.mlp.down_proj.weight", "behind the keys of layer 1", None),
+    ],
+)
+def test_the_log_says_in_which_layer_it_began(
+    tmp_path: Path, spoilt: str, layer: int | str, position: int | None
+) -> None:
+    checkpoint = make_poisoned_checkpoint(tmp_path)
+    if "layers" in spoilt:
+        weights = load_file(checkpoint / "model.safetensors")
+        weights["model.embed_tokens.weight"][POISON] = 0.1
+        weights[spoilt][:] = torch.nan
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    limits = EngineLimits(max_running=4, kv_blocks=32, block_tokens=4, max_step_tokens=32, max_context=64)
+    with capture_logs() as told, Pipeline(checkpoint, Degrees(), limits) as pipeline:
+        pipeline.answer([asked("p", 10, 11, POISON, 12, 13)])
+    found = [
+        (entry["layer"], entry.get("position"), entry["tokens"])
+        for entry in told
+        if entry["event"] == "scores are not finite"
+    ]
+    assert found[0] == (layer, position, 5)
+    assert found[1:] in ([], [(layer, position, 6)])  # the next step was on its way
 
 
 def test_scores_are_finite_row_by_row() -> None:
