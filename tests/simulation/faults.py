@@ -82,21 +82,27 @@ CELLS: tuple[Cell, ...] = tuple(
 
 # How often to aim at a cell: the more, the less the two fall together by themselves.
 _OFTEN = (strikes.KILLED, KILLED_BETWEEN_EFFECTS)
-_BY_PHASE = {QUEUED: 0, PREFILL: 2, DECODE: 2, REPLAY: 4, PARKED: 2, FENCING: 3, ADOPTING: 3, RETIRING: 3, HEADLESS: 2}
+_BY_PHASE = {QUEUED: 0, PREFILL: 2, DECODE: 2, REPLAY: 4, PARKED: 2, FENCING: 3, ADOPTING: 4, RETIRING: 3, HEADLESS: 2}
 _BY_CELL = {
     (strikes.WOKEN, REPLAY): 20,
     (strikes.WOKEN, RETIRING): 8,
-    **{(strikes.WOKEN, phase): 5 for phase in (PREFILL, DECODE, PARKED, ADOPTING, HEADLESS)},
+    **{(strikes.WOKEN, phase): 5 for phase in (PREFILL, DECODE, PARKED, ADOPTING)},
     (strikes.NODE_WOKEN, REPLAY): 26,
-    **{(strikes.NODE_WOKEN, phase): 14 for phase in (DECODE, ADOPTING, RETIRING)},
+    **{(strikes.NODE_WOKEN, phase): 14 for phase in (DECODE, RETIRING)},
+    (strikes.NODE_WOKEN, ADOPTING): 36,
     **{(strikes.NODE_WOKEN, phase): 8 for phase in (PREFILL, PARKED, LOADING, HEADLESS)},
-    **{(strikes.LEADER_KILLED_WITHIN, phase): 10 for phase in (ADOPTING, RETIRING)},
+    (strikes.LEADER_KILLED_WITHIN, RETIRING): 12,
+    (strikes.WOKEN, HEADLESS): 9,
+    (strikes.NODE_STOPPED, HEADLESS): 4,
     (strikes.LEADER_KILLED_WITHIN, HEADLESS): 20,
     (strikes.LEADER_KILLED_WITHIN, QUEUED): 1,
-    **{(KILLED_BEFORE_DELIVERY, phase): 8 for phase in (REPLAY, ADOPTING, RETIRING)},
-    **{(KILLED_IN_A_WRITE, phase): 6 for phase in (REPLAY, ADOPTING, RETIRING)},
+    **{(KILLED_BEFORE_DELIVERY, phase): 8 for phase in (REPLAY, RETIRING)},
+    **{(fault, ADOPTING): 14 for fault in (KILLED_BEFORE_DELIVERY, KILLED_IN_A_WRITE, strikes.LEADER_KILLED_WITHIN)},
+    **{(KILLED_IN_A_WRITE, phase): 6 for phase in (REPLAY, RETIRING)},
     (strikes.REPORT_TWICE, REPLAY): 6,
-    **{(fault, phase): 3 for fault in (strikes.REPORT_TWICE, strikes.LINK_BROKEN) for phase in (QUEUED, PARKED)},
+    **{
+        (fault, phase): 3 for fault in (strikes.REPORT_TWICE, strikes.LINK_BROKEN) for phase in (QUEUED, DECODE, PARKED)
+    },
     **{(fault, PREFILL): 4 for fault in OF_CLIENTS},
     **{(fault, FENCING): 5 for fault in (strikes.LEADER_KILLED, strikes.RANK_KILLED, strikes.RANK_STOPPED)},
 }
