@@ -96,12 +96,14 @@ class SlotCostModel:
         )
 
     def tokens_within(self, beside: SlotWork, first: int, target_s: float) -> float:
-        """How many tokens of a prompt, from position first, fit beside other work in a slot of target_s.
+        """How many tokens of a prompt, from position first, fit beside other work in a slot of target_s."""
+        return self.tokens_in(target_s - self.predict(beside + SlotWork(rows=1)), first)
 
-        a n + q (n first + n (n + 1) / 2) = what the rest of the slot leaves, solved for n; infinite where tokens cost
-        nothing, 0 where nothing is left.
+    def tokens_in(self, spare_s: float, first: int) -> float:
+        """How many tokens of a prompt, from position first, are computed in what other work leaves of a slot.
+
+        a n + q (n first + n (n + 1) / 2) = spare_s, solved for n; infinite if tokens cost nothing, 0 if none is left.
         """
-        spare_s = target_s - self.predict(beside + SlotWork(rows=1))
         per_token, _, _, _, per_pair = self.coefficients
         linear = per_token + per_pair * (first + 0.5)
         if spare_s <= 0:
@@ -150,10 +152,11 @@ def slot_target_s(
     """
     shortest = max((model.predict(cohort) for cohort in cohorts), default=0.0)
     longest = max(shortest, model.predict(chunk_work(0, limits.budget_tokens)))
+    rooms = [limits.budget_tokens - cohort.tokens for cohort in cohorts]
+    others_s = [model.predict(cohort + SlotWork(rows=1)) for cohort in cohorts]
 
     def taken(target_s: float) -> float:
-        rooms = (limits.budget_tokens - cohort.tokens for cohort in cohorts)
-        fitting = (model.tokens_within(cohort, first, target_s) for cohort in cohorts)
+        fitting = [model.tokens_in(target_s - other_s, first) for other_s in others_s]
         return sum(max(0.0, min(room, fit)) for room, fit in zip(rooms, fitting, strict=True))
 
     if taken(shortest) >= waiting:
