@@ -134,8 +134,8 @@ class Checker:
     def _restored(self, entry: Entry) -> Written:
         """Of a request whose last records are gone."""
         answers = [Reference(entry.request, choice) for choice in range(entry.request.sampling.n)]
-        known = self._written.get(entry.request.request_id)  # None: it was forgotten, and that was lost
-        place = known.place if known else (entry.request.priority, 0)
+        self._opens += 1  # in the journal's order: that it was forgotten, or opened again since, may be what was lost
+        place = entry.request.priority, self._opens
         written = Written(place, answers, entry.recomputed_tokens, gaps={entry.attempt}, damaged=True)
         for answer, held in zip(answers, entry.answers, strict=True):
             for token_id, logprob in zip(held.ids, held.logprobs, strict=True):
