@@ -37,6 +37,7 @@ from coordinator.requests.life import Phase
 from coordinator.requests.nouns import Received, Request, Shown
 from echelon.errors import OverloadedError
 from echelon.internal.link import Command, Fence, Report
+from parallel.degrees import Degrees
 from tests.simulation.checker import require
 from tests.simulation.crashes import KILLED_BEFORE_DELIVERY, KILLED_BETWEEN_EFFECTS, KILLED_IN_A_WRITE, Crash, Crashes
 from tests.simulation.disk import Disk
@@ -124,10 +125,10 @@ class Coordinator(Process):
 
     # To be called within `here`.
 
-    def persist_epoch(self, replica: int, epoch: int) -> None:
+    def persist_epoch(self, replica: int, epoch: int, layout: Degrees) -> None:
         """Raises SupersededError."""
         self.disk.persist_epoch(self.term)
-        self._sites[replica].persist(epoch)
+        self._sites[replica].persist(epoch, layout)
 
     def maybe_crash(self) -> None:
         if self._crashes.at(KILLED_BETWEEN_EFFECTS):

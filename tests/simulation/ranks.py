@@ -6,6 +6,7 @@ may die, be stopped for a while, be cut off from the coordinator, or freeze with
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ SERVING = ("ready", "retiring")  # until it has ended, an epoch's work goes on
 
 
 class Site:
-    """A replica's slots with the processes in them, its epoch on the coordinator's disk, and the layout wanted now."""
+    """A replica's slots with the processes in them, its epoch on the coordinator's disk, and the layout wanted now.
+
+    layouts, served: of each epoch how it is laid out, and which of its ranks have come to serve.
+    """
 
     def __init__(self, world: World, index: int, degrees: Degrees, limits: EngineLimits, noisy: bool) -> None:
         self.world = world
@@ -50,7 +54,8 @@ class Site:
         self.noisy = noisy
         self.supervisor: Supervisor  # set before anything is started
         self.epoch = 0
-        self.layouts: dict[int, Degrees] = {}  # of each epoch
+        self.layouts: dict[int, Degrees] = {}
+        self.served: defaultdict[int, set[int]] = defaultdict(set)
         self.processes: list[RankProcess] = []
         self.leaders: list[Leader] = []  # of all epochs
 
@@ -65,9 +70,9 @@ class Site:
         """It serves, in the layout that is wanted."""
         return self.leader is not None and self.computes(self.epoch) and self.layouts[self.epoch] == self.degrees
 
-    def persist(self, epoch: int) -> None:
+    def persist(self, epoch: int, layout: Degrees) -> None:
         require(epoch > self.epoch, "epoch {} after {}", epoch, self.epoch)
-        self.epoch, self.layouts[epoch] = epoch, self.degrees
+        self.epoch, self.layouts[epoch] = epoch, layout
 
     def may_launch(self, incarnation: str) -> None:
         require(incarnation == str(self.epoch), "{} is launched, epoch {} is on disk", incarnation, self.epoch)
@@ -199,6 +204,7 @@ class RankProcess(Process):
         if self.phase != "loading":
             return
         self.phase = "ready"
+        self._site.served[self.epoch].add(self.rank)
         if not self.out_of_reach:
             self._site.serves_alone(self.epoch)
         self._send(Ready(self.rank, self.incarnation, self._resident()))

@@ -56,13 +56,14 @@ class Replica:
         self._site = site
         self._streams: dict[tuple[int, str], Connection] = {}  # by rank and incarnation
         self._unpersisted: int | None = None
+        self._wanted = site.degrees  # the layout, as far as this coordinator knows
         self._random = coordinator.world.random
         config = ReplicaConfig(
             replica=site.index,
             term=coordinator.term,
             epoch=site.epoch,
             plan=self._plan(),
-            layout=str(site.degrees),
+            layout=str(self._wanted),
             launch_timeout_s=20.0,
         )
         self.core = ReplicaCore(config)
@@ -74,10 +75,11 @@ class Replica:
 
     def relayout(self) -> None:
         """The site is to be laid out otherwise."""
-        self.post(Relayout(self._plan(), str(self._site.degrees)))
+        self._wanted = self._site.degrees
+        self.post(Relayout(self._plan(), str(self._wanted)))
 
     def _plan(self) -> ReplicaPlan:
-        limits, degrees = self._site.limits, self._site.degrees
+        limits, degrees = self._site.limits, self._wanted
         return ReplicaPlan(
             degrees=degrees,
             parameter_bytes=(0,) * degrees.ranks,
@@ -93,7 +95,7 @@ class Replica:
 
     def post(self, event: Event) -> None:
         """One event through the core; its effects in order."""
-        coordinator, site = self._coordinator, self._site
+        coordinator = self._coordinator
         effects = self.core.step(coordinator.world.clock.now, event)
         for effect in effects:
             coordinator.maybe_crash()
@@ -111,8 +113,7 @@ class Replica:
                     if stream := self._streams.get((rank, incarnation)):
                         stream.send(PEER, effect)
                 case ReplicaUp(fence):
-                    stale = coordinator.superseded or fence.epoch == site.epoch
-                    require(stale, "{} serves, epoch {} is on disk", fence, site.epoch)
+                    self._check_up(fence)
                     self.serving = fence
                 case ReplicaDown(fence, reason, step_broke, requests):
                     self.serving = None
@@ -123,6 +124,14 @@ class Replica:
                     coordinator.give_up()
         if effects:
             coordinator.world.stepped()
+
+    def _check_up(self, fence: Fence) -> None:
+        """What is said to serve does, all of it; a coordinator that was superseded is about to find out."""
+        site, ranks = self._site, set(range(self._wanted.ranks))
+        if not self._coordinator.superseded:
+            require(fence.epoch == site.epoch, "{} serves, epoch {} is on disk", fence, site.epoch)
+            found = site.layouts[fence.epoch], site.served[fence.epoch]
+            require(found == (self._wanted, ranks), "{} serves {}, where {} is wanted", fence, found, self._wanted)
 
     def _begin(self) -> None:
         self.post(Started(self._site.survivors()))
@@ -154,7 +163,7 @@ class Replica:
             return
         self._coordinator.disk.check_term(self._coordinator.term)
         if self._random.random() >= DISK_REFUSES:
-            self._coordinator.persist_epoch(self._site.index, self._unpersisted)
+            self._coordinator.persist_epoch(self._site.index, self._unpersisted, self._wanted)
             self._unpersisted = None
 
     def _await_persisted(self, epoch: int) -> None:

@@ -146,7 +146,7 @@ class Simulation:
 
     def _check_empty(self, site: Site) -> None:
         leader = site.leader
-        require(leader is not None, "replica {} does not serve", site.index)
+        require(leader is not None and site.as_wanted, "replica {} does not serve as {}", site.index, site.degrees)
         assert leader is not None
         leader.core.check_integrity()
         require(leader.core.stats().blocks_referenced == 0, "blocks are held: {}", leader.core.stats())

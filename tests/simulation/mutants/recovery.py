@@ -92,7 +92,7 @@ def relayout_not_told(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def deaths_ignored(patch: pytest.MonkeyPatch) -> None:
     """A dead rank ends its epoch."""
-    patch.setattr(ReplicaCore, "_lost", lambda self, now, index, reason: [])
+    patch.setattr(ReplicaCore, "_lost", lambda self, now, index, reason, wedged=False: [])
 
 
 @mutant
