@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from string import ascii_lowercase
 
 from coordinator.replica.attempt import State
 from coordinator.requests.life import Phase as LifePhase
@@ -82,12 +83,14 @@ class Phases:
             yield RETIRING
 
 
-def table(hits: Counter[Cell], faults: Iterable[str], impossible: Iterable[Cell]) -> str:
-    """How often each fault struck in each phase; a dash where it cannot."""
-    faults, cannot = tuple(faults), frozenset(impossible)
-    width = max(map(len, faults))
+def table(hits: Counter[Cell], faults: Iterable[str], impossible: Mapping[Cell, str]) -> str:
+    """How often each fault struck in each phase; a letter where it cannot, and below why."""
+    faults, width = tuple(faults), max(map(len, faults))
+    letters = dict(zip(dict.fromkeys(impossible.values()), ascii_lowercase, strict=False))
     rows = [f"{'':<{width}}" + "".join(f"{phase:>9}" for phase in PHASES)]
     for fault in faults:
-        cells = ("-" if (fault, phase) in cannot else str(hits[fault, phase]) for phase in PHASES)
+        reasons = ((impossible.get((fault, phase)), hits[fault, phase]) for phase in PHASES)
+        cells = (f"({letters[why]})" if why else str(count) for why, count in reasons)
         rows.append(f"{fault:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(rows) + "\n"
+    notes = (f"({letter}) {why}" for why, letter in letters.items())
+    return "\n".join([*rows, *notes]) + "\n"

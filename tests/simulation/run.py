@@ -27,7 +27,7 @@ LOAD_S = 8.0  # requests arrive, and faults strike at random
 PATIENCE_S = 400.0  # of users that do not press: the slowest device comes to an end in it
 LIMIT_S = 500.0  # of peace: more than the longest deadline
 MAX_PREFIX, MAX_PROMPT = 10, 16
-AIMS = 6  # faults of a life that are aimed; the seeds take their cells in turn
+AIMS = 7  # faults of a life that are aimed; the seeds take their cells in turn
 
 LAYOUTS = (  # of a replica; most are of one rank
     *[Degrees()] * 3,
