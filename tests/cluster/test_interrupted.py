@@ -160,12 +160,13 @@ class Call:
     target: str
     sampling: SamplingParams
     request_id: str
+    prompt: str = PROMPT
 
     def tokens(self, received: list[list[int]], limit: int | None = None) -> Iterator[generation_pb2.TokenDelta]:
         """Deltas after `received`, at most `limit`; then the call is dropped."""
         resume = generation_pb2.Resume(received=[generation_pb2.TokenIds(ids=ids) for ids in received])
         request = generation_pb2.GenerateRequest(
-            text=PROMPT,
+            text=self.prompt,
             request_id=self.request_id,
             sampling=sampling_to_proto(self.sampling),
             resume=resume if received else None,
