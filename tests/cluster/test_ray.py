@@ -96,15 +96,15 @@ async def live(address: str) -> None:
 async def a_spare_takes_over(cluster: Cluster) -> int:
     """The pid of what is rank 1 then. One that is stopped is not waited for, and is gone."""
     (spare,) = await cluster.spares()
-    pid, warm = await cluster.ask(spare.actor.spare)
+    pid, warm = await cluster.ask(spare.actor.spare, "")
     while not warm:
-        _, warm = await cluster.ask(spare.actor.spare)
+        _, warm = await cluster.ask(spare.actor.spare, "")
     await cluster.start_spare(spare, spec(1, "2"), timeout_s=10)
     assert await cluster.survivors(0) == {(1, "2")}
     assert await cluster.spares() == []
 
     stopped = await cluster.launch_spare(spare_name("c0ffee", 0, 0, "1"), 0, 0, "cpu")
-    stopped_pid, _ = await cluster.ask(stopped.actor.spare)
+    stopped_pid, _ = await cluster.ask(stopped.actor.spare, "")
     os.kill(stopped_pid, signal.SIGSTOP)
     with pytest.raises(InternalError, match="no answer in time"):
         await cluster.start_spare(stopped, spec(0, "2"), timeout_s=0.5)
