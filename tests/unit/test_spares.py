@@ -196,6 +196,9 @@ def test_one_whose_launch_was_not_answered_is_ended_for_it_may_have_begun() -> N
         assert made.spares.describe() == ()
         assert made.cluster.ended == made.cluster.launched == ["spare/c/0/0/3-1"]
         assert made.told() == ["spare.failed"]
+        made.cluster.unreachable = True
+        await made.spares._start((0, 0))
+        assert made.told() == ["spare.failed", "spare.not_ended", "spare.failed"]
 
     asyncio.run(live())
 
