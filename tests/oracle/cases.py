@@ -169,7 +169,7 @@ LAYOUTS = [(name, tensor) for name, case in CASES.items() for tensor in case.ten
 # Keys that older files have, and sizes that other cases have too: for the long run.
 LONG = {"llama-5-heads-of-1", "llama-3-heads-of-3", "qwen2-yarn", "qwen3-layer-types", "phi3-one-kv-head", "phi3-short"}
 LONG |= {"phi3-old-keys", "gemma2-one-kv-head", "gemma2-layer-types", "gemma3-old-keys"}
-LONG |= {"deepseek-v3-halves", "deepseek-v3-dense"}
+LONG |= {"deepseek-v2-lite", "deepseek-v3-halves", "deepseek-v3-dense"}
 PARAMETERS = [
     pytest.param(name, tensor, id=f"{name}-{tensor}", marks=[pytest.mark.long] if name in LONG else [])
     for name, tensor in LAYOUTS
