@@ -118,6 +118,7 @@ class Fences:
         self.check()
         fresh = self._directory / f"{TERM_FILE}.new"
         _overwrite(fresh, json.dumps(asdict(numbers)).encode())
+        self.check()  # syncing takes as long as the disk does
         fresh.replace(self._directory / TERM_FILE)
         with contextlib.suppress(OSError):
             _overwrite(fresh, b"")

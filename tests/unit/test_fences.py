@@ -101,6 +101,25 @@ def test_damage_and_unusable_directories_are_named(tmp_path: Path) -> None:
         Fences.open(tmp_path / "file" / "state")
 
 
+def test_one_that_is_stopped_while_it_syncs_an_epoch_does_not_put_its_term_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, fsync = Fences.open(tmp_path), os.fsync
+
+    def begin_a_successor(descriptor: int) -> None:
+        monkeypatch.undo()
+        fsync(descriptor)
+        (tmp_path / "lock").unlink()
+        Fences.open(tmp_path).close()
+
+    monkeypatch.setattr(os, "fsync", begin_a_successor)
+    with pytest.raises(SupersededError):
+        old.persist_epoch(0, 1)
+    old.close()
+    numbers = json.loads((tmp_path / "term").read_text())
+    assert (numbers["term"], numbers["epochs"]) == (2, {})
+
+
 SLEEPER = """
 import os, pathlib, signal, sys
 from coordinator.fences import Fences
