@@ -97,8 +97,8 @@ def random_layer(shape: Shape, device: torch.device, seed: int) -> MixtureOfExpe
         weight(shape.experts, shape.hidden, shape.neurons),
         F.silu,
     )
-    loads = torch.zeros(shape.experts, dtype=torch.int64, device=device)
-    return MixtureOfExperts(router, experts, SplitExperts(Group(), shape.experts, loads), shared)
+    counted = torch.zeros(shape.experts, dtype=torch.int64, device=device)
+    return MixtureOfExperts(router, experts, SplitExperts(Group(), shape.experts, counted), shared)
 
 
 class Bench:

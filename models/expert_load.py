@@ -6,8 +6,9 @@ stage say adds up to every row once. It knows no message and no step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class ExpertLoads:
             match layer.mlp.dispatcher:
                 case ExchangedExperts() as exchange:
                     self._layers[number] = exchange.map.loads, exchange.map
-                case SplitExperts(loads=Tensor() as loads) if context.tensor.rank == 0:  # all of them route all rows
-                    self._layers[number] = loads, None
+                case SplitExperts(counted=Tensor() as counted) if context.tensor.rank == 0:  # all route all rows
+                    self._layers[number] = counted, None
         for loads, placed in self._layers.values():
             loads.zero_()
             if placed is not None:
@@ -58,7 +59,7 @@ class ExpertLoads:
                 return {}
             together = arrived
         return {
-            number: LayerLoad(tuple(rows), () if placed is None else placed.placement.slots)
+            number: LayerLoad(_each(rows), ()) if placed is None else LayerLoad(tuple(rows), placed.placement.slots)
             for (number, (_, placed)), rows in zip(self._layers.items(), together.tolist(), strict=True)
         }
 
@@ -71,3 +72,8 @@ class ExpertLoads:
         host.copy_(together, non_blocking=True)
         self._coming = host, torch.cuda.current_stream(together.device).record_event()
         return None if before is None else before[0]
+
+
+def _each(together: Sequence[int]) -> tuple[int, ...]:
+    """Of each expert, from those of it and the ones before; these may have been read while they grew."""
+    return tuple(max(0, later - earlier) for earlier, later in pairwise((0, *together)))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import Group
-from parallel.expert_map import ExpertMap, count_choices
+from parallel.expert_map import ExpertMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +83,21 @@ class SplitExperts:
     1. Each rank computes its slice of every chosen expert for all rows, which all ranks have.
     2. One all-reduce adds the slices.
 
-    loads: [experts] int64, rows that chose the expert so far; not counted if None.
+    counted: [experts] int64, rows that chose the expert or one before it so far; not counted if None. It grows by what
+    is known anyway, in one launch.
     """
 
     group: Group
     experts: int
-    loads: Tensor | None = None
+    counted: Tensor | None = None
 
     def share(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
-        if self.loads is not None:
-            count_choices(self.loads, expert_ids)
         copies = Copies.of(expert_ids, weights, self.experts)
+        if self.counted is not None:
+            self.counted.add_(copies.ends)
 
         def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
             return self.group.all_reduce(_added(copies.sums(outputs), beside))

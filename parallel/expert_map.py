@@ -50,12 +50,7 @@ class ExpertMap:
 
     def slots_of(self, expert_ids: Tensor) -> Tensor:
         """[m, k] experts, counted -> [m, k] slots; rows take the replicas of an expert in turn."""
-        count_choices(self.loads, expert_ids)
+        chosen = expert_ids.flatten()
+        self.loads.scatter_add_(0, chosen, torch.ones_like(chosen))
         turn = torch.arange(expert_ids.shape[0], device=expert_ids.device).unsqueeze(-1)
         return self.slots[expert_ids, turn % self.replicas[expert_ids]]
-
-
-def count_choices(loads: Tensor, expert_ids: Tensor) -> None:
-    """loads [experts] int64 has one more for each choice, without waiting for the device."""
-    chosen = expert_ids.flatten()
-    loads.scatter_add_(0, chosen, torch.ones_like(chosen))

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 import pytest
@@ -42,16 +42,17 @@ BREAKS = 77  # the token whose step breaks
 class Site:
     """The coordinator's parts around one replica of one rank."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, family: str) -> None:
         self.address = f"127.0.0.1:{port}"
         config = CoordinatorConfig.model_validate(
             {
-                "model": make_poisoned_checkpoint(folder / "model"), "served_model_name": "tiny", "device": "cpu",
-                "dtype": "float64", "max_context": 64, "state_dir": folder / "state", "ray_address": "h:1",
-                "internal_address": self.address, "max_running": 4,
+                "model": make_poisoned_checkpoint(folder / "model", family), "served_model_name": "tiny",
+                "device": "cpu", "dtype": "float64", "max_context": 64, "state_dir": folder / "state",
+                "ray_address": "h:1", "internal_address": self.address, "max_running": 4,
             }
         )  # fmt: skip
         self.told: list[object] = []
+        self.expert_loads = ExpertLoads()
         self.serves = asyncio.Event()
         self.fences = Fences.open(config.state_dir)
         self.layout = read_layout(config)
@@ -112,7 +113,7 @@ class Site:
         settings = self.layout.settings
         services = self.replicas.services
         control_pb2_grpc.add_RankControlServicer_to_server(
-            RankControlServicer(services, lambda: settings, ExpertLoads()), server
+            RankControlServicer(services, lambda: settings, self.expert_loads), server
         )
         link_pb2_grpc.add_ReplicaLinkServicer_to_server(ReplicaLinkServicer(services, self.service), server)
         await server.start()
@@ -133,15 +134,16 @@ class Site:
             self.fences.close()
 
 
-Run = Callable[[Callable[[Site], Coroutine[Any, Any, None]]], None]
+class Run(Protocol):
+    def __call__(self, test: Callable[[Site], Coroutine[Any, Any, None]], family: str = "llama") -> None: ...
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    def within(test: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
+    def within(test: Callable[[Site], Coroutine[Any, Any, None]], family: str = "llama") -> None:
         async def work() -> None:
             server = grpc.aio.server()
-            site = Site(tmp_path, server.add_insecure_port("127.0.0.1:0"))
+            site = Site(tmp_path, server.add_insecure_port("127.0.0.1:0"), family)
             await site.run(test, server)
 
         asyncio.run(work())
@@ -192,3 +194,25 @@ def test_a_request_that_breaks_its_step_is_quarantined_and_the_other_goes_on(
         assert site.serves.is_set()
 
     run(test)
+
+
+def test_the_coordinator_hears_how_often_experts_are_chosen(run: Run) -> None:
+    """Two of four for each token, in both layers; seven tokens at least are computed for an answer of six."""
+
+    async def test(site: Site) -> None:
+        async def choices(least: int) -> list[int]:
+            while True:
+                loads = site.expert_loads.describe({0: 1})
+                found = [sum(load.rows) for load in loads]
+                if len(set(found)) == 1 and found[0] >= least:
+                    assert [(load.replica, load.layer, len(load.rows)) for load in loads] == [(0, 0, 4), (0, 1, 4)]
+                    return found
+                await asyncio.sleep(0.1)
+
+        (before, _) = await choices(1)  # of the token that nobody asked for
+        assert isinstance(await site.ask(5, 6), Completion)
+        (after, _) = await choices(before + 2 * 7)
+        assert (after - before) % 2 == 0
+        assert site.expert_loads.describe({0: 2}) == []
+
+    run(test, "mixtral")

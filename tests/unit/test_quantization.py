@@ -36,7 +36,12 @@ SIZES: dict[str, Any] = {
     "vocab_size": 331,
 }
 MOE = SIZES | {"num_experts": 6, "moe_intermediate_size": 18}
-BLOCKS: dict[str, Block] = {"blocks": (16, 11), "one-scale": None}
+DEEPSEEK = SIZES | {"head_dim": 6, "first_k_dense_replace": 0}
+CASES: dict[str, tuple[str, dict[str, Any], Block]] = {
+    "blocks": ("qwen3-moe", MOE, (16, 11)),
+    "one-scale": ("qwen3-moe", MOE, None),
+    "deepseek": ("deepseek-v3", DEEPSEEK, (16, 11)),
+}
 
 
 def load(directory: Path, place: Place, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
@@ -50,11 +55,11 @@ def load(directory: Path, place: Place, dtype: torch.dtype) -> tuple[dict[str, T
     return dict(model.shards), read
 
 
-@pytest.fixture(scope="module", params=BLOCKS)
+@pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Of 8 bit floats in two files, and plain; blocks that no rank's share begins or ends with."""
-    root = tmp_path_factory.mktemp(request.param)
-    return make_quantised(root, "qwen3-moe", BLOCKS[request.param], shards=2, **MOE)
+    family, sizes, block = CASES[request.param]
+    return make_quantised(tmp_path_factory.mktemp(request.param), family, block, shards=2, **sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

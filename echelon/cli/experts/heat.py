@@ -64,7 +64,7 @@ def strips(loads: Sequence[ExpertLoad]) -> Text:
     for load in loads:
         text.append(f"\n{load.replica}/{load.layer:<4}")
         for heat in pooled(heats(load.rows), STRIP):
-            text.append(_letter(heat), Style(bgcolor=Color.from_rgb(*colour(heat))))
+            text.append(_letter(heat), Style(color="black", bgcolor=Color.from_rgb(*colour(heat))))
     return text
 
 
