@@ -16,6 +16,8 @@ from worker.kv_cache import KVCache
 from worker.plan import NON_FINITE
 from worker.slots import SlotState
 
+PIECE_TOKENS = 4096  # whose keys are looked at at once: steps run on, and the cache has left little memory
+
 log = structlog.get_logger("runner")
 
 
@@ -40,18 +42,25 @@ def tell(step: int, rows: Sampled, state: SlotState, cache: KVCache, first_layer
     """Logs each row that is not finite, while its slot has no other owner. Waits for the device."""
     for row in (rows.outcome[:, 0] == NON_FINITE).nonzero().flatten().tolist():
         slot, tokens = int(rows.slots[row]), int(rows.positions[row])
-        found = first_astray(cache, state.block_tables[slot], tokens)
         where: dict[str, object] = {"layer": f"behind the keys of layer {first_layer + len(cache.keys) - 1}"}
-        if found is not None:
-            where = {"layer": first_layer + found.layer, "position": found.position}
+        try:
+            found = first_astray(cache, state.block_tables[slot], tokens)
+        except torch.OutOfMemoryError:  # which costs this line of the log its place, and nobody a step
+            where = {"layer": "unknown: no memory is left to look"}
+        else:
+            if found is not None:
+                where = {"layer": first_layer + found.layer, "position": found.position}
         log.warning("scores are not finite", step=step, slot=slot, tokens=tokens, **where)
 
 
 def first_astray(cache: KVCache, block_table: Tensor, tokens: int) -> Astray | None:
     """block_table [blocks] of a sequence of so many tokens; None if the keys of all layers are finite."""
-    blocks = block_table[: -(-tokens // cache.block_tokens)]
+    pieces = block_table[: -(-tokens // cache.block_tokens)].split(max(PIECE_TOKENS // cache.block_tokens, 1))
     for layer, keys in enumerate(cache.keys):
-        finite = keys[blocks].flatten(0, 1)[:tokens].isfinite().flatten(1).all(-1)
-        if not finite.all():
-            return Astray(layer, int(finite.logical_not().nonzero()[0]))
+        first = 0
+        for blocks in pieces:
+            finite = keys[blocks].flatten(0, 1)[: tokens - first].isfinite().flatten(1).all(-1)
+            if not finite.all():
+                return Astray(layer, first + int(finite.logical_not().nonzero()[0]))
+            first += len(finite)
     return None
