@@ -8,10 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import structlog
+
 from echelon.internal.v1 import control_pb2
 from models.expert_load import ExpertLoads, LayerLoad
 
 LEAST_S = 1.0  # between two messages: with hundreds of experts in tens of layers they are large
+
+log = structlog.get_logger("rank")
 
 
 class ExpertLoadNews:
@@ -32,7 +36,11 @@ class ExpertLoadNews:
         if now_s - self._looked_s < LEAST_S:
             return None
         self._looked_s = now_s
-        found = self._loads.read()
+        try:
+            found = self._loads.read()
+        except RuntimeError as error:  # of the device: what runs there tells it as a fault, and a rank's life goes on
+            log.warning("choices of experts cannot be read", error=str(error))
+            return None
         if not found or found == self._told:
             return None
         self._told = found

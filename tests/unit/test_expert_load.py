@@ -86,8 +86,11 @@ class Counters:
 
     def __init__(self) -> None:
         self.loads: dict[int, LayerLoad] = {}
+        self.error: Exception | None = None
 
     def read(self) -> dict[int, LayerLoad]:
+        if self.error is not None:
+            raise self.error
         return self.loads
 
 
@@ -110,6 +113,17 @@ def test_news_are_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     news.forget_told()  # another coordinator has come
     assert news.news() == told
     counters.loads = {5: LayerLoad((6, 0, 1, 1), ((1, 0), (2, 3)))}
+    assert news.news() is not None
+
+
+def test_counters_that_cannot_be_read_end_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has no memory left for a moment, or is broken: its steps say so."""
+    monkeypatch.setattr(expert_news, "LEAST_S", 0.0)
+    counters = Counters()
+    news = ExpertLoadNews(counters)  # type: ignore[arg-type]
+    counters.error = torch.OutOfMemoryError("CUDA out of memory")
+    assert news.news() is None
+    counters.error, counters.loads = None, {0: LayerLoad((1,))}
     assert news.news() is not None
 
 
