@@ -102,7 +102,8 @@ def test_a_holder_waits_for_a_shard_and_follows_its_changes(
     holder, absent = Holder(0, register=False), kept.folder.with_name("absent")
     kept.folder.rename(absent)
     holder.want(kept.folder)
-    assert holder._thread is None, "there is none yet"
+    settled(holder)
+    assert holder._held is None, "there is none yet"
     absent.rename(kept.folder)
     holder.want(kept.folder)
     settled(holder)
@@ -116,6 +117,26 @@ def test_a_holder_waits_for_a_shard_and_follows_its_changes(
     given = holder.give()
     assert given is not None and given.weights == kept.weights
     assert released == [first]
+
+
+@pytest.mark.parametrize("away", ["removed", "not there yet in another layout"])
+def test_what_is_wanted_no_more_is_let_go_though_nothing_takes_its_place(
+    kept: KeepingRank, away: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is mapped keeps its memory when it is removed, and what is to be written may lack just that."""
+    released: list[Path] = []
+    monkeypatch.setattr(HeldShard, "release", lambda self: released.append(self.weights))
+    holder = Holder(0, register=False)
+    holder.want(kept.folder)
+    settled(holder)
+    weights, wanted = kept.weights, kept.folder
+    if away == "removed":
+        shutil.rmtree(kept.folder)
+    else:
+        wanted = kept.folder.with_name("p9-d0-t0")
+    holder.want(wanted)
+    settled(holder)
+    assert released == [weights] and holder.give() is None
 
 
 def test_what_is_ready_too_late_is_let_go(kept: KeepingRank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,20 +87,23 @@ class Holder:
     def __init__(self, niceness: int, register: bool = True) -> None:
         self._niceness = niceness
         self._register = register
-        self._tried: tuple[Path, Mark] | None = None
+        self._tried: tuple[Path, Mark | None] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._held: HeldShard | None = None
         self._given = False
 
     def want(self, folder: Path) -> None:
-        """Returns at once. A shard that is not there yet is held once it is; one that is not fit, once it changes."""
+        """Returns at once. A shard that is not there yet is held once it is; one that is not fit, once it changes.
+
+        What was held before is let go even if there is nothing in its place: its memory may be what that waits for.
+        """
         if self._thread is not None and self._thread.is_alive():
             return
-        try:
-            wanted = folder, mark_of(folder / MANIFEST_FILE)
-        except OSError:
-            return
+        mark = None
+        with contextlib.suppress(OSError):
+            mark = mark_of(folder / MANIFEST_FILE)
+        wanted = folder, mark
         if wanted != self._tried:
             self._tried = wanted
             self._thread = threading.Thread(target=self._hold, args=(folder,), name="hold-shard", daemon=True)
