@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from coordinator.agents import unheard
 from coordinator.cluster import Cluster, SpareProcess
 from coordinator.events import EventLog
 from echelon.errors import InternalError
@@ -168,8 +169,10 @@ class Spares:
         if held is None or not held.warm:
             return False
         del self._held[slot]
+        # A launch may be given up meanwhile; one that does not answer must be ended all the same, or nobody would.
+        handing = unheard(asyncio.ensure_future(self._cluster.start_spare(held.process, spec, HAND_OVER_S)))
         try:
-            await self._cluster.start_spare(held.process, spec, HAND_OVER_S)
+            await asyncio.shield(handing)
         except InternalError as error:
             self._lose(slot, True, error.message)
             return False

@@ -176,6 +176,31 @@ def test_one_that_does_not_take_over_is_given_up_at_once() -> None:
     asyncio.run(live())
 
 
+def test_one_that_is_handed_over_as_its_launch_is_given_up_is_not_left_to_itself() -> None:
+    """It may be stopped: only the end of the handing over tells, and ends it then."""
+
+    async def live() -> None:
+        made, begun, answer, handed = shell([(43, True)]), asyncio.Event(), asyncio.Event(), []
+
+        async def start_spare(spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
+            begun.set()
+            await answer.wait()
+            handed.append(spare.name)
+            raise InternalError("no answer in time")
+
+        made.cluster.start_spare = start_spare  # type: ignore[method-assign]
+        await made.spares._move()
+        launch = asyncio.ensure_future(made.spares.start_rank(SPEC))
+        await begun.wait()
+        launch.cancel()
+        await asyncio.wait([launch])
+        answer.set()
+        await asyncio.sleep(0.01)
+        assert launch.cancelled() and handed == made.cluster.launched
+
+    asyncio.run(live())
+
+
 def test_one_that_no_longer_answers_is_ended() -> None:
     async def live() -> None:
         made = shell([(43, True), InternalError("no answer in time")])
