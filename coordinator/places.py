@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from ray.util.placement_group import PlacementGroup
@@ -29,6 +30,7 @@ class Places:
         self._nodes = agents.nodes
         self._in_thread = in_thread
         self._lacking: set[tuple[int, int]] = set()  # replica and rank
+        self._given_back: Counter[int] = Counter()  # by replica, how often all its slots were
 
     async def take(
         self, replica: int, rank: int, device: str, no_room: Callable[[str], None] | None = None
@@ -37,18 +39,20 @@ class Places:
 
         no_room is told every few seconds why there is none; without it InternalError is raised after SLOT_TIMEOUT_S.
         """
-        began_s, lost = time.monotonic(), None
+        began_s = time.monotonic()
+        taken_as: tuple[frozenset[str], int] | None = None
         try:
             while True:
                 if no_room is not None and any(other < replica for other, _ in self._lacking):
                     await self._in_thread(remove_slots, self._cluster, replica)
-                    lost = None
+                    self._given_back[replica] += 1
                     no_room("a replica before it lacks room too")
                     await asyncio.sleep(slots.SLOT_POLL_S)
                     continue
-                if lost != self._nodes.lost:  # one that was avoided may be good again, or another is lost
-                    lost = self._nodes.lost
-                    slot = await self._in_thread(slots.take_slot, self._cluster, replica, rank, device, lost)
+                now = self._nodes.lost, self._given_back[replica]
+                if taken_as != now:  # a node that was avoided may be good again, another is lost, or the slot is gone
+                    taken_as = now
+                    slot = await self._in_thread(slots.take_slot, self._cluster, replica, rank, device, now[0])
                 if await self._in_thread(slot.wait, slots.SLOT_POLL_S) and await self._has_agent(slot):
                     return slot
                 waited_s = time.monotonic() - began_s

@@ -169,6 +169,30 @@ def test_of_two_replicas_that_lack_room_the_first_gets_what_there_is(monkeypatch
     run(work())
 
 
+def test_a_slot_that_another_rank_of_its_replica_gave_back_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone while its rank looks at it, and the replica before has its room before that rank looks up."""
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=0)
+        ray.cluster._nodes._addresses["b"] = "10.0.0.2"
+        ray.free["b"] = 0
+        ray.cluster._nodes.agents["b"] = object()
+        waiting = asyncio.create_task(ray.wanted(1, 0))
+        while not ray.told:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(slots, "SLOT_POLL_S", 0.2)
+        await asyncio.sleep(0.02)  # it looks, for long
+        ray.cluster._places._lacking.add((0, 0))
+        other = asyncio.create_task(ray.wanted(1, 1))
+        while ray.slots:
+            await asyncio.sleep(0.01)
+        ray.cluster._places._lacking.clear()
+        ray.free["b"] = 2
+        assert [await waiting, await other] == ["b", "b"]
+
+    run(work())
+
+
 def test_a_wait_that_is_given_up_holds_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         ray = FewPlaces(monkeypatch, a=0)
