@@ -14,6 +14,7 @@ import ray
 from ray.util import scheduling_strategies
 from ray.util.placement_group import PlacementGroup
 
+from echelon.errors import InternalError
 from worker.actor import AgentActor, RankActor, slot_name
 
 SLOT_TIMEOUT_S = 30.0
@@ -45,12 +46,16 @@ def take_slot(
 
 
 def find_slot(cluster: str, replica: int, rank: int) -> tuple[PlacementGroup | None, str]:
-    """The slot of a rank, None if there is none, and its node."""
+    """The slot of a rank, None if there is none, and its node. Raises InternalError when Ray does not answer."""
     try:
         slot: PlacementGroup = ray.util.get_placement_group(slot_name(cluster, replica, rank))
+        return slot, node_of(slot)
     except ValueError:
         return None, ""
-    return slot, node_of(slot)
+    except ray.exceptions.RayError as error:
+        raise InternalError(
+            f"Ray does not tell where rank {rank} of replica {replica} has its slot: {error}"
+        ) from error
 
 
 def node_of(slot: PlacementGroup) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import ray
 
 from coordinator import places, slots
 from coordinator.cluster import Cluster
@@ -133,6 +134,22 @@ def test_a_node_that_has_just_joined_is_of_use_once_its_agent_answers(monkeypatc
         assert ray.told[-1] == "no room for rank 1 of replica 0; nodes whose agent does not answer: 1"
         ray.cluster._nodes.agents["b"] = object()
         assert await waiting == "b"
+
+    run(work())
+
+
+def test_a_spare_that_ray_has_no_answer_for_is_an_error_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of ranks that live need no Ray, and their coordinator must not end for a spare's sake."""
+
+    def get_placement_group(name: str) -> None:
+        raise ray.exceptions.RpcError("the GCS is gone", rpc_code=14)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(ray.util, "get_placement_group", get_placement_group)
+
+    async def work() -> None:
+        cluster = Cluster(("c0ffee", 1), "h:1", 30.0)
+        with pytest.raises(InternalError, match="where rank 2 of replica 0 has its slot: the GCS is gone"):
+            await cluster.launch_spare("spare/c0ffee/0/2/1-1", 0, 2, "cpu")
 
     run(work())
 
