@@ -136,13 +136,14 @@ class JournalFile:
     # Writing
 
     def _write(self, content: bytes) -> None:
-        if self._segment is not None:
-            self._unwritten += content
-        self._check_term()  # what one that was stopped, and only now wakes, meant to write is old
         if self._segment is None:
             return
+        self._unwritten += content
         try:
+            self._check_term()  # what one that was stopped, and only now wakes, meant to write is old
             self._segment.append(self._unwritten)
+        except SupersededError:
+            raise
         except OSError as error:
             if error.errno == errno.ESTALE or len(self._unwritten) > UNWRITTEN_BYTES:
                 self._lose(error)

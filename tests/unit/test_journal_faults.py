@@ -75,6 +75,30 @@ def test_what_is_kept_for_a_full_disk_has_a_bound(tmp_path: Path, monkeypatch: p
     assert len(reopened(tmp_path).state.entries) == 51
 
 
+def test_what_is_kept_while_the_term_cannot_be_looked_up_has_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no file can be opened, because so many are: that may last."""
+    monkeypatch.setattr(journal_file, "UNWRITTEN_BYTES", 500)
+    refuses = False
+
+    def check_term() -> None:
+        if refuses:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    journal = JournalFile(tmp_path, term=1, check_term=check_term)
+    refuses = True
+    for number in range(50):
+        with pytest.raises(OSError, match="Too many open files"):
+            append(journal, opened(f"r{number}"))
+        assert len(journal._unwritten) < 1000
+    refuses = False
+    until(journal, lambda: segments(tmp_path) == ["000002.log"])
+    append(journal, opened("last"))
+    journal.close()
+    assert len(reopened(tmp_path).state.entries) == 51
+
+
 def test_half_a_frame_that_could_not_be_taken_back_is_taken_back_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
