@@ -45,19 +45,25 @@ def quantise(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     return values[:height, :width], scales.view(1) if block is None else scales[:, 0, :, 0]
 
 
+def router_names(config: ModelConfig) -> list[str]:
+    """What chooses experts, layer by layer."""
+    return [router_name(config, n) for n, layer in enumerate(config.layers) if layer.routing is not None]
+
+
 def quantised_names(config: ModelConfig) -> set[str]:
     """The matrices of layers, less what chooses experts."""
-    routers = {router_name(config, n) for n, layer in enumerate(config.layers) if layer.routing is not None}
     matrices = (p for p in parameter_table(config) if p.layer is not None and len(p.shape) == 2)
-    return {parameter.name for parameter in matrices} - routers
+    return {parameter.name for parameter in matrices} - set(router_names(config))
 
 
-def quantization_config(block: Block) -> dict[str, object]:
-    """What config.json then says."""
+def quantization_config(block: Block, config: ModelConfig) -> dict[str, object]:
+    """What config.json then says: how, and which modules are left as they are, for readers that do not see it."""
+    plain = ["lm_head", *(name.removesuffix(".weight") for name in router_names(config))]
     if block is not None:
         return {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
+            "modules_to_not_convert": plain,
             "quant_method": "fp8",
             "weight_block_size": list(block),
         }
@@ -67,7 +73,7 @@ def quantization_config(block: Block) -> dict[str, object]:
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-        "ignore": ["lm_head"],
+        "ignore": plain,
     }
 
 
@@ -91,6 +97,8 @@ def quantise_checkpoint(source: Path, target: Path, block: Block) -> None:
     config = read_model_config(source)
     if config.quantization is not None:
         raise SystemExit(f"{source} is quantised already")
+    if target.is_dir() and any(target.iterdir()):
+        raise SystemExit(f"{target} is not empty; give a new folder")  # least of all the source itself
     target.mkdir(parents=True, exist_ok=True)
     names = quantised_names(config)
     weight_map: dict[str, str] = {}
@@ -101,7 +109,7 @@ def quantise_checkpoint(source: Path, target: Path, block: Block) -> None:
         elif path.is_file() and path.name not in ("config.json", INDEX_FILE):
             shutil.copy(path, target / path.name)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    write_json(target / "config.json", {**values, "quantization_config": quantization_config(block)})
+    write_json(target / "config.json", {**values, "quantization_config": quantization_config(block, config)})
     if (source / INDEX_FILE).exists():
         write_json(target / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echelon.errors import ConfigError
-from examples.quantize_fp8 import Block, quantise
+from examples.quantize_fp8 import Block, quantise, quantise_checkpoint
 from models.config import read_model_config
 from models.files import check_model_directory, checkpoint_index
 from models.quantization import covering
@@ -23,6 +23,7 @@ from parallel.context import ParallelContext
 from parallel.degrees import Degrees, Place
 from tests.quantised import change_config, make_quantised
 from tests.shards import KeepingRank, assert_same
+from tests.tiny import make_checkpoint
 from worker import parts
 from worker.loader import load_weights
 
@@ -95,6 +96,23 @@ def test_a_shard_checkpoint_holds_what_the_rank_holds(pair: tuple[Path, Path], t
     restored, loaded = rank.load()
     assert loaded.origin == "shard"
     assert_same(restored, load(plain, rank.place, torch.bfloat16)[0])
+
+
+def test_what_is_left_as_it_is_is_said(pair: tuple[Path, Path]) -> None:
+    """Other readers go by config.json alone."""
+    stored = {name for name, tensor in checkpoint_index(pair[0]).items() if tensor.dtype != "F8_E4M3"}
+    said = json.loads((pair[0] / "config.json").read_text())["quantization_config"]
+    plain = said["ignore"] if "ignore" in said else said["modules_to_not_convert"]
+    gates = {name.removesuffix(".weight") for name in stored if name.endswith("mlp.gate.weight")}
+    assert gates and set(plain) == {"lm_head", *gates}
+
+
+def test_a_checkpoint_is_not_written_over_another(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    with pytest.raises(SystemExit, match="is not empty; give a new folder"):
+        quantise_checkpoint(source, source, (16, 11))
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
 @settings(max_examples=50, deadline=None)
