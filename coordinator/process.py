@@ -20,7 +20,7 @@ import structlog
 from coordinator.assembly import Layout, RankLauncher, build_service, read_layout
 from coordinator.cluster import Cluster
 from coordinator.expert_loads import ExpertLoads
-from coordinator.fences import Fences
+from coordinator.fences import Fences, SupersededError
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
 from coordinator.jobs.runner import JobConfig
 from coordinator.jobs.service import JobService
@@ -101,7 +101,12 @@ class Coordinator:
 
     async def close(self) -> None:
         """End servers, ranks and slots; the state directory stays for a successor. `run` must have ended."""
-        self._fences.check()  # else they are a successor's
+        try:
+            self._fences.check()
+        except SupersededError:  # they are a successor's
+            raise
+        except OSError as error:  # agents do not obey one that was superseded
+            log.warning("the term cannot be read; what runs is ended all the same", error=str(error))
         self._service.events.emit("coordinator.stopping", "coordinator")
         self._replicas.close()
         try:
