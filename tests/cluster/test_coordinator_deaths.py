@@ -167,13 +167,24 @@ def test_ranks_and_streams_notice_no_death(
         expected = undisturbed[name, prompt]
         assert {each.index: list(each.token_ids) for each in expected.choices} == told[name].ids
         assert {each.index: each.text for each in expected.choices} == told[name].texts
-        logprobs = {each.index: [each.logprob for each in each.logprobs] for each in expected.choices}
-        assert all(told[name].logprobs[index] == pytest.approx(known, abs=1e-6) for index, known in logprobs.items())
+        assert_close(told[name].logprobs, expected)
         again = client.generate(prompt, sampling=sampling_of(name), request_id=request_id(name), cache_salt=salt)
         assert {each.index: list(each.token_ids) for each in again.choices} == told[name].ids, (
             "it can be asked for again"
         )
+        assert_close(logprobs_of(again), expected)  # which nobody could tell of tokens that only their client had held
         assert again.usage.recomputed_tokens == 0
+
+
+def logprobs_of(answer: Completion) -> dict[int, list[float]]:
+    return {choice.index: [each.logprob for each in choice.logprobs] for choice in answer.choices}
+
+
+def assert_close(logprobs: dict[int, list[float]], expected: Completion) -> None:
+    """Their last bits depend on the batch."""
+    assert logprobs.keys() == logprobs_of(expected).keys()
+    for choice, known in logprobs_of(expected).items():
+        assert logprobs[choice] == pytest.approx(known, abs=1e-6)
 
 
 def strike_at(case: Case, deaths: Deaths, phase: str, place: float, due: threading.Event) -> None:
@@ -213,8 +224,7 @@ def test_a_successor_tells_what_has_ended_and_goes_on_with_what_is_parked(
     told = listen(client, "two", "ended", PROMPT)
     held = [list(choice.token_ids) for choice in ended.choices]
     assert [told.ids[index] for index in range(2)] == held
-    logprobs = [[each.logprob for each in choice.logprobs] for choice in ended.choices]
-    assert [told.logprobs[index] for index in range(2)] == logprobs
+    assert told.logprobs == logprobs_of(ended)
     fewer = [held[0][:7], held[1][:-1]]
     assert Call(cluster.target, asked, "ended", PROMPT).gather(fewer) == held, "the rest of it"
     resumed = client.generate(PROMPT, sampling=asked, request_id="parked")
