@@ -17,6 +17,7 @@ from tests.oracle.harness import run_case
 from tests.tiny import FAMILIES, make_checkpoint
 
 PROMPTS, LENGTHS = (23, 40), (30, 44)
+SLOW = ("deepseek-v2-lite", "deepseek-v3")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -29,7 +30,9 @@ def logprobs(directory: Path, dtype: torch.dtype) -> npt.NDArray[np.float64]:
     return np.concatenate([results[f"{way}-{i}"].ravel() for way in ("whole", "chunked") for i in range(len(LENGTHS))])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in FAMILIES]
+)
 def test_lower_precision_is_near_float64(tmp_path: Path, family: str) -> None:
     make_checkpoint(tmp_path, family)
     exact = logprobs(tmp_path, torch.float64)

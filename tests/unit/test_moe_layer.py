@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import pytest
+
 from benchmarks.moe_layer import SHAPES, measure
 
 
@@ -17,6 +19,7 @@ def test_the_floor_counts_what_rows_read_and_multiply() -> None:
     assert qwen.floor_bytes(touched=128) == 2 * (128 * 3 * 2048 * 768 + 128 * 2048)
 
 
+@pytest.mark.long
 def test_it_runs_on_a_cpu() -> None:
     options = argparse.Namespace(device="cpu", scale=32, layers=2, bandwidth=1e12, rate=1e15)
     found = measure("deepseek-v2-lite", 3, options)
