@@ -221,25 +221,26 @@ def test_a_map_answers_in_order_and_errors_stand_in_their_place(pair: Case) -> N
 def test_a_lower_priority_goes_first(tight: Case) -> None:
     """Each takes every slot, so one runs at a time; those that wait go by priority, then by arrival."""
     cluster, client = tight.cluster, tight.cluster.client()
-    every_slot = replace(PLAIN, n=7, max_tokens=30)
+    every_slot = replace(PLAIN, n=7, max_tokens=300)
     priorities = [3, -1, 0, -1, 2]
-    ended: list[int] = []
+    started: list[int] = []
 
     def ask(number: int) -> None:
-        client.generate(PROMPT, sampling=every_slot, priority=priorities[number])
-        ended.append(number)
+        with client.stream(PROMPT, sampling=every_slot, priority=priorities[number]) as stream:
+            next(stream)
+            started.append(number)  # the next cannot start before this stream is closed
 
     with ThreadPoolExecutor(len(priorities)) as pool:
-        with client.stream(PROMPT, sampling=replace(every_slot, max_tokens=300)) as first:
+        with client.stream(PROMPT, sampling=every_slot) as first:
             next(first)
             asked = []
             for number in range(len(priorities)):
                 asked.append(pool.submit(ask, number))
                 cluster.wait(partial(waits, number + 1), "the request to wait")
-            assert not ended
+            assert not started
         for one in asked:
             one.result()
-    assert ended == [1, 3, 2, 4, 0]
+    assert started == [1, 3, 2, 4, 0]
 
 
 def waits(count: int, now: Cluster) -> bool:
