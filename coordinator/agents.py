@@ -1,4 +1,4 @@
-"""Agents: the node agents of a cluster, found or started on every node of Ray, renewed, and told to kill.
+"""Agents: the node agents of a cluster, found or started on every node of Ray, renewed, told to kill, asked for deaths.
 
 On the coordinator's loop, for `coordinator/cluster.py`; which nodes are lost is `coordinator/nodes.py`'s to say. An
 agent is a detached actor, so that it outlives a coordinator and a successor finds it by its node's name. It takes
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import errno
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -23,6 +23,8 @@ from coordinator.slots import create_agent
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 15.0  # an agent itself gives up after ten
+DEATH_POLL_S = 10.0
+LOOK_S = 1.0  # how soon an agent that is new is asked, and one that is lost no more
 
 Result = TypeVar("Result")
 Agent = Any  # Ray's actor handles have no static type
@@ -56,6 +58,7 @@ class Agents:
         self._in_thread = in_thread
         self._clock = clock
         self._heard_s = clock()
+        self._listing: asyncio.Future[None] | None = None  # the last question for all nodes
         self.nodes: Nodes[Agent] = Nodes(self._meet, lease_s / 2, tell, clock)
 
     @property
@@ -88,10 +91,41 @@ class Agents:
         self.nodes.owe(prefix)
         await asyncio.gather(*(self._kill(*each, prefix, first) for each in self.nodes.agents.items()))
 
+    async def deaths(self) -> AsyncGenerator[str, None]:
+        """The name of each process that ended unordered, without end."""
+        polls: dict[asyncio.Future[list[str]], tuple[str, Agent]] = {}
+        try:
+            while True:
+                for poll, (node, agent) in list(polls.items()):
+                    if self.nodes.agents.get(node) is not agent:  # lost; one that comes after it is asked anew
+                        poll.cancel()
+                        del polls[poll]
+                for node in self.nodes.agents.keys() - {node for node, _ in polls.values()}:
+                    agent = self.nodes.agents[node]
+                    polls[result(agent.deaths.remote(DEATH_POLL_S))] = node, agent
+                if not polls:  # every agent is gone, until the next renewal finds new ones
+                    await asyncio.sleep(LOOK_S)
+                    continue
+                done, _ = await asyncio.wait(polls, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                for poll in done:
+                    node, agent = polls.pop(poll)
+                    if isinstance(poll.exception(), ray.exceptions.RayError):
+                        # What lived there says so itself: its streams end.
+                        self.nodes.lose(node, agent, f"its agent is gone: {last_line(poll.exception())}")
+                        continue
+                    for name in poll.result():
+                        yield name
+        finally:
+            for poll in polls:
+                poll.cancel()
+
     async def _list_nodes_soon(self) -> None:
+        """A question that Ray does not answer blocks its thread: the next renewal waits for it, and asks no other."""
+        if self._listing is None or self._listing.done():
+            self._listing = unheard(asyncio.create_task(self.list_nodes()))
         try:
             async with asyncio.timeout(self._lease_s / 3):
-                await self.list_nodes()
+                await asyncio.shield(self._listing)
         except (TimeoutError, ray.exceptions.RayError) as error:
             log.warning("Ray does not tell its nodes", error=str(error))
 
@@ -101,7 +135,7 @@ class Agents:
         except TimeoutError:
             self.nodes.silent(node)
         except ray.exceptions.RayError as error:
-            self.nodes.lose(node, f"its agent is gone: {last_line(error)}")
+            self.nodes.lose(node, agent, f"its agent is gone: {last_line(error)}")
         else:
             self.nodes.heard(node)
 
@@ -110,9 +144,12 @@ class Agents:
             try:
                 left = await self._order(agent, prefix, first)
             except (TimeoutError, ray.exceptions.RayError) as error:
-                self.nodes.owe(prefix, node)
-                self.nodes.lose(node, f"its agent does not kill: {last_line(error) or 'no answer'}")
-                return
+                self.nodes.lose(node, agent, f"its agent does not kill: {last_line(error) or 'no answer'}")
+                if node not in self.nodes.agents:
+                    self.nodes.owe(prefix, node)
+                    return
+                agent = self.nodes.agents[node]  # another has come meanwhile
+                continue
             if not left:
                 return
             log.warning("processes do not end; trying again", node=node, left=left)

@@ -33,7 +33,6 @@ from worker.spec import RankSpec, parse_name, replica_prefix, spare_name, spares
 
 NAMESPACE = "echelon"
 JOIN_TIMEOUT_S = 60.0  # five seconds on an idle machine
-DEATH_POLL_S = 10.0
 LOST_POLL_S = 0.5
 
 Result = TypeVar("Result")
@@ -120,16 +119,16 @@ class Cluster:
         for replica in {index for _, (_, index, _, _) in await self._living() if index >= replicas}:
             await self.kill(replica)
             await self.end_all(spares_prefix(self._cluster, replica))
-            await self._call(remove_slots, self._cluster, replica)
+            await self._order("Ray takes no slot back", remove_slots, self._cluster, replica)
 
     async def spares(self) -> list[SpareProcess]:
-        """The processes that a predecessor has left waiting in slots."""
+        """The processes that a predecessor has left waiting in slots. Raises InternalError when Ray does not answer."""
         found = []
         for node_id, (kind, replica, rank, serial) in await self._living():
             if kind == "spare":
                 name = spare_name(self._cluster, replica, rank, serial)
                 with contextlib.suppress(ValueError):  # it went by itself meanwhile
-                    actor = await self._call(ray.get_actor, name)
+                    actor = await self._order(f"Ray does not find {name}", ray.get_actor, name)
                     found.append(SpareProcess(replica, rank, name, node_id, actor))
         return found
 
@@ -216,7 +215,7 @@ class Cluster:
         await self.end_all(prefix, first)
         # Ray knows a rank that was a spare by its first name, and must end it where the agent has died.
         waiting = {spare.name for spare in await self.spares()}
-        await self._call(slots.discard_actors, spares_prefix(self._cluster, replica), waiting)
+        await self._order("Ray forgets no spare", slots.discard_actors, spares_prefix(self._cluster, replica), waiting)
 
     async def end_all(self, prefix: str, first: str = "") -> None:
         """End every process whose name begins so, those that begin with `first` ahead of the others.
@@ -224,39 +223,14 @@ class Cluster:
         Raises InternalError when Ray does not answer.
         """
         await self._agents.kill(prefix, first)
-        try:
-            await self._call(slots.discard_actors, prefix)
-        except ray.exceptions.RayError as error:
-            raise _not_done("Ray forgets no actor", error) from error
+        await self._order("Ray forgets no actor", slots.discard_actors, prefix)
 
     async def deaths(self) -> AsyncGenerator[tuple[str, int, int, str], None]:
         """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end."""
-        polls: dict[asyncio.Future[list[str]], tuple[str, Actor]] = {}
-        try:
-            while True:
-                for poll, (node, agent) in list(polls.items()):
-                    if self._nodes.agents.get(node) is not agent:  # lost; one that comes after it is asked anew
-                        poll.cancel()
-                        del polls[poll]
-                for node in self._nodes.agents.keys() - {node for node, _ in polls.values()}:
-                    agent = self._nodes.agents[node]
-                    polls[result(agent.deaths.remote(DEATH_POLL_S))] = node, agent
-                if not polls:  # every agent is gone, until the next renewal finds new ones
-                    await asyncio.sleep(1.0)
-                    continue
-                done, _ = await asyncio.wait(polls, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-                for poll in done:
-                    node, _ = polls.pop(poll)
-                    if isinstance(poll.exception(), ray.exceptions.RayError):
-                        # What lived there says so itself: its streams end.
-                        self._nodes.lose(node, f"its agent is gone: {last_line(poll.exception())}")
-                        continue
-                    for name in poll.result():
-                        kind, _, replica, rank, last = parse_name(name)
-                        yield kind, replica, rank, last
-        finally:
-            for poll in polls:
-                poll.cancel()
+        async with contextlib.aclosing(self._agents.deaths()) as names:
+            async for name in names:
+                kind, _, replica, rank, last = parse_name(name)
+                yield kind, replica, rank, last
 
     async def renew(self) -> float:
         """Extend the lease on every node; a node that is new or has lost its agent gets one.
@@ -290,6 +264,13 @@ class Cluster:
         self._nodes.close()
         await self._call(ray.shutdown)
         self._threads.shutdown(wait=False)
+
+    async def _order(self, undone: str, function: Callable[..., Result], *positional: object) -> Result:
+        """Raises InternalError, which begins with what was not done, when Ray does not answer."""
+        try:
+            return await self._call(function, *positional)
+        except ray.exceptions.RayError as error:
+            raise _not_done(undone, error) from error
 
     async def _call(self, function: Callable[..., Result], *positional: object, **named: object) -> Result:
         call = functools.partial(function, *positional, **named)

@@ -68,10 +68,15 @@ class Nodes(Generic[Agent]):
         """Its agent has not answered in time; it may only be slow."""
         silent_s = self._clock() - self._heard_s.get(node, self._clock())
         if silent_s >= self._silence_s:
-            self.lose(node, f"its agent has not answered for {silent_s:.0f} s")
+            self.lose(node, self.agents.get(node), f"its agent has not answered for {silent_s:.0f} s")
 
-    def lose(self, node: str, reason: str) -> None:
-        """Its agent cannot be reached. Another is sought as long as Ray lists the node."""
+    def lose(self, node: str, agent: Agent | None, reason: str) -> None:
+        """This agent of it cannot be reached. Another is sought as long as Ray lists the node.
+
+        Nothing follows if another has come meanwhile: who waited long for the one says nothing of the other.
+        """
+        if self.agents.get(node) is not agent:
+            return
         self._drop(node, reason)
         if node in self._addresses:
             self._seek(node)

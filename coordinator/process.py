@@ -198,13 +198,17 @@ class Coordinator:
 
     async def _on_ray(self) -> None:
         """What needs Ray, which takes seconds to join; ranks that serve need not wait for it."""
-        await self._ray.join(self._cluster.connect)
+        await self._ray.join(self._take_over)
+        self._replicas.joined([await self._cluster.survivors(replica) for replica in range(self._config.replicas)])
+        await self._watch(self._spares.run(), self._deaths(), self._renew())
+
+    async def _take_over(self) -> None:
+        """Join Ray, and sort out what a predecessor left there. Raises InternalError, and can be tried again then."""
+        await self._cluster.connect()
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         await self._cluster.end_surplus(self._config.replicas)
         await self._spares.adopt()
-        self._replicas.joined([await self._cluster.survivors(replica) for replica in range(self._config.replicas)])
-        await self._watch(self._spares.run(), self._deaths(), self._renew())
 
     async def _watch(self, *works: Coroutine[Any, Any, None]) -> None:
         """Until one of them, or a replica, fails."""

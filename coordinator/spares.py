@@ -127,9 +127,17 @@ class Spares:
         self._not_before_s = 0.0
 
     async def adopt(self) -> None:
-        """Keep what a predecessor has left, if it answers as soon as one that is to be a rank."""
-        left, now = await self._cluster.spares(), time.monotonic()
-        await asyncio.gather(*(self._ask(process, now, HAND_OVER_S) for process in left))
+        """Keep what a predecessor has left, one a slot, if it answers as soon as one that is to be a rank.
+
+        Raises InternalError when Ray does not answer; can be done again then.
+        """
+        left = await self._cluster.spares()
+        kept = {(process.replica, process.rank): process for process in left}
+        for process in left:
+            if process not in kept.values():
+                await self._end_process((process.replica, process.rank), process.name)
+        now = time.monotonic()
+        await asyncio.gather(*(self._ask(process, now, HAND_OVER_S) for process in kept.values()))
 
     async def run(self) -> None:
         """Have them, for as long as the coordinator lives."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -26,28 +25,39 @@ class Handle:
         self.answer: object = answer
         self.term = 0
         self.orders: list[tuple[object, ...]] = []
+        self.hanging: list[asyncio.Future[object]] = []
         self.renew, self.kill = Method(self, "renew"), Method(self, "kill")
+        self.deaths = Polls()
+
+
+class Polls:
+    """Each is answered when the test does so."""
+
+    def __init__(self) -> None:
+        self.open: list[asyncio.Future[list[str]]] = []
+
+    def remote(self, timeout_s: float) -> asyncio.Future[list[str]]:
+        self.open.append(asyncio.get_running_loop().create_future())
+        return self.open[-1]
 
 
 class Method:
     def __init__(self, of: Handle, name: str) -> None:
         self._of = of
         self._name = name
-        self._obeys = True
 
-    def remote(self, term: int, *arguments: object) -> Method:
+    def remote(self, term: int, *arguments: object) -> asyncio.Future[object]:
+        """The answer. It is there at once or never: no deadline can pass meanwhile, however busy the machine."""
         self._of.orders.append((self._name, *arguments))
-        self._obeys = term >= self._of.term
-        return self
-
-    def future(self) -> Future[object]:
-        told: Future[object] = Future()
+        obeys, told = term >= self._of.term, asyncio.get_running_loop().create_future()
         if isinstance(self._of.answer, Exception):
             told.set_exception(self._of.answer)
-        elif self._of.answer is not None and self._name == "kill":
-            told.set_result(self._of.answer if self._obeys else None)
-        elif self._of.answer is not None:
-            told.set_result(self._obeys)
+        elif self._of.answer is None:
+            self._of.hanging.append(told)
+        elif self._name == "kill":
+            told.set_result(self._of.answer if obeys else None)
+        else:
+            told.set_result(obeys)
         return told
 
 
@@ -63,6 +73,7 @@ class World:
         monkeypatch.setattr(nodes_module, "SEEK_S", 0.01)
         monkeypatch.setattr(agents_module, "KILL_TIMEOUT_S", 0.05)
         monkeypatch.setattr(agents_module.ask, "__kwdefaults__", {"timeout_s": 0.05})
+        monkeypatch.setattr(agents_module, "result", lambda answer: answer)
         monkeypatch.setattr(agents_module, "create_agent", lambda cluster, node, lease_s: self.handles[node])
         monkeypatch.setattr(ray, "nodes", self.nodes)
         monkeypatch.setattr(ray, "kill", self.killed.append)
@@ -199,5 +210,89 @@ def test_one_that_was_superseded_gives_no_more_orders(monkeypatch: pytest.Monkey
             await agents.kill("rank/c/0/")
         assert order == "kill" or world.handles["a"].orders == []
         assert world.kinds.count(("node.lost", "node/b")) == 0, "it is no less alive for that"
+
+    run(work())
+
+
+def test_one_question_for_all_nodes_is_under_way_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each blocks a thread for as long as Ray does not answer; what it answers late is heard."""
+
+    async def work() -> None:
+        world = World(monkeypatch, "a")
+        agents, asked, answers = world.agents, [], asyncio.Event()
+
+        async def call(function: Callable[..., Any], *positional: object) -> Any:
+            asked.append(function)
+            await answers.wait()
+            return function(*positional)
+
+        monkeypatch.setattr(agents, "_in_thread", call)
+        monkeypatch.setattr(agents, "_lease_s", 0.03)
+        world.now = 40.0
+        for _ in range(3):
+            await agents.renew()
+        assert asked == [world.nodes] and agents.ray_silent_s == 40.0
+        answers.set()
+        await agents.renew()
+        assert agents.ray_silent_s == 0.0
+        await agents.nodes.agent("a")
+
+    run(work())
+
+
+def test_a_late_answer_of_an_agent_that_is_gone_says_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is told to kill what the first one has not."""
+
+    async def work() -> None:
+        world = World(monkeypatch, "a")
+        agents, gone = world.agents, world.handles["a"]
+        await agents.list_nodes()
+        await agents.nodes.settle()
+        monkeypatch.setattr(agents_module, "KILL_TIMEOUT_S", 60.0)
+        gone.answer = None
+        killing = asyncio.create_task(agents.kill("rank/c/0/"))
+        while not gone.hanging:
+            await asyncio.sleep(0)
+        world.handles["a"] = again = Handle("a")
+        agents.nodes.lose("a", gone, "it was not renewed")
+        await agents.of("a")
+        gone.hanging[0].set_exception(GONE)
+        await killing
+        assert world.kinds == [("node.joined", "node/a"), ("node.lost", "node/a"), ("node.joined", "node/a")]
+        assert again.orders == [("renew", 0.6), ("kill", "rank/c/0/", "")]
+
+    run(work())
+
+
+def test_deaths_are_told_of_every_agent_and_of_one_that_follows_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents_module, "LOOK_S", 0.01)
+
+    async def work() -> None:
+        world = World(monkeypatch, "a", "b")
+        agents, gone = world.agents, world.handles["b"]
+        await agents.list_nodes()
+        await agents.nodes.settle()
+        deaths = agents.deaths()
+        told = asyncio.ensure_future(anext(deaths))
+        while not gone.deaths.open:
+            await asyncio.sleep(0)
+        world.handles["b"] = again = Handle("b")
+        gone.deaths.open[0].set_exception(GONE)
+        while not again.deaths.open:
+            await asyncio.sleep(0)
+        assert ("node.lost", "node/b") in world.kinds
+        again.deaths.open[0].set_result(["rank/c/0/1/7", "rank/c/0/2/7"])
+        assert [await told, await anext(deaths)] == ["rank/c/0/1/7", "rank/c/0/2/7"]
+        asking = asyncio.ensure_future(anext(deaths))
+        while len(again.deaths.open) < 2:
+            await asyncio.sleep(0)
+        world.handles["b"] = Handle("b")
+        agents.nodes.lose("b", again, "it does not kill")
+        while not again.deaths.open[1].cancelled():
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert world.handles["a"].deaths.open[0].cancelled()
+        agents.nodes.close()
 
     run(work())

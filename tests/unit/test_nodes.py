@@ -11,13 +11,14 @@ import pytest
 from coordinator import nodes as nodes_module
 from coordinator.nodes import Nodes
 
+AGENTS = {"a": "agent of a", "b": "agent of b"}
+
 
 class Machines:
     """Agents by node, as far as they answer, and what each was told to kill before it was met."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answering: str) -> None:
         monkeypatch.setattr(nodes_module, "SEEK_S", 0.001)
-        monkeypatch.setattr(nodes_module, "SETTLE_S", 0.05)
         self.answering = set(answering)
         self.killed: dict[str, list[frozenset[str]]] = {}
         self.events: list[tuple[str, str, str]] = []
@@ -29,7 +30,7 @@ class Machines:
         if node not in self.answering:
             return None
         self.killed.setdefault(node, []).append(owed)
-        return f"agent of {node}"
+        return AGENTS[node]
 
     def tell(self, kind: str, subject: str, detail: Mapping[str, object]) -> None:
         self.events.append((kind, subject, str(detail.get("reason", ""))))
@@ -51,6 +52,8 @@ def test_a_node_is_of_use_once_its_agent_answers(monkeypatch: pytest.MonkeyPatch
         machines = Machines(monkeypatch, "a")
         machines.nodes.listed({"a": "10.0.0.1", "b": "10.0.0.2"})
         assert machines.nodes.lost == {"a", "b"}
+        await machines.nodes.agent("a")
+        monkeypatch.setattr(nodes_module, "SETTLE_S", 0.01)
         await machines.nodes.settle()
         assert machines.nodes.agents == {"a": "agent of a"} and machines.nodes.lost == {"b"}
         machines.answering.add("b")
@@ -68,8 +71,9 @@ def test_a_lost_node_owes_what_was_to_be_killed_and_is_of_no_use_before(monkeypa
         nodes.listed({"a": "10.0.0.1", "b": "10.0.0.2"})
         await nodes.settle()
         machines.answering.remove("b")
-        nodes.lose("b", "its agent is gone")
-        nodes.lose("b", "and gone")
+        nodes.lose("b", AGENTS["b"], "its agent is gone")
+        nodes.lose("b", AGENTS["b"], "and gone")
+        nodes.lose("a", "an agent before this one", "gone")
         assert machines.events[2:] == [("node.lost", "node/b", "its agent is gone")]
         nodes.owe("rank/c/0/")
         nodes.owe("rank/c/1/")
@@ -78,7 +82,7 @@ def test_a_lost_node_owes_what_was_to_be_killed_and_is_of_no_use_before(monkeypa
         machines.answering.add("b")
         await nodes.agent("b")
         assert machines.killed["b"][-1] == {"rank/c/0/", "rank/c/1/"}
-        nodes.lose("b", "again")
+        nodes.lose("b", AGENTS["b"], "again")
         await nodes.agent("b")
         assert machines.killed["b"][-1] == frozenset(), "what was killed is owed no more"
         nodes.close()
@@ -97,7 +101,7 @@ def test_what_is_owed_while_the_agent_is_met_is_owed_still(monkeypatch: pytest.M
         assert machines.killed["a"] == [frozenset(), {"rank/c/0/"}]
         nodes.owe("rank/c/0/")
         nodes.owe("rank/c/0/", "a")
-        nodes.lose("a", "it did not answer the order itself")
+        nodes.lose("a", AGENTS["a"], "it did not answer the order itself")
         await nodes.agent("a")
         assert machines.killed["a"][-1] == {"rank/c/0/"}
 
@@ -139,7 +143,7 @@ def test_a_node_that_ray_gives_up_is_forgotten_with_what_it_owes(monkeypatch: py
         with pytest.raises(KeyError):
             await nodes.agent("a")
         machines.answering.clear()
-        nodes.lose("b", "gone")
+        nodes.lose("b", AGENTS["b"], "gone")
         waiting = asyncio.ensure_future(nodes.agent("b"))
         await while_asked()
         nodes.listed({})

@@ -254,6 +254,25 @@ def test_what_a_predecessor_left_is_kept() -> None:
     asyncio.run(live())
 
 
+def test_of_two_that_a_predecessor_left_in_a_slot_one_is_ended_before_the_other_is_asked() -> None:
+    """Nobody would ask for it again, nor end it."""
+
+    async def live() -> None:
+        made = shell([(44, True)])
+        left = [SpareProcess(0, 0, f"spare/c/0/0/2-{serial}", "a", made.cluster) for serial in (8, 9)]
+        made.cluster.left = left
+        await made.spares.adopt()
+        assert [spare.pid for spare in made.spares.describe()] == [44]
+        assert made.cluster.ended == ["spare/c/0/0/2-8"]
+        made.cluster.left = left[1:]
+        made.cluster.answers.append((44, True))
+        await made.spares.adopt()  # again, as after an error of Ray's
+        assert [spare.pid for spare in made.spares.describe()] == [44]
+        assert made.told() == ["spare.warm"]
+
+    asyncio.run(live())
+
+
 def test_what_a_predecessor_left_is_asked_all_at_once_and_not_waited_for_longer_than_a_rank_would() -> None:
     """No rank is started before."""
 
