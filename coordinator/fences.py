@@ -91,7 +91,7 @@ class Fences:
     def check(self) -> None:
         """Raises SupersededError. Quick while the file is the same: the journal asks with every step."""
         with self._checking:
-            if self._checked is not None and os.fstat(self._checked).st_nlink:  # nobody has put another in its place
+            if self._checked is not None and _has_a_name(self._checked):  # nobody has put another in its place
                 return
             self._let_go()
             # Opened before it is read: what is put in its place in between is read the next time.
@@ -135,6 +135,14 @@ def refuse_older(term: int, found: Numbers) -> None:
     if found.term > term:
         message = f"another coordinator has taken term {found.term}; this one, of term {term}, may do nothing more"
         raise SupersededError(errno.ESTALE, message)
+
+
+def _has_a_name(descriptor: int) -> bool:
+    """Whether an open file is still in a folder."""
+    try:
+        return os.fstat(descriptor).st_nlink > 0
+    except OSError:  # so the file system of a network tells of a file that another machine has replaced
+        return False
 
 
 def _overwrite(path: Path, content: bytes) -> None:

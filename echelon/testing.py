@@ -264,10 +264,12 @@ class LocalCluster:
             wait_journal(look.coordinator_pid, MOMENT_TIMEOUT_S)
         elif when is not None:
             look = wait_for(when, self.status, look, MOMENT_TIMEOUT_S)
-        pids = self._pids_of(victim, look)
-        for pid in pids:
-            os.kill(pid, number)
-        return pids[0]
+        first, *under = self._pids_of(victim, look)
+        os.kill(first, number)
+        for pid in under:
+            with contextlib.suppress(ProcessLookupError):  # it has ended with the first
+                os.kill(pid, number)
+        return first
 
     def _pids_of(self, victim: Victim, look: Cluster) -> tuple[int, ...]:
         if isinstance(victim, Rank | Spare):

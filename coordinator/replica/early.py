@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from coordinator.replica.events import Attached, Detached, Died, RankEvent
+from coordinator.replica.events import Attached, Beat, Detached, Died, RankEvent
 
 Processes = frozenset[tuple[int, str]]  # rank and incarnation
 
 
 class Early:
-    """Events in their order, until they are taken."""
+    """Events in their order, until they are taken; heartbeats are not kept, for the next ones come soon."""
 
     def __init__(self) -> None:
         self._events: list[RankEvent] = []
 
     def add(self, event: RankEvent) -> None:
         """Keep one."""
-        self._events.append(event)
+        if not isinstance(event, Beat):
+            self._events.append(event)
 
     def take(self) -> list[RankEvent]:
         """All of them, once."""

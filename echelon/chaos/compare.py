@@ -102,4 +102,12 @@ def _distance(before: TokenLogprob, after: TokenLogprob) -> float:
     pairs = list(zip(scored[0], scored[1], strict=False))
     if len(before.top) != len(after.top) or any(one[0] != other[0] for one, other in pairs):
         return math.inf
-    return max(abs(one[1] - other[1]) for one, other in pairs)
+    return max(_apart(one[1], other[1]) for one, other in pairs)
+
+
+def _apart(one: float, other: float) -> float:
+    """Infinite if only one of them is a number, or an infinity."""
+    if one == other or (math.isnan(one) and math.isnan(other)):
+        return 0.0
+    apart = abs(one - other)
+    return math.inf if math.isnan(apart) else apart

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -108,6 +109,30 @@ def test_log_probabilities_may_be_off_by_the_tolerance_and_no_more() -> None:
     assert compare(UNDISTURBED, disturbed, tolerance=1e-6).same
     assert not compare(UNDISTURBED, disturbed, tolerance=1e-8).same
     assert not compare(UNDISTURBED, disturbed).same
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        (math.nan, math.nan, True),
+        (-math.inf, -math.inf, True),
+        (-0.5, math.nan, False),
+        (math.nan, -0.5, False),
+        (-math.inf, -0.5, False),
+        (-math.inf, math.nan, False),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_number_is_like_nothing_else(before: float, after: float, same: bool, place: int) -> None:
+    """Of a prompt; nothing is greater than nan, so that a greatest difference does not show it."""
+
+    def scored(logprob: float) -> Heard:
+        logprobs = [-0.5, -0.5]
+        logprobs[place] = logprob
+        prompt = tuple(TokenLogprob(token_id, one, ()) for token_id, one in enumerate(logprobs))
+        return replace(UNDISTURBED, completion=replace(completion(UNDISTURBED), prompt_logprobs=prompt))
+
+    assert compare(scored(before), scored(after), tolerance=1e-6).same == same
 
 
 def test_other_tokens_that_are_as_likely_are_others() -> None:

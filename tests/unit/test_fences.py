@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -58,6 +59,26 @@ def test_one_that_was_replaced_can_take_no_number(tmp_path: Path) -> None:
         old.check()
     new.check()
     assert json.loads((tmp_path / "term").read_text())["epochs"] == {"0": 2}
+    for fences in (old, new):
+        fences.close()
+
+
+def test_a_file_that_another_machine_has_replaced_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's file system says so of the one that is open."""
+
+    def stale(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    old = Fences.open(tmp_path)
+    old.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        old.check()
+        (tmp_path / "lock").unlink()
+        new = Fences.open(tmp_path)
+        with pytest.raises(SupersededError):
+            old.check()
+        new.check()
     for fences in (old, new):
         fences.close()
 

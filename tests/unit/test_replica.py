@@ -291,6 +291,15 @@ def test_what_comes_after_a_word_waits_until_ray_is_joined() -> None:
     assert core.state is State.READY
 
 
+def test_heartbeats_are_not_kept_until_ray_is_joined() -> None:
+    """That may take hours, where it is another's."""
+    core = make(epoch=4, term=2)
+    core.step(0.0, hello(0, "c-4", "ready", epoch=4, resident=RESIDENT))
+    for step in range(50):
+        assert core.step(0.1 * step, Beat(0, "c-4", "stepping", step)) == []
+    assert [type(event) for event in core._early.take()] == [Attached]
+
+
 def test_a_rank_that_is_lost_before_ray_is_joined_is_replaced_after() -> None:
     core = make(epoch=4, term=2)
     on_their_word(core)

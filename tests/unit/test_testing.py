@@ -1,12 +1,14 @@
-"""Victims by number: LocalCluster counts the ranks of a replica as the mesh does."""
+"""LocalCluster's victims: ranks by number, counted as the mesh does, and a node with all that runs under it."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+from collections.abc import Iterator
 
 import pytest
 
-from echelon.testing import rank_of
+from echelon.testing import LocalCluster, rank_of
 from echelon.types import Rank
 from parallel.degrees import Degrees, Place
 
@@ -46,3 +48,28 @@ def test_a_victim_s_number_is_its_number_in_the_mesh() -> None:
 def test_a_number_that_no_rank_has_is_refused(number: int) -> None:
     with pytest.raises(IndexError, match=f"replica 0 has no rank {number}: its ranks are 0 to 11"):
         rank_of(RANKS, number)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_what_has_ended_with_its_node_is_not_missed(
+    processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon's workers end when it does, before they can be struck; a victim that is gone itself is told."""
+    cluster = LocalCluster.__new__(LocalCluster)
+    pids = tuple(process.pid for process in processes)
+    monkeypatch.setattr(LocalCluster, "status", lambda self: None)
+    monkeypatch.setattr(LocalCluster, "_pids_of", lambda self, victim, look: pids)
+    processes[1].kill()
+    processes[1].wait()
+    assert cluster.kill("node") == pids[0]
+    assert [process.wait() for process in processes] == [-9] * 3
+    with pytest.raises(ProcessLookupError):
+        cluster.kill("node")
