@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from typer.testing import CliRunner
 from coordinator.expert_loads import ExpertLoads as Added
 from coordinator.internal_server import loads_of
 from echelon import convert_cluster
+from echelon.aio import AsyncClient
 from echelon.cli.app import app
+from echelon.cli.experts.command import _watch
 from echelon.cli.experts.heat import COLD, HOT, MEAN, colour, heats, pooled, since
+from echelon.errors import InternalError, UnavailableError
 from echelon.internal.v1 import control_pb2
 from echelon.types import ExpertLoad
 from echelon.v1 import cluster_pb2
@@ -27,13 +32,13 @@ from parallel.degrees import Degrees
 from parallel.expert import ExpertStep
 from tests.ranks import as_ranks
 from tests.tiny import make_checkpoint
-from tests.unit.scripted import ScriptedServer
+from tests.unit.scripted import ScriptedServer, fail
 from worker import expert_news
 from worker.expert_news import ExpertLoadNews
 from worker.loader import load_weights
 
 LOAD = ExpertLoad(replica=1, epoch=3, layer=5, rows=(6, 0, 1, 1), slots=((0, 1), (2, 3)))
-ROWS, CHOSEN = 6, 3
+ROWS, CHOSEN, WAIT_S = 6, 3, 60.0
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,19 @@ def test_between_two_looks() -> None:
     assert since([], [later]) == [later]
 
 
+@pytest.mark.parametrize("rows", [(2, 0, 0, 0), (0, 2, 1), (5, 3)])
+def test_counters_that_began_anew_between_two_looks(rows: tuple[int, ...]) -> None:
+    """In the same epoch: a coordinator that has not heard every rank yet, or another cluster at the address."""
+    later = replace(LOAD, rows=rows, slots=())
+    assert since([LOAD], [later]) == [later]
+
+
+def test_no_expert_was_chosen_less_than_never() -> None:
+    """One that a rank on a CPU counted too high while it grew."""
+    later = replace(LOAD, rows=(5, 3, 2, 1))
+    assert since([LOAD], [later]) == [replace(LOAD, rows=(0, 3, 1, 0))]
+
+
 def test_heat() -> None:
     assert heats((6, 0, 1, 1)) == [3.0, 0.0, 0.5, 0.5] and heats((0, 0)) == [1.0, 1.0]
     assert (colour(0), colour(1), colour(3), colour(9)) == (COLD, MEAN, HOT, HOT)
@@ -245,3 +263,44 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["experts", "--address", server.address, "-o", str(tmp_path / "heat.png")])
     assert result.exit_code != 0 and "is not written" in result.output
     assert CliRunner().invoke(app, ["experts", "-o", "heat.gif"]).exit_code != 0
+
+
+def test_a_watch_writes_no_picture(tmp_path: Path) -> None:
+    """It has no end at which to write one."""
+    result = CliRunner().invoke(app, ["experts", "--watch", "-o", str(tmp_path / "heat.png")])
+    assert result.exit_code == 2 and "without --watch" in result.output
+
+
+def watched(capsys: pytest.CaptureFixture[str], *, as_json: bool) -> list[str]:
+    """What --watch prints: a look, one more, one at a coordinator that is away, and a third, until it is refused."""
+
+    def answer(given: ExpertLoad) -> Any:
+        message = cluster_pb2.GetExpertLoadResponse(layers=[convert_cluster.expert_load_to_proto(given)])
+        return lambda request, context: message
+
+    def away(request: Any, context: Any) -> Any:
+        fail(context, UnavailableError("draining"))
+
+    with ScriptedServer() as server:
+        looks = [replace(LOAD, rows=rows, slots=()) for rows in ((6, 0, 1, 1), (7, 0, 1, 3), (9, 0, 1, 3))]
+        first, second, third = map(answer, looks)
+        server.on("GetExpertLoad", first, second, away, third)
+        client = AsyncClient(server.address, timeout_s=WAIT_S, max_retries=0)
+        with pytest.raises(InternalError):
+            asyncio.run(_watch(client, 0.0, as_json))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_watching_shows_what_was_chosen_since_the_last_look(capsys: pytest.CaptureFixture[str]) -> None:
+    found = watched(capsys, as_json=False)
+    rows = [line.split() for line in found if line.split()[:2] == ["1/5", "4"]]
+    assert [(row[2], row[4]) for row in rows] == [("8", "6"), ("3", "2"), ("2", "2")]
+    assert sum("draining; looking again" in line for line in found) == 1
+
+
+def test_watching_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    looks = [json.loads(line) for line in watched(capsys, as_json=True)]
+    assert [[layer["rows"] for layer in look["layers"]] for look in looks] == [
+        [[6, 0, 1, 1]], [[1, 0, 0, 2]], [], [[2, 0, 0, 0]],
+    ]  # fmt: skip
+    assert [look["error"] for look in looks] == [None, None, "draining", None]

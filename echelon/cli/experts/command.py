@@ -21,7 +21,7 @@ from echelon.aio import AsyncClient
 from echelon.cli import output
 from echelon.cli.experts.heat import draw, load_table, since, strips
 from echelon.cli.trace.drawing import to_png, to_svg
-from echelon.errors import ConfigError, EchelonError
+from echelon.errors import ConfigError, DeadlineError, EchelonError, UnavailableError
 from echelon.types import ExpertLoad
 
 SUFFIXES = (".png", ".svg")
@@ -49,6 +49,8 @@ def experts(
     for path in outputs or []:
         if path.suffix not in SUFFIXES:
             raise ConfigError(f"{path}: expected one of {', '.join(SUFFIXES)}", field="output")
+    if watch and outputs:
+        raise ConfigError("--output draws what was chosen until now: give it without --watch", field="output")
     client = AsyncClient(address, profile=profile, timeout_s=TIMEOUT_S, max_retries=0)
     if watch:
         asyncio.run(_watch(client, interval_s, as_json))
@@ -79,14 +81,17 @@ async def _watch(client: AsyncClient, interval_s: float, as_json: bool) -> None:
     async with client:
         with Live(auto_refresh=False) if on_terminal else contextlib.nullcontext() as live:
             while True:
+                shown: Sequence[ExpertLoad] = ()
+                error: EchelonError | None = None
                 try:
                     loads = await client.expert_load()
                     shown, earlier = since(earlier, loads), loads
-                    found: RenderableType = view(shown)
-                except EchelonError as error:
-                    shown, found = [], Text(f"{client.address}: {error}; looking again")
+                except (UnavailableError, DeadlineError) as away:
+                    error = away
+                found = view(shown) if error is None else Text(f"{client.address}: {error}; looking again")
                 if as_json:
-                    output.json_line([_figures(load) for load in shown])
+                    said = None if error is None else error.message
+                    output.json_line({"layers": [_figures(load) for load in shown], "error": said})
                 elif live is None:
                     Console(width=output.PIPE_WIDTH).print(found)
                 else:

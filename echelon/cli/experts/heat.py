@@ -30,11 +30,16 @@ def since(earlier: Sequence[ExpertLoad], later: Sequence[ExpertLoad]) -> list[Ex
     """What was chosen between two looks; all of it where the first has nothing of the same epoch."""
     before = {(load.replica, load.epoch, load.layer): load.rows for load in earlier}
     return [
-        replace(load, rows=tuple(now - then for now, then in zip(load.rows, known, strict=True)))
-        if (known := before.get((load.replica, load.epoch, load.layer))) is not None
-        else load
-        for load in later
+        replace(load, rows=_grown(before.get((load.replica, load.epoch, load.layer), ()), load.rows)) for load in later
     ]
+
+
+def _grown(then: Sequence[int], now: tuple[int, ...]) -> tuple[int, ...]:
+    """All of now where it counts anew: other experts of another cluster, or fewer rows, as a coordinator that has just
+    begun has not heard every rank. Ranks on a CPU read while they count, so that single experts may fall back."""
+    if len(then) != len(now) or sum(now) < sum(then):
+        return now
+    return tuple(max(0, after - before) for before, after in zip(then, now, strict=True))
 
 
 def load_table(loads: Sequence[ExpertLoad]) -> Table:
