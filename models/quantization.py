@@ -24,7 +24,9 @@ _SUPPORTED = (
     "supported: fp8 with fmt e4m3 (weight_block_size, or one scale a tensor), and compressed-tensors with weights of 8 "
     "bit floats; or give an unquantised checkpoint"
 )
+_REMEDY = "download the checkpoint again, or give an unquantised one"
 _WEIGHT = ".weight"
+_SCALES = ("weight_scale_inv", "weight_scale")  # in its place: DeepSeek's and transformers', all others'
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """scale: what stands in place of `weight` in the name of a weight's scales, by which it is multiplied.
+    """rows and columns: of a block of a matrix, which is multiplied by one scale; None for all of the matrix."""
 
-    rows and columns: of a block, which has one scale; None for all of the matrix.
-    """
-
-    scale: str
     rows: int | None = None
     columns: int | None = None
 
@@ -58,12 +56,16 @@ class Quantization:
     def scales(self, name: str, stored: StoredTensor, index: Mapping[str, StoredTensor]) -> StoredTensor:
         """The scales of a quantised tensor, [rows of blocks, columns of blocks]. Raises ConfigError."""
         if len(stored.shape) != 2 or not name.endswith(_WEIGHT):
-            raise _refusal(stored.file, f"{name} of shape {stored.shape} is stored as {FLOAT8}, which a matrix may be")
-        scale = f"{name.removesuffix(_WEIGHT)}.{self.scale}"
-        found, (rows, columns) = index.get(scale), self.blocks(stored.shape)
+            raise _refusal(
+                stored.file, f"{name} of shape {stored.shape} is stored as {FLOAT8}, which only a matrix may be"
+            )
+        names = [f"{name.removesuffix(_WEIGHT)}.{scale}" for scale in _SCALES]
+        scale = next((scale for scale in names if scale in index), None)
+        if scale is None:
+            either = " or ".join(names)
+            raise _refusal(stored.file, f"{name} is stored as {FLOAT8}, and no file holds its scales {either}")
+        found, (rows, columns) = index[scale], self.blocks(stored.shape)
         grid = math.ceil(stored.shape[0] / rows), math.ceil(stored.shape[1] / columns)
-        if found is None:
-            raise _refusal(stored.file, f"{name} is stored as {FLOAT8}, and no file holds its scales {scale}")
         if math.prod(found.shape) != math.prod(grid) or (len(found.shape) == 2 and found.shape != grid):
             blocks = f"blocks of {rows} x {columns} of {stored.shape}"
             raise _refusal(found.file, f"{scale} has shape {found.shape}, expected {grid} for {blocks}")
@@ -112,8 +114,8 @@ def _fp8(keys: JsonSource) -> Quantization:
         keys.refuse(f"quantization_config.fmt={form!r} is not supported; {_SUPPORTED}")
     block = keys.get("weight_block_size")
     if block is None:
-        return Quantization("weight_scale")
-    return Quantization("weight_scale_inv", *_block(keys, "weight_block_size", block))
+        return Quantization()
+    return Quantization(*_block(keys, "weight_block_size", block))
 
 
 def _compressed_tensors(keys: JsonSource) -> Quantization:
@@ -142,11 +144,11 @@ def _group(group: JsonSource) -> Quantization:
             group.refuse(f"quantization_config: weights.{key}={value!r} is not supported; {_SUPPORTED}")
     match weights.get("strategy", "tensor"):
         case "tensor":
-            return Quantization("weight_scale")
+            return Quantization()
         case "channel":
-            return Quantization("weight_scale", rows=1)
+            return Quantization(rows=1)
         case "block":
-            return Quantization("weight_scale", *_block(weights, "block_structure", weights.get("block_structure")))
+            return Quantization(*_block(weights, "block_structure", weights.get("block_structure")))
         case strategy:
             supported = "supported: tensor, channel, block"
             group.refuse(f"quantization_config: weights.strategy={strategy!r} is not supported; {supported}")
@@ -160,4 +162,4 @@ def _block(keys: JsonSource, key: str, value: object) -> tuple[int, int]:
 
 
 def _refusal(file: Path, problem: str) -> ConfigError:
-    return ConfigError(f"{file}: {problem}", field="model")
+    return ConfigError(f"{file}: {problem}; {_REMEDY}", field="model")

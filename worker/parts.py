@@ -33,8 +33,10 @@ class Scales:
 
     def read(self, file: WeightFile, region: Region) -> Tensor:
         """[rows of blocks, columns of blocks] that the region reaches into, in float32. Raises OSError."""
-        parts = file.parts(self.stored, covering(region, self.blocks).region)
-        return torch.cat([part.float() for part in parts])
+        covered = covering(region, self.blocks).region
+        nothing = torch.empty(0, region_shape(covered)[1])  # which is all where a rank has none of the rows
+        copies = [part.to(torch.float32, copy=True) for part in file.parts(self.stored, covered)]
+        return torch.cat([nothing, *copies])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from parallel.degrees import Degrees, Place
 from tests.quantised import change_config, make_quantised
 from tests.shards import KeepingRank, assert_same
 from tests.tiny import make_checkpoint
-from worker import parts
+from worker import parts, weight_file
 from worker.loader import load_weights
 
 SIZES: dict[str, Any] = {
@@ -87,6 +87,28 @@ def test_large_matrices_are_multiplied_some_rows_at_a_time(
     monkeypatch.setattr(parts, "MOST_SCALED_NUMBERS", 5 * 36)
     place = Degrees(tensor=3).place(1)
     assert_same(load(float8, place, torch.float32)[0], load(plain, place, torch.float32)[0])
+
+
+def test_scales_that_fill_the_buffer_more_than_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has room for a row of the widest tensor, the head: 36 numbers of four bytes; queries have 15 x 4 scales."""
+    float8, plain = make_quantised(tmp_path, "llama", (4, 11), **SIZES)
+    expected = load(plain, Degrees().place(0), torch.float32)[0]
+    monkeypatch.setattr(weight_file, "BUFFER_BYTES", 36 * 4)
+    assert_same(load(float8, Degrees().place(0), torch.float32)[0], expected)
+
+
+def test_a_rank_without_a_word_of_the_vocabulary_needs_no_scales(tmp_path: Path) -> None:
+    """331 words are 16 on each of 20 ranks, 11 on the next, and none on the last of 22."""
+    cut = {"num_attention_heads": 22, "num_key_value_heads": 22, "intermediate_size": 44}
+    directory = make_quantised(tmp_path, "llama", (16, 16), **SIZES | cut)[0]
+    weights = load_file(directory / "model.safetensors")
+    values, scales = quantise(weights["lm_head.weight"], (16, 16))
+    weights |= {"lm_head.weight": values.contiguous(), "lm_head.weight_scale_inv": scales.contiguous()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    check_model_directory(directory)
+    before, last = (load(directory, Degrees(tensor=22).place(rank), torch.float32)[0] for rank in (20, 21))
+    assert before["lm_head.weight"].any(-1).sum() == 11
+    assert last["lm_head.weight"].shape == (16, 36) and not last["lm_head.weight"].any()
 
 
 def test_a_shard_checkpoint_holds_what_the_rank_holds(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -170,7 +192,7 @@ def refusal(directory: Path) -> str:
 @pytest.mark.parametrize(
     ("scales", "said"),
     [
-        (None, [QUERIES, "no file holds its scales", "q_proj.weight_scale_inv"]),
+        (None, [QUERIES, "no file holds its scales", "q_proj.weight_scale_inv", "download", "an unquantised one"]),
         (torch.ones(3, 4), ["weight_scale_inv has shape (3, 4), expected (4, 3)", "blocks of 16 x 16 of (60, 36)"]),
         (torch.ones(4, 3).double(), ["weight_scale_inv is stored as F64", "F32, BF16, F16"]),
     ],
@@ -186,6 +208,22 @@ def test_scales_of_two_bytes_are_good_too(small: Path) -> None:
     stored = load_file(small / "model.safetensors")[QUERIES]
     found, _ = load(small, Degrees().place(0), torch.float32)
     assert torch.equal(found[QUERIES], stored.float())
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_a_scale_a_tensor_by_both_of_its_names(small: Path, name: str) -> None:
+    """vLLM's and transformers'."""
+    change_config(small, weight_block_size=None)
+    weights = load_file(small / "model.safetensors")
+    for matrix in [matrix for matrix in weights if matrix.endswith("_scale_inv")]:
+        del weights[matrix]
+        weights[matrix.removesuffix("weight_scale_inv") + name] = torch.tensor(3.0)
+    save_file(weights, small / "model.safetensors", metadata={"format": "pt"})
+    check_model_directory(small)
+    found, _ = load(small, Degrees(tensor=2).place(1), torch.float32)
+    assert torch.equal(found[QUERIES], weights[QUERIES][30:].float() * 3)
+    rewrite(small, **{f"_{name.removeprefix('weight_')}": None})
+    assert "q_proj.weight_scale_inv or model.layers.0.self_attn.q_proj.weight_scale; download" in refusal(small)
 
 
 def test_floats_of_eight_bits_without_a_word_about_them(small: Path) -> None:
