@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from echelon.errors import ConfigError
-from models.config import read_model_config
+from models.config import ModelConfig, read_model_config
 from models.json_source import read_json_object
 from models.quantization import ELEMENT_BYTES, FLOAT8, StoredTensor
-from models.tables import parameter_table
+from models.tables import expert_names, parameter_table
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -64,6 +64,22 @@ def check_model_directory(directory: Path) -> None:
                     field="model",
                 )
             config.quantization.scales(parameter.name, stored, index)
+    _refuse_more_experts(config, index)
+
+
+def _refuse_more_experts(config: ModelConfig, index: Mapping[str, StoredTensor]) -> None:
+    """All that the config names are there: files that have more of them are of another model."""
+    keys = config.family.experts
+    for number, layer in enumerate(config.layers):
+        if keys is None or layer.routing is None:
+            continue
+        for name in expert_names(config, number, layer.routing.experts):
+            if name in index:
+                raise ConfigError(
+                    f"{index[name].file}: holds {name}, but {keys.experts}={layer.routing.experts} in config.json; "
+                    f"{_REMEDY}",
+                    field="model",
+                )
 
 
 def model_digest(directory: Path) -> str:

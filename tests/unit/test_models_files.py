@@ -113,6 +113,20 @@ def test_a_tensor_of_another_shape(tmp_path: Path) -> None:
     assert "model.norm.weight has shape (63,), expected (64,)" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "up", "key", "experts"),
+    [
+        ("deepseek-v3", "model.layers.1.mlp.experts.{}.up_proj.weight", "n_routed_experts", 8),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.{}.w3.weight", "num_local_experts", 4),
+    ],
+)
+def test_an_expert_that_the_config_does_not_name(tmp_path: Path, family: str, up: str, key: str, experts: int) -> None:
+    path = make_checkpoint(tmp_path, family) / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {up.format(experts): tensors[up.format(experts - 1)]}, path)
+    assert f"holds {up.format(experts)}, but {key}={experts} in config.json; the weights are" in refusal(tmp_path)
+
+
 def test_a_tensor_of_an_unsupported_dtype(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path) / "model.safetensors"
     save_file(load_file(path) | {"model.norm.weight": np.ones(64, dtype=np.int8)}, path)
