@@ -5,6 +5,7 @@ In every rank, with its heartbeats. Knows no device: the counters are read by `m
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -24,11 +25,11 @@ class ExpertLoadNews:
     def __init__(self, loads: ExpertLoads) -> None:
         self._loads = loads
         self._told: Mapping[int, LayerLoad] = {}
-        self._looked_s = 0.0
+        self._looked_s = -math.inf
 
     def forget_told(self) -> None:
         """Whoever listens now has heard nothing yet."""
-        self._told, self._looked_s = {}, 0.0
+        self._told, self._looked_s = {}, -math.inf
 
     def news(self) -> control_pb2.ExpertLoads | None:
         """All counts, if any has changed since they were told; looked at once a second."""

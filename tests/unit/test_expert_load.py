@@ -132,13 +132,17 @@ def test_counters_that_cannot_be_read_end_no_heartbeat(monkeypatch: pytest.Monke
     assert news.news() is not None
 
 
-def test_news_come_once_a_second() -> None:
+def test_news_come_no_sooner_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a year; but at once to another coordinator."""
+    monkeypatch.setattr(expert_news, "LEAST_S", 3e7)
     counters = Counters()
     news = ExpertLoadNews(counters)  # type: ignore[arg-type]
     counters.loads = {0: LayerLoad((1,))}
     assert news.news() is not None
     counters.loads = {0: LayerLoad((2,))}
     assert news.news() is None
+    news.forget_told()
+    assert news.news() is not None
 
 
 def test_ranks_of_an_epoch_add_up() -> None:
