@@ -4,9 +4,9 @@
     python examples/quantize_fp8.py DIR NEW_DIR --block 64 256
     python examples/quantize_fp8.py DIR NEW_DIR --one-scale                compressed-tensors, a scale a tensor
 
-Matrices of attention, MLPs and experts are quantised; embedding, head, norms and routers stay as they are. The scale of
-a block is its greatest number over 448, the greatest that e4m3 has. One tensor is in memory at a time and a file of
-them on its way out.
+Matrices of attention, MLPs and experts are quantised; embedding, head, norms, routers and layers for multi-token
+prediction stay as they are. The scale of a block is its greatest number over 448, the greatest that e4m3 has. One
+tensor is in memory at a time and a file of them on its way out.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.config import ModelConfig, read_model_config
-from models.tables import parameter_table, router_name
+from models.files import INDEX_FILE, checkpoint_index
+from models.tables import is_of_prediction, parameter_table, router_name
 
 FLOAT8 = torch.float8_e4m3fn
 GREATEST = torch.finfo(FLOAT8).max
-INDEX_FILE = "model.safetensors.index.json"
 
 Block = tuple[int, int] | None
 
@@ -56,9 +56,15 @@ def quantised_names(config: ModelConfig) -> set[str]:
     return {parameter.name for parameter in matrices} - set(router_names(config))
 
 
-def quantization_config(block: Block, config: ModelConfig) -> dict[str, object]:
-    """What config.json then says: how, and which modules are left as they are, for readers that do not see it."""
-    plain = ["lm_head", *(name.removesuffix(".weight") for name in router_names(config))]
+def plain_modules(source: Path, config: ModelConfig) -> list[str]:
+    """Those that are left as they are: also the matrices of layers for multi-token prediction."""
+    index = checkpoint_index(source)
+    left = [name for name, tensor in index.items() if is_of_prediction(config, name) and len(tensor.shape) == 2]
+    return ["lm_head", *(name.removesuffix(".weight") for name in [*router_names(config), *left])]
+
+
+def quantization_config(block: Block, plain: list[str]) -> dict[str, object]:
+    """What config.json then says: how, and which modules are not, for readers that do not see it."""
     if block is not None:
         return {
             "activation_scheme": "dynamic",
@@ -108,8 +114,9 @@ def quantise_checkpoint(source: Path, target: Path, block: Block) -> None:
             weight_map |= dict.fromkeys(held, path.name)
         elif path.is_file() and path.name not in ("config.json", INDEX_FILE):
             shutil.copy(path, target / path.name)
+    said = quantization_config(block, plain_modules(source, config))
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    write_json(target / "config.json", {**values, "quantization_config": quantization_config(block, config)})
+    write_json(target / "config.json", {**values, "quantization_config": said})
     if (source / INDEX_FILE).exists():
         write_json(target / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 
@@ -127,6 +134,8 @@ def main() -> None:
     parser.add_argument("--one-scale", action="store_true", help="of each tensor, as compressed-tensors writes it")
     options = parser.parse_args()
     rows, columns = options.block
+    if min(rows, columns) < 1:
+        parser.error(f"--block {rows} {columns}: a block has a row and a column at least")
     quantise_checkpoint(options.source, options.target, None if options.one_scale else (rows, columns))
     size = sum(file.stat().st_size for file in options.target.glob("*.safetensors"))
     print(f"{options.target} {math.ceil(size / 1e6)} MB")

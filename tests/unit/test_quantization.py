@@ -129,6 +129,17 @@ def test_what_is_left_as_it_is_is_said(pair: tuple[Path, Path]) -> None:
     assert gates and set(plain) == {"lm_head", *gates}
 
 
+def test_layers_for_prediction_are_left_as_they_are_and_named(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "deepseek-v3", **DEEPSEEK, num_nextn_predict_layers=1)
+    weights = load_file(source / "model.safetensors")
+    behind = {"model.layers.1.eh_proj.weight": torch.ones(3, 3), "model.layers.1.enorm.weight": torch.ones(3)}
+    save_file(weights | behind, source / "model.safetensors", metadata={"format": "pt"})
+    quantise_checkpoint(source, tmp_path / "float8", (16, 11))
+    said = json.loads((tmp_path / "float8" / "config.json").read_text())["quantization_config"]
+    assert said["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.eh_proj"]
+    assert checkpoint_index(tmp_path / "float8")["model.layers.1.eh_proj.weight"].dtype == "F32"
+
+
 def test_a_checkpoint_is_not_written_over_another(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
