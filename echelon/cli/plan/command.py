@@ -144,5 +144,5 @@ def _notes(planner: Planner, dtype: str, named: bool) -> list[str]:
     if machines.gpus > machines.gpus_per_node:
         notes.append(f"between nodes: {machines.network_bytes_s / 1e9:g} GB/s a GPU, by data sheet and not measured")
     if dtype == FLOAT8:
-        notes.append("float8 is planned, and not served yet; keys, values and activations are in 16 bit")
+        notes.append("float8 is planned, of weights alone, and not computed yet: served checkpoints of it take 16 bit")
     return notes
