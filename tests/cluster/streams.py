@@ -5,11 +5,11 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from echelon import Client, SamplingParams, StreamEvent
+from echelon.internal.processes import alive as alive
 from tests.cluster.conftest import Case
 
 STEPS = 300
@@ -47,12 +47,6 @@ def assert_undisturbed(case: Case, events: list[StreamEvent], prompt: str = PROM
     assert logprobs == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
     text = case.reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
     assert "".join(event.text for event in events) == text
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this number runs, zombies left out."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from coordinator.service import TICK_S
 from echelon import EchelonError, InvalidRequestError, NotFoundError
 from echelon.testing import LocalCluster
 from echelon.types import Cluster, JobState
 from echelon.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from tests.cluster.calls import eventually
 from tests.cluster.conftest import free_ports
 from tests.cluster.stubs import TIMEOUT_S, Served, refusal
 from tests.tiny import make_checkpoint
@@ -279,7 +278,7 @@ def test_metrics_count_each_request_and_token_once(undisturbed: Served) -> None:
     with pytest.raises(EchelonError):
         client.generate("y", request_id="counted")
     refusal(lambda: undisturbed.generation.Generate(Request(), timeout=TIMEOUT_S))
-    time.sleep(2 * TICK_S)  # gauges are set at each tick
+    list(eventually(lambda: undisturbed.metrics()["echelon_num_requests_waiting"], TIMEOUT_S))  # set at each tick
     after = undisturbed.metrics()
 
     def gained(name: str) -> float:

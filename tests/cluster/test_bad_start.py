@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ class Ended:
 
     code: int
     stderr: str
-    took_s: float
 
     def error(self) -> str:
         """The one line that it must have said."""
@@ -46,7 +44,6 @@ def model(tmp_path: Path) -> Path:
 def serve(*arguments: str, **environment: str) -> Ended:
     """Run it to its end; no process and no folder of it stays."""
     with tempfile.TemporaryDirectory(prefix="bad-", dir="/tmp") as folder:
-        started_s = time.monotonic()
         ended = subprocess.run(
             [sys.executable, "-m", "echelon", "serve", *arguments],
             env={**os.environ, "TMPDIR": folder, **environment},
@@ -54,11 +51,10 @@ def serve(*arguments: str, **environment: str) -> Ended:
             text=True,
             timeout=TIMEOUT_S,
         )
-        took_s = time.monotonic() - started_s
         assert ended.stdout == ""
         assert processes(lambda entry: folder.encode() in (entry / "environ").read_bytes()) == set()
         assert list(Path(folder).iterdir()) == []
-    return Ended(ended.returncode, ended.stderr, took_s)
+    return Ended(ended.returncode, ended.stderr)
 
 
 def processes(matches: Callable[[Path], bool]) -> set[int]:
@@ -131,7 +127,7 @@ def test_a_ray_that_does_not_start_has_the_first_word(model: Path, tmp_path: Pat
     assert ended.error() == "Ray does not start:"
     assert ended.stderr.splitlines()[1] == "RuntimeError: no file descriptors left"
     assert "Ray ended with exit code 1 while starting" in ended.stderr
-    assert (ended.code, ended.took_s < 30) == (FAILED, True)
+    assert ended.code == FAILED
 
 
 def test_no_memory_for_the_kv_cache_is_told_with_the_arithmetic(model: Path, ray_address: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from echelon.internal.processes import find_process
 from examples.make_checkpoint import PROMPTS
 
 COMPARED = 5
@@ -34,10 +35,6 @@ def marked_processes(mark: str) -> Iterator[int]:
                 continue
             if f"{MARK}={mark}".encode() in environment:
                 yield int(entry.name)
-
-
-def command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
 def maps(pid: int) -> str:
@@ -73,8 +70,8 @@ def test_the_demo(tmp_path: Path) -> None:
     with demo:
         assert demo.stdout is not None
         serving = json.loads(demo.stdout.readline())
-        commands = [command(pid) for pid in marked_processes(mark)]
-        assert any("/raylet" in line for line in commands)
+        running = filter(None, map(find_process, marked_processes(mark)))
+        assert any(process.name == "raylet" for process in running)
         assert len(serving["rank_pids"]) == 2 and set(serving["rank_pids"]) <= set(marked_processes(mark))
         assert all("libtorch" in maps(pid) for pid in serving["rank_pids"])
         assert "libtorch" not in maps(serving["coordinator_pid"])

@@ -17,7 +17,8 @@ from coordinator.cluster import Cluster
 from coordinator.fences import SupersededError
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.errors import InternalError
-from echelon.internal.processes import session_members
+from echelon.internal.local_nodes import AGENT_TITLE
+from echelon.internal.processes import alive, processes, session_members
 from worker.spec import RankSpec, spare_name
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
@@ -152,14 +153,6 @@ async def one_that_was_superseded_ends_nothing(address: str) -> None:
 
 def agent_pid(neighbour: int) -> int:
     """The agent that runs in the same session of Ray; Ray names a worker after its actor."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal() or not (entry / "cmdline").read_bytes().startswith(b"ray::AgentActor"):
-            continue
-        if os.getsid(int(entry.name)) == os.getsid(neighbour):
-            return int(entry.name)
-    raise AssertionError("no agent runs")
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    table = processes()
+    own = [process for process in table.values() if process.session == table[neighbour].session]
+    return next(process.pid for process in own if process.arguments()[0].startswith(AGENT_TITLE))

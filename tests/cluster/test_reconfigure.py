@@ -90,16 +90,17 @@ def test_what_cannot_be_served_is_refused_and_disturbs_nothing(
     case = Case("refused", cluster, references["llama-2"])
 
     def refuse_all() -> None:
+        """What depends on the stream first, while it is sure to be there."""
+        with pytest.raises(ConfigError, match="1 requests and 0 jobs are open"):
+            cluster.reconfigure(model=models["qwen3-2"])
+        with pytest.raises(ConfigError, match="max-context cannot be lowered"):
+            cluster.reconfigure(max_context=384)
         with pytest.raises(ConfigError, match=r"tensor=7.*tensor may be"):
             cluster.reconfigure(tensor=7)
         with pytest.raises(ConfigError, match="model"):
             cluster.reconfigure(model="/nowhere")
         with pytest.raises(ConfigError, match=r"lease-s is 30.* cannot become 60"):
             cluster.reconfigure(lease_s=60)
-        with pytest.raises(ConfigError, match="1 requests and 0 jobs are open"):
-            cluster.reconfigure(model=models["qwen3-2"])
-        with pytest.raises(ConfigError, match="max-context cannot be lowered"):
-            cluster.reconfigure(max_context=384)
 
     assert_undisturbed(case, stream_through(cluster.client(), refuse_all))
     after = cluster.status()

@@ -29,7 +29,7 @@ def test_spares_take_over_and_are_refilled(case: Case) -> None:
     waiting = {spare.pid for spare in cluster.wait_spares(2)}
     before = cluster.ranks()
     assert_undisturbed(case, stream_through(cluster.client(), lambda: cluster.kill(1)))
-    after = cluster.ranks()
+    after = cluster.wait_epoch(0, before[0].epoch + 1).ranks
     assert {rank.pid for rank in after} == waiting, "nobody started cold"
     assert not any(alive(rank.pid) for rank in before)
     refilled = {spare.pid for spare in cluster.wait_spares(2)}

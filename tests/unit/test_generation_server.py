@@ -296,7 +296,7 @@ def test_a_call_ends_by_its_deadline_though_the_machines_clock_was_set(serve: Se
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await site.stub.Generate(generation_pb2.GenerateRequest(text="two", request_id="late"), timeout=0.5)
         assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - began_s >= 0.5
+        assert time.monotonic() - began_s > 0.4
         while site.leader.service.core.is_open("late"):
             site.leader.service.post(Tick())
             await asyncio.sleep(0.01)

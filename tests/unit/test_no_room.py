@@ -102,15 +102,20 @@ class Site:
     async def kill(self, replica: int, suspect: int | None) -> None: ...
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
 def test_a_launch_that_waits_for_room_is_given_up_with_its_epoch() -> None:
     async def work() -> None:
         site = Site()
         site.replica.post(Started())
-        await asyncio.sleep(0.1)
+        await until(lambda: len(site.asked) == 2 and bool(site.replica.core.reason))
         assert site.asked == [("1", True), ("1", True)]
         assert site.replica.core.reason == REASON
         site.replica.post(Died(0, "1"))
-        await asyncio.sleep(0.1)
+        await until(lambda: len(site.asked) == 4 and bool(site.given_up))
         assert site.given_up == ["1"] and site.asked[2:] == [("2", True), ("2", True)]
         site.room.set()
         for rank in (0, 1):
