@@ -39,7 +39,7 @@ class LatentAttention:
         return self.rank + self.rotary_dim
 
 
-class Tensor(NamedTuple):
+class LatentTensor(NamedTuple):
     """One of a layer's attention, by its name behind `self_attn.`."""
 
     name: str
@@ -63,17 +63,17 @@ def read_latent(config: JsonSource) -> LatentAttention:
     )
 
 
-def latent_tensors(latent: LatentAttention, hidden: int, heads: int) -> Iterator[Tensor]:
+def latent_tensors(latent: LatentAttention, hidden: int, heads: int) -> Iterator[LatentTensor]:
     """What a layer's attention holds: what compresses is on every rank, what has heads is split by them."""
     by_head = Split(0, (heads,))
     queries = heads * latent.head_dim
     if latent.query_rank is None:
-        yield Tensor("q_proj", (queries, hidden), by_head)
+        yield LatentTensor("q_proj", (queries, hidden), by_head)
     else:
-        yield Tensor("q_a_proj", (latent.query_rank, hidden), Replicated())
-        yield Tensor("q_a_layernorm", (latent.query_rank,), Replicated())
-        yield Tensor("q_b_proj", (queries, latent.query_rank), by_head)
-    yield Tensor("kv_a_proj_with_mqa", (latent.cached_numbers, hidden), Replicated())
-    yield Tensor("kv_a_layernorm", (latent.rank,), Replicated())
-    yield Tensor("kv_b_proj", (heads * (latent.plain_dim + latent.value_dim), latent.rank), by_head)
-    yield Tensor("o_proj", (hidden, heads * latent.value_dim), Split(1, (heads,)))
+        yield LatentTensor("q_a_proj", (latent.query_rank, hidden), Replicated())
+        yield LatentTensor("q_a_layernorm", (latent.query_rank,), Replicated())
+        yield LatentTensor("q_b_proj", (queries, latent.query_rank), by_head)
+    yield LatentTensor("kv_a_proj_with_mqa", (latent.cached_numbers, hidden), Replicated())
+    yield LatentTensor("kv_a_layernorm", (latent.rank,), Replicated())
+    yield LatentTensor("kv_b_proj", (heads * (latent.plain_dim + latent.value_dim), latent.rank), by_head)
+    yield LatentTensor("o_proj", (hidden, heads * latent.value_dim), Split(1, (heads,)))
