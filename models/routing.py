@@ -79,9 +79,10 @@ def _deepseek(config: JsonSource, gating: Gating, routing: Routing) -> Routing:
     scores, methods = config.get("scoring_func", _SCORES[gating]), _METHODS[gating]
     if scores != _SCORES[gating]:
         config.refuse(f"scoring_func={scores!r} is not supported for this architecture; supported: {_SCORES[gating]}")
-    method = config.get("topk_method", methods[0])
+    spelt = config.get("topk_method", methods[0])
+    method = _GREEDY if spelt == "gready" else spelt  # as DeepSeek's own code has it, and files that it wrote
     if method not in methods:
-        config.refuse(f"topk_method={method!r} is not supported for this architecture; supported: {', '.join(methods)}")
+        config.refuse(f"topk_method={spelt!r} is not supported for this architecture; supported: {', '.join(methods)}")
     if gating is Gating.DEEPSEEK_V2 and routing.normalizes:
         config.refuse("norm_topk_prob=true is not supported for this architecture; supported: false")
     return Routing(

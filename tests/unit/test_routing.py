@@ -50,6 +50,12 @@ def test_all_groups_are_as_good_as_none(tmp_path: Path) -> None:
         assert routing_of(tmp_path, values)[-1].groups is None  # type: ignore[union-attr]
 
 
+def test_greedy_as_deepseek_spelt_it(tmp_path: Path) -> None:
+    assert routing_of(tmp_path, {**V2, "topk_method": "gready"}) == routing_of(
+        tmp_path, {**V2, "topk_method": "greedy"}
+    )
+
+
 def test_every_second_layer_has_experts(tmp_path: Path) -> None:
     found = routing_of(tmp_path, {**DEEPSEEK_V2_LITE, "num_hidden_layers": 6, "moe_layer_freq": 2})
     assert [routing is not None for routing in found] == [False, False, True, False, True, False]
@@ -59,6 +65,7 @@ def test_every_second_layer_has_experts(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({**V2, "topk_method": "noaux_tc"}, ["topk_method='noaux_tc'", "greedy, group_limited_greedy"]),
+        ({**DEEPSEEK_R1, "topk_method": "gready"}, ["topk_method='gready'", "supported: noaux_tc"]),
         ({**DEEPSEEK_R1, "topk_method": "greedy"}, ["topk_method='greedy'", "supported: noaux_tc"]),
         ({**V2, "scoring_func": "sigmoid"}, ["scoring_func='sigmoid'", "supported: softmax"]),
         ({**DEEPSEEK_R1, "scoring_func": "softmax"}, ["scoring_func='softmax'", "supported: sigmoid"]),
