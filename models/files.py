@@ -16,7 +16,7 @@ from pathlib import Path
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
 from models.json_source import read_json_object
-from models.quantization import ELEMENT_BYTES, FLOAT8, StoredTensor
+from models.stored import ELEMENT_BYTES, FLOAT8, StoredTensor
 from models.tables import expert_names, parameter_table
 
 SINGLE_FILE = "model.safetensors"

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from echelon.errors import ConfigError
 from models.json_source import JsonSource
+from models.stored import FLOAT8, StoredTensor
 from parallel.sharding import Region, Shape
 
-FLOAT8 = "F8_E4M3"  # as safetensors names it
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, FLOAT8: 1}
 SCALE_DTYPES = ("F32", "BF16", "F16")
 
 _SUPPORTED = (
@@ -27,19 +26,6 @@ _SUPPORTED = (
 _REMEDY = "download the checkpoint again, or give an unquantised one"
 _WEIGHT = ".weight"
 _SCALES = ("weight_scale_inv", "weight_scale")  # in its place: DeepSeek's and transformers', all others'
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: its file, its dtype as safetensors names it, its full shape, its place in the file.
-
-    Its numbers lie one behind the other, the last dim fastest.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    first_byte: int
 
 
 @dataclass(frozen=True, slots=True)

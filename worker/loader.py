@@ -17,7 +17,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import checkpoint_index
-from models.quantization import ELEMENT_BYTES, FLOAT8
+from models.stored import ELEMENT_BYTES, FLOAT8
 from models.tables import Parameter, held_parameters, is_of_prediction
 from parallel.context import ParallelContext
 from parallel.degrees import Place

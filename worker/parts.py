@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.quantization import ELEMENT_BYTES, StoredTensor, covering
+from models.quantization import covering
+from models.stored import ELEMENT_BYTES, StoredTensor
 from parallel.sharding import Region, region_shape
 from worker.weight_file import WeightFile
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.quantization import ELEMENT_BYTES, FLOAT8, StoredTensor
+from models.stored import ELEMENT_BYTES, FLOAT8, StoredTensor
 from parallel.sharding import Region, region_shape
 
 BUFFER_BYTES = 32 << 20
