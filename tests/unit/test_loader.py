@@ -40,6 +40,7 @@ MODELS = {
     "qwen3-moe": WIDER | {"moe_intermediate_size": 64},
     "deepseek-v3": WIDER | {"moe_intermediate_size": 64},
 }
+QUICK = {"gemma3", "deepseek-v3"}  # between them: tied and untied heads, experts, latent attention
 
 
 def bytes_read() -> int:
@@ -70,7 +71,9 @@ def load(directory: Path, degrees: Degrees, rank: int, dtype: torch.dtype) -> tu
     return dict(model.shards), read
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.long) for family in MODELS]
+)
 def test_a_rank_reads_its_share_and_nothing_else(tmp_path: Path, family: str) -> None:
     """The share is what stays resident, less the vocabulary's padding; beside it only headers are read."""
     directory = make_checkpoint(tmp_path, family, seed=0, shards=2, **MODELS[family])

@@ -87,9 +87,9 @@ def test_stages_answer_as_one_rank_does(
 @pytest.mark.parametrize(
     ("family", "degrees", "depth"),
     [
-        ("llama", Degrees(data=2), 1),
-        ("qwen3-moe", Degrees(data=2, expert=2), 1),
         ("mixtral", Degrees(pipeline=2, data=2), 2),
+        pytest.param("llama", Degrees(data=2), 1, marks=pytest.mark.long),
+        pytest.param("qwen3-moe", Degrees(data=2, expert=2), 1, marks=pytest.mark.long),
         pytest.param("qwen3-moe", Degrees(data=2, tensor=2, expert=2), 1, marks=pytest.mark.long),
         pytest.param("mixtral", Degrees(pipeline=2, data=2, tensor=2, expert=4), 3, marks=pytest.mark.long),
     ],
