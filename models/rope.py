@@ -106,8 +106,8 @@ class RopeReader:
     def score_factor(self) -> float:
         """What the products of queries and keys are multiplied by besides. DeepSeek's: YaRN stretches them as much."""
         table = self._table()
-        weight = table.optional_number("mscale_all_dim")
-        if not self.family.latent or weight is None or _kind(table) == "default":
+        weight = _mscale(table, "mscale_all_dim") if self.family.latent else None
+        if weight is None or _kind(table) == "default":
             return 1.0
         return _recommended(table.number("factor"), weight) ** 2
 
@@ -195,10 +195,15 @@ def _kind(table: JsonSource) -> object:
 
 def _attention_factor(table: JsonSource, factor: float) -> float:
     """What YaRN recommends for the factor, or DeepSeek's ratio of two such numbers."""
-    mscale, mscale_all_dim = table.optional_number("mscale"), table.optional_number("mscale_all_dim")
+    mscale, mscale_all_dim = _mscale(table, "mscale"), _mscale(table, "mscale_all_dim")
     if mscale is None or mscale_all_dim is None:
         return _recommended(factor, 1)
     return _recommended(factor, mscale) / _recommended(factor, mscale_all_dim)
+
+
+def _mscale(table: JsonSource, key: str) -> float | None:
+    """None where it is 0, as in transformers: the default of DeepSeek's code."""
+    return table.optional_number(key) if table.get(key) != 0 else None
 
 
 def _recommended(factor: float, weight: float) -> float:

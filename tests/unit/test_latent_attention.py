@@ -39,6 +39,7 @@ YARN = YARN_ROPE | {"mscale": 0.707, "mscale_all_dim": 0.707}
         {"rope_type": "linear", "rope_theta": 1e4, "mscale_all_dim": 0.7, "factor": 8.0},
         YARN,
         YARN | {"mscale_all_dim": 1.0},
+        YARN | {"mscale_all_dim": 0},
         YARN_ROPE,
         YARN | {"factor": 1.0},
     ],

@@ -35,6 +35,7 @@ TABLES: dict[str, dict[str, object]] = {
     "yarn-attention-factor": {**QWEN_YARN, "attention_factor": 0.75},
     "yarn-two-scales": {**QWEN_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
     "yarn-one-scale": {**QWEN_YARN, "mscale": 0.7},
+    "yarn-no-scale": {**QWEN_YARN, "mscale": 0.7, "mscale_all_dim": 0},
     "yarn-no-ramp": {**QWEN_YARN, "factor": 1.0, "beta_fast": 1.0, "truncate": False},
     "yarn-of-the-model's-context": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
 }
