@@ -22,6 +22,7 @@ from echelon.errors import ConfigError
 
 LOCK_FILE = "lock"
 TERM_FILE = "term"
+FRESH = "term.new-"  # and the term of the coordinator that writes it
 RESERVED_BYTES = 4096  # a block: the next number finds room on a disk that has become full
 LOCK_PATIENCE_S = 5.0  # a predecessor that was killed may still be ending
 
@@ -116,8 +117,17 @@ class Fences:
     def _write(self, numbers: Numbers) -> None:
         """Replace the file as a whole: a crash leaves the old or the new one."""
         self.check()
-        fresh = self._directory / f"{TERM_FILE}.new"
-        _overwrite(fresh, json.dumps(asdict(numbers)).encode())
+        fresh = self._directory / f"{FRESH}{numbers.term}"  # nobody else's: one that wakes late must not write in ours
+        content = json.dumps(asdict(numbers)).encode()
+        try:
+            _overwrite(fresh, content)
+        except OSError:
+            if not (left := self._left(numbers.term)):
+                raise
+            left[0].replace(fresh)  # a full disk has this block for us
+            _overwrite(fresh, content)
+        for path in self._left(numbers.term):
+            path.unlink(missing_ok=True)
         self.check()  # syncing takes as long as the disk does
         fresh.replace(self._directory / TERM_FILE)
         with contextlib.suppress(OSError):
@@ -128,6 +138,10 @@ class Fences:
         finally:
             os.close(folder)
         self._numbers = numbers
+
+    def _left(self, term: int) -> list[Path]:
+        """What coordinators of earlier terms have reserved."""
+        return [path for path in self._directory.glob(f"{FRESH}*") if int(path.name.removeprefix(FRESH)) < term]
 
 
 def refuse_older(term: int, found: Numbers) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fences import Fences, SupersededError
+from coordinator.fences import RESERVED_BYTES, Fences, SupersededError
 from coordinator.journal.file import JournalFile
 from echelon.errors import ConfigError
 from tests.unit.test_journal_faults import failing
@@ -87,12 +87,55 @@ def test_the_next_number_finds_its_room_reserved(tmp_path: Path) -> None:
     """On a disk that is full since, it is written over blocks that are there already."""
     fences = Fences.open(tmp_path)
     for epoch in (1, 2, 3):
-        reserve = (tmp_path / "term.new").stat()
+        reserve = (tmp_path / "term.new-1").stat()
         fences.persist_epoch(0, epoch)
         written = (tmp_path / "term").stat()
         assert (written.st_ino, written.st_size, written.st_blocks) == (reserve.st_ino, 4096, reserve.st_blocks)
         assert reserve.st_size == 4096
     fences.close()
+
+
+def test_a_successor_finds_room_on_a_full_disk_in_what_its_predecessor_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+
+    def full(descriptor: int, content: bytes, offset: int) -> int:
+        if len(content) == RESERVED_BYTES and not os.fstat(descriptor).st_blocks:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, content, offset)
+
+    with pytest.raises(ConfigError, match="No space left"), monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        Fences.open(tmp_path / "first")
+    Fences.open(tmp_path).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        Fences.open(tmp_path).close()
+    third = Fences.open(tmp_path)
+    assert third.term == 3
+    third.close()
+    assert sorted(path.name for path in tmp_path.glob("term*")) == ["term", "term.new-3"]
+
+
+def test_one_that_is_stopped_as_it_begins_to_write_does_not_write_over_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that it has opened is not the one that its successor puts in the place of the term."""
+    old, pwrite = Fences.open(tmp_path), os.pwrite
+
+    def begin_a_successor(descriptor: int, content: bytes, offset: int) -> int:
+        monkeypatch.undo()
+        (tmp_path / "lock").unlink()
+        Fences.open(tmp_path).close()
+        return pwrite(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", begin_a_successor)
+    with pytest.raises(SupersededError):
+        old.persist_epoch(0, 1)
+    old.close()
+    numbers = json.loads((tmp_path / "term").read_text())
+    assert (numbers["term"], numbers["epochs"]) == (2, {})
 
 
 def test_a_directory_in_use_is_refused_with_its_holder_and_free_once_that_is_killed(tmp_path: Path) -> None:
