@@ -18,7 +18,7 @@ from torch import Tensor
 
 from echelon.errors import ConfigError
 from worker.checkpoint.checksum import tensor_checksums
-from worker.checkpoint.manifest import MANIFEST_FILE, Manifest, UnfitShardError, read_manifest
+from worker.checkpoint.manifest import Manifest, UnfitShardError, read_manifest
 
 Mark = tuple[int, int, int]  # inode, size and time of change of a file
 
@@ -87,23 +87,24 @@ class Holder:
     def __init__(self, niceness: int, register: bool = True) -> None:
         self._niceness = niceness
         self._register = register
-        self._tried: tuple[Path, Mark | None] | None = None
+        self._tried: tuple[Path, bytes | None] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._held: HeldShard | None = None
         self._given = False
 
     def want(self, folder: Path) -> None:
-        """Returns at once. A shard that is not there yet is held once it is; one that is not fit, once it changes.
+        """Returns at once. A shard that is not there yet is held once it is; one that is not fit, once it is another.
 
-        What was held before is let go even if there is nothing in its place: its memory may be what that waits for.
+        Its shard.json tells that, and not when it was touched: whoever restores from a shard marks it as used. What was
+        held before is let go even if there is nothing in its place: its memory may be what that waits for.
         """
         if self._thread is not None and self._thread.is_alive():
             return
-        mark = None
+        found = None
         with contextlib.suppress(OSError):
-            mark = mark_of(folder / MANIFEST_FILE)
-        wanted = folder, mark
+            found = read_manifest(folder)
+        wanted = folder, found
         if wanted != self._tried:
             self._tried = wanted
             self._thread = threading.Thread(target=self._hold, args=(folder,), name="hold-shard", daemon=True)
