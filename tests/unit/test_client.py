@@ -80,6 +80,11 @@ def check_whole(answer: Answer) -> None:
     assert whole.usage == Usage(3, 6)
 
 
+def limits_s(server: ScriptedServer, *known_s: float) -> list[float]:
+    """Which of these each call was given: no more of it is left when the call comes, if less on a busy machine."""
+    return [next(limit for limit in known_s if remaining < limit + 0.5) for remaining in server.remaining_s]
+
+
 def test_an_undisturbed_stream(server: ScriptedServer, stream: Callable[..., Answer]) -> None:
     server.on("StreamGenerate", tokens(0, 6, end=True))
     sampling = SamplingParams(temperature=0.0, stop_token_ids=(7,))
@@ -89,7 +94,7 @@ def test_an_undisturbed_stream(server: ScriptedServer, stream: Callable[..., Ans
     assert (request.text, request.model, len(request.request_id)) == ("once", "tiny", 32)
     assert request.sampling == generation_pb2.SamplingParams(temperature=0.0, stop_token_ids=[7], max_tokens=6, seed=5)
     assert not request.HasField("resume")
-    assert 8 < server.remaining_s[0] <= 9
+    assert limits_s(server, 9, 60) == [9]
     assert server.requests["CancelGeneration"] == []
 
 
@@ -549,7 +554,7 @@ def test_a_copy_with_options_shares_the_connection(server: ScriptedServer) -> No
     with pytest.raises(CancelledError, match="closed"):
         other.cluster()
     assert len(peers) == 1
-    assert [round(remaining) for remaining in server.remaining_s] == [20, 7, 7, 7, 20]
+    assert limits_s(server, 7, 20) == [20, 7, 7, 7, 20]
 
 
 def test_an_asynchronous_copy_does_as_well(server: ScriptedServer) -> None:
@@ -577,5 +582,5 @@ def test_an_asynchronous_copy_does_as_well(server: ScriptedServer) -> None:
 
     asyncio.run(run())
     assert seen_gone == [True], "the call itself was ended, long before its deadline"
-    assert [round(remaining) for remaining in server.remaining_s[::2]] == [60, 20]
+    assert limits_s(server, 20, 60)[::2] == [60, 20]
     assert list(server.requests["CancelGeneration"][0].request_ids) == ["mine"]

@@ -149,7 +149,8 @@ def test_a_rank_retires_and_serves_another_model(tmp_path: Path) -> None:
     attend(drill)
     first, second, *again = [ready.parameter_bytes for ready in drill.ready]
     assert first != second and again == [first, second]
-    assert drill.threads[-1] <= drill.threads[1], "each epoch's threads end with it"
+    # Two epochs more would have left two at least; asyncio's own pool may grow by one that was not needed before.
+    assert drill.threads[-1] <= drill.threads[1] + 1, "each epoch's threads end with it"
     assert drill.idle_bytes[-1] - drill.idle_bytes[1] < first // 4, "nothing of an ended epoch is held"
     assert [(each.origin, each.reason) for each in drill.loaded] == [("source", "")] * 4
 
