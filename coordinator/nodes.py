@@ -54,6 +54,7 @@ class Nodes(Generic[Agent]):
             self._drop(node, "Ray has given it up")
             if meeting := self._meetings.pop(node, None):
                 meeting.cancel()
+            self._heard_s.pop(node, None)
             self._owed.pop(node, None)  # what is left of it is not Ray's any more: the agent there ends it by its lease
             del self._addresses[node]
         self._addresses.update(alive)

@@ -252,30 +252,31 @@ class LocalCluster:
             time.sleep(POLL_S)
 
     def _signal(self, victim: Victim, when: Moment | None, number: int) -> int:
-        """Of a moment the look tells who the victim is then: a recovery has other processes."""
-        if isinstance(victim, Node) and number == signal.SIGKILL:
-            self._nodes.kill(victim)
-            return victim.raylet_pid
-        if isinstance(victim, Rank | Spare) and when is None:
-            os.kill(victim.pid, number)
-            return victim.pid
-        look = self.status()
-        if when == "journal":
-            wait_journal(look.coordinator_pid, MOMENT_TIMEOUT_S)
-        elif when is not None:
-            look = wait_for(when, self.status, look, MOMENT_TIMEOUT_S)
-        first, *under = self._pids_of(victim, look)
+        if not isinstance(victim, Rank | Spare | Node):
+            first, *under = self._pids_of(victim, self._look(when))
+        else:
+            if when is not None:
+                self._look(when)
+            if isinstance(victim, Node) and number == signal.SIGKILL:
+                self._nodes.kill(victim)
+                return victim.raylet_pid
+            first, under = victim.raylet_pid if isinstance(victim, Node) else victim.pid, []
         os.kill(first, number)
         for pid in under:
             with contextlib.suppress(ProcessLookupError):  # it has ended with the first
                 os.kill(pid, number)
         return first
 
-    def _pids_of(self, victim: Victim, look: Cluster) -> tuple[int, ...]:
-        if isinstance(victim, Rank | Spare):
-            return (victim.pid,)
-        if isinstance(victim, Node):
-            return (victim.raylet_pid,)
+    def _look(self, when: Moment | None) -> Cluster:
+        """The status, as soon as a moment has come: a recovery has other processes."""
+        look = self.status()
+        if when == "journal":
+            wait_journal(look.coordinator_pid, MOMENT_TIMEOUT_S)
+        elif when is not None:
+            look = wait_for(when, self.status, look, MOMENT_TIMEOUT_S)
+        return look
+
+    def _pids_of(self, victim: int | str, look: Cluster) -> tuple[int, ...]:
         if isinstance(victim, int):
             return (rank_of(look.ranks, victim).pid,)
         return victims.find(victim, look, random.Random(0)).pids

@@ -139,7 +139,7 @@ def test_a_node_that_ray_gives_up_is_forgotten_with_what_it_owes(monkeypatch: py
         await nodes.settle()
         nodes.listed({"b": "10.0.0.2"})
         assert machines.events[-1] == ("node.lost", "node/a", "Ray has given it up")
-        assert not nodes.lost and set(nodes.agents) == {"b"}
+        assert not nodes.lost and set(nodes.agents) == {"b"} == set(nodes._heard_s)
         with pytest.raises(KeyError):
             await nodes.agent("a")
         machines.answering.clear()

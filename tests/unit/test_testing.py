@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from echelon import testing
+from echelon.internal.local_nodes import Node
 from echelon.testing import LocalCluster, rank_of
 from echelon.types import Rank
 from parallel.degrees import Degrees, Place
@@ -73,3 +76,15 @@ def test_what_has_ended_with_its_node_is_not_missed(
     assert [process.wait() for process in processes] == [-9] * 3
     with pytest.raises(ProcessLookupError):
         cluster.kill("node")
+
+
+def test_a_node_that_is_to_die_at_a_moment_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    node = Node("id", "127.0.0.2", "alive", False, 7, 8)
+    cluster = LocalCluster.__new__(LocalCluster)
+    monkeypatch.setattr(cluster, "_nodes", SimpleNamespace(kill=done.append), raising=False)
+    monkeypatch.setattr(LocalCluster, "status", lambda self: None)
+    monkeypatch.setattr(testing, "wait_for", lambda when, *_: done.append(when))
+    assert cluster.kill(node, when="replay") == 7
+    assert cluster.kill(node) == 7
+    assert done == ["replay", node, node]
