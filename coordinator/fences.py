@@ -141,7 +141,8 @@ class Fences:
 
     def _left(self, term: int) -> list[Path]:
         """What coordinators of earlier terms have reserved."""
-        return [path for path in self._directory.glob(f"{FRESH}*") if int(path.name.removeprefix(FRESH)) < term]
+        found = {path: path.name.removeprefix(FRESH) for path in self._directory.glob(f"{FRESH}*")}
+        return [path for path, number in found.items() if number.isdecimal() and int(number) < term]
 
 
 def refuse_older(term: int, found: Numbers) -> None:

@@ -109,13 +109,14 @@ def test_a_successor_finds_room_on_a_full_disk_in_what_its_predecessor_reserved(
         patch.setattr(os, "pwrite", full)
         Fences.open(tmp_path / "first")
     Fences.open(tmp_path).close()
+    (tmp_path / "term.new-1~").write_text("somebody's own")
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         Fences.open(tmp_path).close()
     third = Fences.open(tmp_path)
     assert third.term == 3
     third.close()
-    assert sorted(path.name for path in tmp_path.glob("term*")) == ["term", "term.new-3"]
+    assert sorted(path.name for path in tmp_path.glob("term*")) == ["term", "term.new-1~", "term.new-3"]
 
 
 def test_one_that_is_stopped_as_it_begins_to_write_does_not_write_over_its_successor(
