@@ -177,7 +177,7 @@ def test_steps_are_under_way_on_all_stages_at_once(checkpoint: Path) -> None:
     starts_s = [clock.at(queued.span.start) for op, queued in first if op.kind is Kind.FORWARD]
     rounds_s = [late - early for early, late in zip(starts_s, starts_s[stages:], strict=False)]
     computed_s = max(statistics.median(queued.span.seconds for _, queued in rank.executed) for rank in pipeline.ranks)
-    assert stages * slot_s <= min(rounds_s) <= 1.15 * stages * (slot_s + computed_s)
+    assert stages * slot_s <= min(rounds_s) <= 1.5 * stages * (slot_s + computed_s)
 
 
 def test_more_cohorts_than_requests_leave_nobody_waiting(checkpoint: Path) -> None:
