@@ -58,8 +58,14 @@ class RankLauncher:
             term=self._fences.term,
         )
         await self._cluster.connect()
-        if not await self._spares.start_rank(spec):
-            await self._cluster.launch(spec, no_room)
+        if await self._spares.start_rank(spec):
+            return
+        slot = await self._cluster.place(spec, no_room)
+        if not await self._spares.start_rank(spec):  # one that waits on the spare device that the rank has moved to
+            await self._cluster.launch(spec, slot)
+
+    async def replace(self, replica: int, rank: int) -> bool:
+        return await self._cluster.reserve.replace(replica, rank)
 
     async def kill(self, replica: int, suspect: int | None) -> None:
         await self._cluster.connect()  # nothing would be asked of anybody before

@@ -23,10 +23,12 @@ from ray.util.placement_group import PlacementGroup
 
 from coordinator import slots
 from coordinator.agents import CALL_TIMEOUT_S, Agents, ask, last_line, result, unheard
+from coordinator.devices import NONE_MOVED, Devices, who
 from coordinator.fences import SupersededError
 from coordinator.nodes import Tell
 from coordinator.places import Places
 from coordinator.ray_port import reach_ray
+from coordinator.reserve import Reserve
 from echelon.errors import InternalError
 from worker.actor import remove_slots
 from worker.spec import RankSpec, parse_name, replica_prefix, spare_name, spares_prefix
@@ -43,7 +45,7 @@ log = structlog.get_logger("cluster")
 
 @dataclass(frozen=True, slots=True)
 class SpareProcess:
-    """A process that waits in the slot of a rank."""
+    """A process that waits in a slot: of a rank, or of a spare device."""
 
     replica: int
     rank: int
@@ -56,11 +58,17 @@ class Cluster:
     """One per coordinator, connected from `connect` to `remove` or `disconnect`. address: of the Ray to join.
 
     identity: the cluster, and the coordinator's term; what ends processes raises SupersededError where an agent has
-    heard of a later one. tell takes events: of nodes that join and are lost.
+    heard of a later one. tell takes events: of nodes that join and are lost, and of devices. persist: what Reserve has.
     """
 
     def __init__(
-        self, identity: tuple[str, int], address: str, lease_s: float, tell: Tell = lambda *event: None
+        self,
+        identity: tuple[str, int],
+        address: str,
+        lease_s: float,
+        tell: Tell = lambda *event: None,
+        devices: Devices = NONE_MOVED,
+        persist: Callable[[Devices], None] = lambda devices: None,
     ) -> None:
         self._cluster, _ = identity
         self._address = address
@@ -68,7 +76,8 @@ class Cluster:
         self._initialising: asyncio.Future[Any] | None = None
         self._agents = Agents(identity, lease_s, self._call, tell)
         self._nodes = self._agents.nodes
-        self._places = Places(self._cluster, self._agents, self._call)
+        self.reserve = Reserve(self._cluster, self._nodes, self._call, tell, devices, persist)
+        self._places = Places(self._cluster, self._agents, self._call, self.reserve)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="ray")
 
     async def connect(self) -> None:
@@ -116,10 +125,12 @@ class Cluster:
 
     async def end_surplus(self, replicas: int) -> None:
         """End what a predecessor left of replicas beyond so many, and give their slots back."""
-        for replica in {index for _, (_, index, _, _) in await self._living() if index >= replicas}:
+        living = {index for _, (_, index, _, _) in await self._living()} | {of for of, _ in self.reserve.devices.moved}
+        for replica in {index for index in living if index >= replicas}:
             await self.kill(replica)
             await self.end_all(spares_prefix(self._cluster, replica))
-            await self._order("Ray takes no slot back", remove_slots, self._cluster, replica)
+            self.reserve.forget(replica)
+            await self.reserve.give_back(replica)
 
     async def spares(self) -> list[SpareProcess]:
         """The processes that a predecessor has left waiting in slots. Raises InternalError when Ray does not answer."""
@@ -145,13 +156,19 @@ class Cluster:
             if cluster == self._cluster
         ]
 
-    async def launch(self, spec: RankSpec, no_room: Callable[[str], None] | None = None) -> int:
-        """Start a rank in its slot; its pid. Raises InternalError when the process does not come.
+    async def place(self, spec: RankSpec, no_room: Callable[[str], None] | None = None) -> PlacementGroup:
+        """The slot of a rank, which may have moved to a spare device.
 
         no_room is told why there is no slot, every few seconds while one is waited for; without it InternalError is
-        raised soon. Only that wait can be cancelled: a process that is being started must get its master.
+        raised soon.
         """
-        slot = await self._places.take(spec.replica, spec.rank, spec.device, no_room)
+        return await self._places.take(spec.replica, spec.rank, spec.device, no_room)
+
+    async def launch(self, spec: RankSpec, slot: PlacementGroup) -> int:
+        """Start a rank there; its pid. Raises InternalError when the process does not come.
+
+        Cancelled, it starts all the same: a process that is being started must get its master.
+        """
         return await asyncio.shield(unheard(asyncio.ensure_future(self._start(spec, slot))))
 
     async def _start(self, spec: RankSpec, slot: PlacementGroup) -> int:
@@ -159,10 +176,10 @@ class Cluster:
         return int(await self.ask(actor.start, spec.to_json(), self._nodes.agents.get(node_id)))
 
     async def launch_spare(self, name: str, replica: int, rank: int, device: str) -> SpareProcess:
-        """Start a process that waits in a rank's slot and warms up there. Raises InternalError; it moves no slot."""
+        """Start a process that waits in that slot and warms up there. Raises InternalError; it moves no slot."""
         slot, node = await self._call(slots.find_slot, self._cluster, replica, rank)
         if slot is None or node in {"", *self._nodes.lost}:
-            raise InternalError(f"the slot of rank {rank} of replica {replica} is on no node that answers")
+            raise InternalError(f"the slot of {who((replica, rank))} is on no node that answers")
         node_id, actor = await self._create(name, slot, device)
         await self.ask(actor.warm, name, device, self._nodes.agents.get(node_id))
         return SpareProcess(replica, rank, name, node_id, actor)
@@ -215,7 +232,9 @@ class Cluster:
         await self.end_all(prefix, first)
         # Ray knows a rank that was a spare by its first name, and must end it where the agent has died.
         waiting = {spare.name for spare in await self.spares()}
-        await self._order("Ray forgets no spare", slots.discard_actors, spares_prefix(self._cluster, replica), waiting)
+        moved = [spare_name(self._cluster, *slot, "") for slot in self.reserve.moved_of(replica)]
+        for begins in (spares_prefix(self._cluster, replica), *moved):
+            await self._order("Ray forgets no spare", slots.discard_actors, begins, waiting)
 
     async def end_all(self, prefix: str, first: str = "") -> None:
         """End every process whose name begins so, those that begin with `first` ahead of the others.
@@ -226,7 +245,10 @@ class Cluster:
         await self._order("Ray forgets no actor", slots.discard_actors, prefix)
 
     async def deaths(self) -> AsyncGenerator[tuple[str, int, int, str], None]:
-        """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end."""
+        """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end.
+
+        Of a process in the slot of a spare device, RESERVE and the number of that device.
+        """
         async with contextlib.aclosing(self._agents.deaths()) as names:
             async for name in names:
                 kind, _, replica, rank, last = parse_name(name)

@@ -1,4 +1,4 @@
-"""The fences on disk: the state directory's lock, the coordinator's term and each replica's epoch.
+"""The fences on disk: the state directory's lock, the coordinator's term, each replica's epoch, and moved ranks.
 
 Runs in the coordinator. A number is on disk, fsynced, before anybody can see it, so none is ever used twice. The
 lock lets one coordinator alone write here; it goes with the process, however that ends.
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from coordinator.devices import Devices
 from echelon.errors import ConfigError
 
 LOCK_FILE = "lock"
@@ -33,11 +34,15 @@ class SupersededError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Content of the term file. cluster tells this cluster's processes from another's; epochs by replica."""
+    """Content of the term file. cluster tells this cluster's processes from another's; epochs by replica.
+
+    devices: `Devices` as JSON.
+    """
 
     cluster: str
     term: int = 0
     epochs: Mapping[str, int] = field(default_factory=dict)
+    devices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class Fences:
@@ -88,6 +93,15 @@ class Fences:
         """On disk when this returns."""
         assert epoch > self.epoch(replica), f"epoch {epoch} of replica {replica} after {self.epoch(replica)}"
         self._write(replace(self._numbers, epochs={**self._numbers.epochs, str(replica): epoch}))
+
+    @property
+    def devices(self) -> Devices:
+        """Which ranks have moved, and which slots are out, as last persisted."""
+        return Devices.from_json(self._numbers.devices)
+
+    def persist_devices(self, devices: Devices) -> None:
+        """On disk when this returns. Raises OSError, SupersededError."""
+        self._write(replace(self._numbers, devices=devices.to_json()))
 
     def check(self) -> None:
         """Raises SupersededError. Quick while the file is the same: the journal asks with every step."""

@@ -2,6 +2,7 @@
 
 On the coordinator's loop, for `coordinator/cluster.py`. Of several replicas that lack room the first is given all there
 is, and the others wait without a slot: two that each held half of what is left would wait for ever for the other's.
+A rank whose node is lost, or that finds no room, moves to a spare device if there is one (`coordinator/reserve.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from ray.util.placement_group import PlacementGroup
 
 from coordinator import slots
 from coordinator.agents import Agents, InThread
+from coordinator.reserve import Reserve
 from echelon.errors import InternalError
-from worker.actor import remove_slots
 
 AGENT_POLL_S = 0.2
 
@@ -24,11 +25,12 @@ AGENT_POLL_S = 0.2
 class Places:
     """Of one cluster."""
 
-    def __init__(self, cluster: str, agents: Agents, in_thread: InThread) -> None:
+    def __init__(self, cluster: str, agents: Agents, in_thread: InThread, reserve: Reserve) -> None:
         self._cluster = cluster
         self._agents = agents
         self._nodes = agents.nodes
         self._in_thread = in_thread
+        self._reserve = reserve
         self._lacking: set[tuple[int, int]] = set()  # replica and rank
         self._given_back: Counter[int] = Counter()  # by replica, how often all its slots were
 
@@ -44,7 +46,7 @@ class Places:
         try:
             while True:
                 if no_room is not None and any(other < replica for other, _ in self._lacking):
-                    await self._in_thread(remove_slots, self._cluster, replica)
+                    await self._reserve.give_back(replica)
                     self._given_back[replica] += 1
                     no_room("a replica before it lacks room too")
                     await asyncio.sleep(slots.SLOT_POLL_S)
@@ -52,13 +54,21 @@ class Places:
                 now = self._nodes.lost, self._given_back[replica]
                 if taken_as != now:  # a node that was avoided may be good again, another is lost, or the slot is gone
                     taken_as = now
-                    slot = await self._in_thread(slots.take_slot, self._cluster, replica, rank, device, now[0])
-                if await self._in_thread(slot.wait, slots.SLOT_POLL_S) and await self._has_agent(slot):
+                    await self._off_a_lost_node(replica, rank)
+                    place = self._reserve.slot_of(replica, rank)
+                    slot = await self._in_thread(slots.take_slot, self._cluster, *place, device, now[0])
+                placed = await self._in_thread(slot.wait, slots.SLOT_POLL_S)
+                if placed and await self._has_agent(slot):
                     return slot
+                if not placed and no_room and await self._reserve.leave(replica, rank, "there is no other room"):
+                    taken_as = None
+                    continue
                 waited_s = time.monotonic() - began_s
                 shortage = await self._in_thread(slots.shortage, f"rank {rank} of replica {replica}", device)
                 if away := len(self._nodes.lost):
                     shortage += f"; nodes whose agent does not answer: {away}"
+                if held := len(self._reserve.free):
+                    shortage += f"; held as spare devices: {held}"
                 if no_room is not None:
                     self._lacking.add((replica, rank))
                     no_room(shortage)
@@ -66,6 +76,13 @@ class Places:
                     raise InternalError(f"for {waited_s:.0f} s {shortage}")
         finally:
             self._lacking.discard((replica, rank))
+
+    async def _off_a_lost_node(self, replica: int, rank: int) -> None:
+        """To a spare device, at once: Ray may still believe in the node, or have no other room."""
+        if self._reserve.free:
+            slot, node = await self._in_thread(slots.find_slot, self._cluster, *self._reserve.slot_of(replica, rank))
+            if slot is not None and node in {"", *self._nodes.lost}:
+                await self._reserve.leave(replica, rank, "its node is lost")
 
     async def _has_agent(self, slot: PlacementGroup) -> bool:
         """Whether its node has one that answers. A node that has just joined gets it, and counts as lost until then."""

@@ -19,6 +19,7 @@ import structlog
 
 from coordinator.assembly import Layout, RankLauncher, build_service, read_layout
 from coordinator.cluster import Cluster
+from coordinator.devices import Slot
 from coordinator.expert_loads import ExpertLoads
 from coordinator.fences import Fences, SupersededError
 from coordinator.internal_server import RankControlServicer, ReplicaLinkServicer
@@ -33,6 +34,7 @@ from coordinator.replica.health import HealthLimits
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Drain
+from coordinator.reserve import Want
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from coordinator.serving import Serving
 from coordinator.spares import Need, Spares
@@ -54,7 +56,8 @@ class Coordinator:
         layout = read_layout(config)
         self._service = build_service(layout, self._fences)
         name, term, events = self._fences.cluster, self._fences.term, self._service.events
-        self._cluster = Cluster((name, term), config.ray_address, config.lease_s, self._on_node)
+        persisted = self._fences.devices, self._fences.persist_devices
+        self._cluster = Cluster((name, term), config.ray_address, config.lease_s, self._on_node, *persisted)
         self._ray = RayWatch(config.ray_address, config.served, events.emit, tell)
         self._spares = Spares(self._cluster, name, term, config.device, self._need_of_spares, events)
         self._serving = Serving(
@@ -151,6 +154,7 @@ class Coordinator:
             ranks=self._replicas.ranks(),
             journal=self._service.recorder.state,
             spares=self._spares.describe(),
+            spare_devices=self._cluster.reserve.describe(),
         )
 
     def _describe_experts(self) -> list[types.ExpertLoad]:
@@ -200,14 +204,18 @@ class Coordinator:
         """What needs Ray, which takes seconds to join; ranks that serve need not wait for it."""
         await self._ray.join(self._take_over)
         self._replicas.joined([await self._cluster.survivors(replica) for replica in range(self._config.replicas)])
-        await self._watch(self._spares.run(), self._deaths(), self._renew())
+        reserve = self._cluster.reserve.run(self._want_of_devices)
+        await self._watch(self._spares.run(), reserve, self._deaths(), self._renew())
 
     async def _take_over(self) -> None:
         """Join Ray, and sort out what a predecessor left there. Raises InternalError, and can be tried again then."""
         await self._cluster.connect()
         # Ray has put a handler of its own, which dumps stacks and aborts, under Python's.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        if not self._config.served:
+            await self._cluster.reserve.check(self._want_of_devices())
         await self._cluster.end_surplus(self._config.replicas)
+        await self._cluster.reserve.adopt()
         await self._spares.adopt()
 
     async def _watch(self, *works: Coroutine[Any, Any, None]) -> None:
@@ -240,9 +248,18 @@ class Coordinator:
         self._spawn(self._spares.on_node(kind, subject.removeprefix("node/")))
 
     def _need_of_spares(self) -> Need:
-        layout, queued = self._reconfiguration.layout, self._service.core.counts.queued
+        layout, queued, reserve = self._reconfiguration.layout, self._service.core.counts.queued, self._cluster.reserve
         serving_s, spares = self._replicas.all_serving_s, layout.config.spares
-        return Need(self._replicas.ranks(), spares, serving_s, queued, layout.shard_for_device)
+
+        def shard_of(slot: Slot) -> str:
+            rank = reserve.devices.rank_of(slot)
+            return "" if rank is None else layout.shard_for_device(rank[1])
+
+        return Need(reserve.slots(self._replicas.ranks()), spares, serving_s, queued, shard_of, reserve.slot_of)
+
+    def _want_of_devices(self) -> Want:
+        layout, serving = self._reconfiguration.layout, self._replicas.all_serving_s is not None
+        return Want(layout.config.spare_devices, layout.plan.degrees.ranks, layout.config.device, serving)
 
     def _on_serving(self, replicas: int) -> None:
         self._serving.look()

@@ -1,4 +1,4 @@
-"""Spares: warm processes that wait in the slots of ranks, so that an epoch after a fault need not import or warm up.
+"""Spares: warm processes that wait in slots of ranks and on spare devices, so that an epoch need not import or warm up.
 
 On the coordinator's loop. `next_move` decides, purely: which slots are to have a spare, and when one is started or
 ended. The shell keeps the processes, hands one over when its rank is to be started, and starts another once the
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from coordinator.agents import unheard
 from coordinator.cluster import Cluster, SpareProcess
+from coordinator.devices import RESERVE, Slot, slot_text
 from coordinator.events import EventLog
 from echelon.errors import InternalError
-from echelon.types import Rank, Spare
+from echelon.types import Spare
 from worker.spec import RankSpec, spare_name
 
 TICK_S = 0.5
@@ -27,21 +28,20 @@ ASK_S, ANSWER_S = 5.0, 10.0  # how often a warm one is asked whether it lives, a
 HAND_OVER_S = 2.0
 RETRY_S = 10.0
 
-Slot = tuple[int, int]  # replica and rank
-
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the coordinator tells. ranks: as in `wanted_slots`; serving_s, queued: as in Situation.
+    """What the coordinator tells. slots: as in `wanted_slots`; serving_s, queued: as in Situation.
 
-    shard_of: the folder that a spare of this rank is to hold ready, empty for none.
+    shard_of: the folder that a spare in this slot is to hold ready, empty for none. slot_of: that of a replica's rank.
     """
 
-    ranks: Sequence[Rank]
+    slots: Sequence[tuple[Slot, str]]
     spares_per_node: int
     serving_s: float | None
     queued: int
-    shard_of: Callable[[int], str]
+    shard_of: Callable[[Slot], str]
+    slot_of: Callable[[int, int], Slot]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +69,13 @@ class End:
     slot: Slot
 
 
-def wanted_slots(ranks: Sequence[Rank], spares_per_node: int) -> list[Slot]:
-    """The first so many slots of each node. ranks: in the order of the mesh, replica by replica."""
+def wanted_slots(slots: Sequence[tuple[Slot, str]], spares_per_node: int) -> list[Slot]:
+    """The first so many slots of each node. slots: with their nodes; of ranks by replica and mesh, then the others."""
     taken: Counter[str] = Counter()
-    numbers: Counter[int] = Counter()
     wanted = []
-    for rank in ranks:
-        slot = rank.replica, numbers[rank.replica]
-        numbers[rank.replica] += 1
-        if taken[rank.node_id] < spares_per_node:
-            taken[rank.node_id] += 1
+    for slot, node_id in slots:
+        if taken[node_id] < spares_per_node:
+            taken[node_id] += 1
             wanted.append(slot)
     return wanted
 
@@ -152,10 +149,7 @@ class Spares:
 
     def describe(self) -> tuple[Spare, ...]:
         """Each of them, for GetCluster."""
-        return tuple(
-            Spare(replica=slot[0], rank=slot[1], pid=held.pid, node_id=held.process.node_id, state=_state(held.warm))
-            for slot, held in sorted(self._held.items())
-        )
+        return tuple(_describe(slot, held) for slot, held in sorted(self._held.items()))
 
     def died(self, replica: int, rank: int) -> None:
         """A node's agent saw one end."""
@@ -172,7 +166,7 @@ class Spares:
 
     async def start_rank(self, spec: RankSpec) -> bool:
         """Have the spare of its slot be this rank; False if there is none that is up to it."""
-        slot = spec.replica, spec.rank
+        slot = self._need().slot_of(spec.replica, spec.rank)
         held = self._held.get(slot)
         if held is None or not held.warm:
             return False
@@ -190,7 +184,7 @@ class Spares:
     async def _move(self) -> None:
         need = self._need()
         warming = not all(held.warm for held in self._held.values())
-        wanted = wanted_slots(need.ranks, need.spares_per_node)
+        wanted = wanted_slots(need.slots, need.spares_per_node)
         move, reason = next_move(Situation(wanted, tuple(self._held), warming, need.serving_s, need.queued))
         match move:
             case Start(slot):
@@ -215,7 +209,7 @@ class Spares:
         slot = process.replica, process.rank
         before = self._held.get(slot)
         try:
-            shard = self._need().shard_of(process.rank)
+            shard = self._need().shard_of(slot)
             pid, warm = await self._cluster.ask(process.actor.spare, shard, timeout_s=timeout_s)
         except InternalError as error:
             if before is None or self._held.get(slot) is before:
@@ -248,7 +242,19 @@ class Spares:
             self._emit("spare.not_ended", slot, error=error.message)
 
     def _emit(self, kind: str, slot: Slot, **detail: object) -> None:
-        self._events.emit(kind, f"spare/{slot[0]}/{slot[1]}", detail)
+        self._events.emit(kind, f"spare/{slot_text(slot)}", detail)
+
+
+def _describe(slot: Slot, held: _Held) -> Spare:
+    apart = slot[0] == RESERVE
+    return Spare(
+        replica=0 if apart else slot[0],
+        rank=slot[1],
+        pid=held.pid,
+        node_id=held.process.node_id,
+        state=_state(held.warm),
+        on_spare_device=apart,
+    )
 
 
 def _state(warm: bool) -> str:

@@ -62,6 +62,9 @@ class ServeConfig(BaseModel):
     spares: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Warm processes on each node that take over for its ranks, at most one a device."
     )
+    spare_devices: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Devices held beside the ranks' own, for ranks that lose theirs or their node."
+    )
     pipeline_depth: Count | None = Field(
         default=None, description="Micro-batches in the pipeline at once; default: as many as stages."
     )

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from google.protobuf import json_format
 
 from echelon.convert import timestamp_from_proto, timestamp_to_proto
-from echelon.types import Cluster, ClusterEvent, ExpertLoad, Model, Rank, Replica, Spare
+from echelon.types import Cluster, ClusterEvent, ExpertLoad, Model, Rank, Replica, Spare, SpareDevice
 from echelon.v1 import cluster_pb2
 
 _RANK_FIELDS = tuple(field.name for field in cluster_pb2.Rank.DESCRIPTOR.fields)
 _REPLICA_FIELDS = tuple(field.name for field in cluster_pb2.Replica.DESCRIPTOR.fields)
 _SPARE_FIELDS = tuple(field.name for field in cluster_pb2.Spare.DESCRIPTOR.fields)
+_DEVICE_FIELDS = tuple(field.name for field in cluster_pb2.SpareDevice.DESCRIPTOR.fields)
 _CLUSTER_FIELDS = ("version", "term", "coordinator_pid", "queued", "running", "parked", "journal")
 _MODEL_FIELDS = ("name", "source", "dtype", "architecture", "max_context")
 
@@ -34,6 +35,14 @@ def spare_to_proto(spare: Spare) -> cluster_pb2.Spare:
 
 def spare_from_proto(message: cluster_pb2.Spare) -> Spare:
     return Spare(**{name: getattr(message, name) for name in _SPARE_FIELDS})
+
+
+def device_to_proto(device: SpareDevice) -> cluster_pb2.SpareDevice:
+    return cluster_pb2.SpareDevice(**{name: getattr(device, name) for name in _DEVICE_FIELDS})
+
+
+def device_from_proto(message: cluster_pb2.SpareDevice) -> SpareDevice:
+    return SpareDevice(**{name: getattr(message, name) for name in _DEVICE_FIELDS})
 
 
 def replica_to_proto(replica: Replica) -> cluster_pb2.Replica:
@@ -67,6 +76,7 @@ def cluster_to_proto(cluster: Cluster) -> cluster_pb2.Cluster:
         models=[model_to_proto(model) for model in cluster.models],
         replicas=[replica_to_proto(replica) for replica in cluster.replicas],
         spares=[spare_to_proto(spare) for spare in cluster.spares],
+        spare_devices=[device_to_proto(device) for device in cluster.spare_devices],
     )
 
 
@@ -78,6 +88,7 @@ def cluster_from_proto(message: cluster_pb2.Cluster) -> Cluster:
         models=tuple(model_from_proto(model) for model in message.models),
         replicas=tuple(replica_from_proto(replica) for replica in message.replicas),
         spares=tuple(spare_from_proto(spare) for spare in message.spares),
+        spare_devices=tuple(device_from_proto(device) for device in message.spare_devices),
         ranks=tuple(sorted(ranks, key=lambda rank: (rank.replica, rank.pipeline, rank.data, rank.tensor))),
     )
 

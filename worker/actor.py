@@ -135,13 +135,20 @@ class AgentActor:
 
 
 def slot_name(cluster: str, replica: int, rank: int) -> str:
-    """Name of the placement group that keeps a rank's device through all its epochs."""
+    """Name of the placement group that keeps a device, through all epochs of the rank that has it."""
     return f"slot/{cluster}/{replica}/{rank}"
 
 
-def remove_slots(cluster: str, replica: int | None = None) -> None:
-    """Give every device of the cluster, or of one replica of it, back to Ray."""
-    prefix = f"slot/{cluster}/" if replica is None else f"slot/{cluster}/{replica}/"
+def parse_slot_name(cluster: str, name: str) -> tuple[int, int] | None:
+    """The replica and rank of `slot_name`; None for what is no slot of the cluster."""
+    kind, _, rest = name.partition("/")
+    of, _, slot = rest.partition("/")
+    replica, _, rank = slot.partition("/")
+    return (int(replica), int(rank)) if (kind, of) == ("slot", cluster) else None
+
+
+def remove_slots(cluster: str) -> None:
+    """Give every device of the cluster back to Ray."""
     for group in ray.util.placement_group_table().values():
-        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
+        if parse_slot_name(cluster, group["name"]) is not None and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))

@@ -17,7 +17,7 @@ from coordinator.replica.config import SETTLED_S, START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.early import Early, without_agent
 from coordinator.replica.events import Effect, Event
 from coordinator.replica.health import Observation
-from coordinator.replica.recovery import Failures
+from coordinator.replica.recovery import AT_ONCE, Failures, Restart
 from coordinator.replica.room import wait_for_room
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
@@ -43,9 +43,7 @@ class ReplicaCore:
         self._handlers: Mapping[type, Callable[..., list[Effect]]] = {
             events.Attached: self._attached,
             events.Detached: lambda now, event, rank: rank.detached(now),
-            events.Died: lambda now, e, rank: self._lost(
-                now, e.rank, f"its process has died in phase {rank.seen.phase}"
-            ),
+            events.Died: lambda now, e, rank: self._lost(now, e.rank, rank.seen.death),
             events.Beat: lambda now, event, rank: rank.beat(now, event),
             events.StoreOpened: self._store_opened,
             events.Progress: self._progress,
@@ -137,12 +135,12 @@ class ReplicaCore:
     def _new_attempt(self, deadline_s: float, now: float) -> Attempt:
         return Attempt(self.fence, self._plan, deadline_s, now)
 
-    def _fence(self, now: float, reason: str, suspect: int | None = None, wait_s: float = 0.0) -> list[Effect]:
+    def _fence(self, now: float, reason: str, suspect: int | None = None, again: Restart = AT_ONCE) -> list[Effect]:
         """End the epoch. Nothing of it can be heard or write again once the next one is persisted."""
         down = self._next_epoch(now, State.FENCING, reason)
-        self._attempt = self._new_attempt(now + wait_s, now)
+        self._attempt = self._new_attempt(now + again.wait_s, now)
         fenced = self._emit("replica.fenced", epoch=self._epoch, reason=reason)
-        return [events.PersistEpoch(self._epoch), *down, fenced, events.Kill(self._epoch, suspect)]
+        return [events.PersistEpoch(self._epoch), *down, fenced, events.Kill(self._epoch, suspect, again.quarantined)]
 
     def _next_epoch(self, now: float, state: State, reason: str) -> list[Effect]:
         down: list[Effect] = [self._attempt.down(reason)] if self._state is State.READY else []
@@ -157,6 +155,8 @@ class ReplicaCore:
         if (self._state, event.epoch) != awaited:
             return []
         self._state = State.WAITING
+        if isinstance(event, events.Killed) and event.replaced is not None:
+            self._attempt.deadline_s = now + self._failures.replaced(event.replaced)
         gone = self._emit("replica.gone", epoch=self._epoch, took_s=round(now - self._attempt.began_s, 3))
         return [gone, *self._tick(now, events.Tick())]
 
@@ -287,7 +287,7 @@ class ReplicaCore:
             return effects + self._give_up(InternalError(message))
         again = self._failures.restart(now, fault is not None)
         effects += [self._emit(kind, rank, wait_s=again.wait_s, reason=again.reason) for kind, rank in again.told()]
-        return effects + self._fence(now, message, index, again.wait_s)
+        return effects + self._fence(now, message, index, again)
 
     def _give_up(self, error: ConfigError | InternalError) -> list[Effect]:
         """Nothing of it is left; another layout may still be tried."""

@@ -182,9 +182,10 @@ class Persisted:
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """Every process asked for by Kill(epoch) is confirmed gone."""
+    """Every process asked for by Kill(epoch) is confirmed gone. replaced: the rank that has another device now."""
 
     epoch: int
+    replaced: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +221,11 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Kill every process of the replica that was ever started, suspect first, and answer Killed(epoch)."""
+    """Kill all processes that the replica ever had, suspect first; replace: that one's device. Answer Killed(epoch)."""
 
     epoch: int
     suspect: int | None
+    replace: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,11 @@ class Observation:
     kind: str = ""
     slowest_s: float = 0.0
 
+    @property
+    def death(self) -> str:
+        """What is told where its process has ended."""
+        return f"its process has died in phase {self.phase}"
+
     def later(self, seconds: float) -> Observation:
         """The same, so much later: time in which nobody listened is not held against the rank."""
         detached_s = None if self.detached_s is None else self.detached_s + seconds

@@ -55,6 +55,9 @@ class Restart:
             yield "replica.waiting", None
 
 
+AT_ONCE = Restart(0.0, "at once")
+
+
 def restart(now: float, failures: int, faults: Sequence[Fault], budget: Budget) -> Restart:
     """failures: of the replica, since it last served for a while. faults: of all its devices, the last one last."""
     wait_s = backoff_s(failures)
@@ -96,6 +99,12 @@ class Failures:
         """A request was found to break steps: they say nothing against a device. Nothing follows from that now."""
         self._faults = [fault for fault in self._faults if not fault.in_step]
         return []
+
+    def replaced(self, rank: int) -> float:
+        """It has another device, against which nothing is held yet. Returns how many seconds to wait all the same."""
+        self.in_a_row = 0
+        self._faults = [fault for fault in self._faults if fault.rank != rank]
+        return backoff_s(self.in_a_row)
 
     def restart(self, now: float, blamed: bool) -> Restart:
         """After the last failure; blamed: a device was."""

@@ -69,6 +69,9 @@ class RankProcesses(Protocol):
     async def kill(self, replica: int, suspect: int | None) -> None:
         """Kill every process of the replica, suspect first; returns when all are confirmed gone."""
 
+    async def replace(self, replica: int, rank: int) -> bool:
+        """Take the device of a rank, none of whose processes lives, out and give it another; False: there is none."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Callbacks:
@@ -140,10 +143,10 @@ class ReplicaService:
             match effect:
                 case Launch():
                     self._launches.add(self._spawn(self._launch(effect)))
-                case Kill(epoch, suspect):
+                case Kill(epoch, suspect, replace):
                     self._give_up_launches()
                     self._hang_up()
-                    self._spawn(self._kill(epoch, suspect))
+                    self._spawn(self._kill(epoch, suspect, replace))
                 case PersistEpoch(epoch):
                     self._unpersisted = epoch
                     self._persist()
@@ -207,11 +210,12 @@ class ReplicaService:
             launch.cancel()
         self._launches.clear()
 
-    async def _kill(self, epoch: int, suspect: int | None) -> None:
+    async def _kill(self, epoch: int, suspect: int | None, replace: bool) -> None:
         """An epoch must not begin before its predecessor is confirmed dead, nor before it is on disk."""
         while not await self._killed(suspect) or not self._persist():
             await asyncio.sleep(RETRY_S)
-        self.post(Killed(epoch))
+        replaced = replace and suspect is not None and await self._replaced(suspect)
+        self.post(Killed(epoch, suspect if replaced else None))
 
     async def _await_persisted(self, epoch: int) -> None:
         while not self._persist():
@@ -227,6 +231,15 @@ class ReplicaService:
             self._emit("replica.kill_failed", error)
             return False
         return True
+
+    async def _replaced(self, rank: int) -> bool:
+        try:
+            return await self._processes.replace(self._replica, rank)
+        except SupersededError:
+            raise
+        except Exception as error:  # noqa: BLE001 - told, and the device is waited for
+            self._emit("device.not_replaced", error)
+            return False
 
     def _emit(self, kind: str, error: Exception) -> None:
         self._service.events.emit(kind, f"replica/{self._replica}", {"error": str(error)})

@@ -41,6 +41,7 @@ CHANGEABLE = (
     "pipeline_depth",
     "rebalance_steps",
     "spares",
+    "spare_devices",
     "dtype",
     "max_context",
     "max_running",
@@ -146,10 +147,17 @@ def _check_tokenizer(directory: Path) -> None:
 
 
 def _device(config: ServeConfig) -> Device:
-    gpus = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
+    gpus = _gpus()
     if config.device == "cpu" or (config.device == "auto" and (gpus == 0 or config.dtype == "float64")):
         return "cpu"
-    degrees = degrees_of(config)
+    degrees, spare = degrees_of(config), config.spare_devices
+    if degrees.ranks <= gpus < degrees.ranks + spare and config.ray_address is None:
+        raise ConfigError(
+            f"spare-devices={spare} beside {degrees}: {degrees.ranks} + {spare} = {degrees.ranks + spare} GPUs, and "
+            f"this machine has {gpus}; lower spare-devices to {gpus - degrees.ranks} or less, lower a degree, or join "
+            "a larger Ray with ray-address",
+            field="spare_devices",
+        )
     if gpus < degrees.ranks and config.ray_address is None:
         raise ConfigError(
             f"{degrees} need as many GPUs, this machine has {gpus}; lower a degree, join a larger Ray with "
@@ -157,6 +165,10 @@ def _device(config: ServeConfig) -> Device:
             field=max(("tensor", "data", "pipeline", "replicas"), key=lambda name: int(getattr(degrees, name))),
         )
     return "cuda"
+
+
+def _gpus() -> int:
+    return sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
 
 
 def _dtype(config: ServeConfig, model: ModelConfig, device: Device) -> Dtype:
@@ -222,5 +234,5 @@ def _reach_ray(address: str) -> str:
 def _own_ray(config: CoordinatorConfig, folder: Path) -> RayHead:
     host, port = split_address(config.ray_address)
     client_port = _claim(LOCAL_HOST, 0, "Ray's client port")
-    num_cpus = max(os.cpu_count() or 1, degrees_of(config).ranks, MIN_RAY_CPUS)
+    num_cpus = max(os.cpu_count() or 1, degrees_of(config).ranks + config.spare_devices, MIN_RAY_CPUS)
     return RayHead(RayHeadConfig(host, port, client_port, num_cpus, folder))

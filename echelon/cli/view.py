@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from echelon.cli import output
-from echelon.types import Cluster
+from echelon.types import Cluster, Spare, SpareDevice
 
 
 def head_line(address: str, cluster: Cluster) -> str:
@@ -75,5 +75,19 @@ def rank_table(cluster: Cluster) -> Table:
         )
         for r in cluster.ranks
     ]
-    ranks += [(f"{s.replica}/{s.rank} spare", s.state, "", s.pid, s.node_id[:12], "", "") for s in cluster.spares]
-    return output.grid("", ("rank", "state", "device", "pid", "node", "parameters", "KV cache"), ranks)
+    ranks += [(f"{_where(s)} spare", s.state, "", s.pid, s.node_id[:12], "", "") for s in cluster.spares]
+    devices = [(_device(d), _state(d), "", "", d.node_id[:12], "", "") for d in cluster.spare_devices]
+    return output.grid("", ("rank", "state", "device", "pid", "node", "parameters", "KV cache"), [*ranks, *devices])
+
+
+def _where(spare: Spare) -> str:
+    return f"device/{spare.rank}" if spare.on_spare_device else f"{spare.replica}/{spare.rank}"
+
+
+def _device(device: SpareDevice) -> str:
+    """One that was a rank's own is told apart from the rank."""
+    return device.slot if device.slot.startswith("device/") else f"{device.slot} device"
+
+
+def _state(device: SpareDevice) -> str:
+    return f"{device.state} by {device.rank}" if device.rank else device.state

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x63helon/v1/cluster.proto\x12\nechelon.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcc\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.echelon.v1.Model.State\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x08 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x0b \x01(\t\"C\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.echelon.v1.Model\"\x91\x02\n\x07\x43luster\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1f\n\x05nodes\x18\x03 \x03(\x0b\x32\x10.echelon.v1.Node\x12!\n\x06models\x18\x04 \x03(\x0b\x32\x11.echelon.v1.Model\x12\x0c\n\x04term\x18\x05 \x01(\x04\x12\x0e\n\x06queued\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\x04\x12%\n\x08replicas\x18\x08 \x03(\x0b\x32\x13.echelon.v1.Replica\x12\x17\n\x0f\x63oordinator_pid\x18\t \x01(\r\x12\x0e\n\x06parked\x18\n \x01(\x04\x12!\n\x06spares\x18\x0b \x03(\x0b\x32\x11.echelon.v1.Spare\x12\x0f\n\x07journal\x18\x0c \x01(\t\"\x8b\x02\n\x07Replica\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x1c\n\x14kv_blocks_referenced\x18\x05 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x33\n\x08\x63ounters\x18\x08 \x03(\x0b\x32!.echelon.v1.Replica.CountersEntry\x12\x0e\n\x06reason\x18\t \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"D\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1f\n\x05ranks\x18\x04 \x03(\x0b\x32\x10.echelon.v1.Rank\"\x99\x02\n\x04Rank\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08pipeline\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\r\x12\x0e\n\x06tensor\x18\x05 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x06 \x01(\r\x12\x0e\n\x06leader\x18\x07 \x01(\x08\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0f\n\x07node_id\x18\t \x01(\t\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\r\n\x05state\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x0f \x01(\x04\x12\x10\n\x08kv_bytes\x18\x10 \x01(\x04\x12\x1f\n\x17planned_parameter_bytes\x18\x11 \x01(\x04\x12\x18\n\x10planned_kv_bytes\x18\x12 \x01(\x04\"S\n\x05Spare\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\"\x13\n\x11GetClusterRequest\"\x16\n\x14GetExpertLoadRequest\"D\n\x15GetExpertLoadResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.echelon.v1.LayerExpertLoad\"\xa7\x01\n\x0fLayerExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x19\n\x11tokens_per_expert\x18\x02 \x03(\x04\x12\x1b\n\x13physical_to_logical\x18\x03 \x03(\r\x12\x15\n\rmax_over_mean\x18\x04 \x01(\x01\x12\x0f\n\x07replica\x18\x05 \x01(\r\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x16\n\x0eslots_per_rank\x18\x07 \x01(\r\"C\n\x19WatchClusterEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xa0\x01\n\x1aWatchClusterEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\'\n\x06\x64\x65tail\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct2[\n\x0cModelService\x12K\n\nListModels\x12\x1d.echelon.v1.ListModelsRequest\x1a\x1e.echelon.v1.ListModelsResponse2\x8f\x02\n\x0e\x43lusterService\x12@\n\nGetCluster\x12\x1d.echelon.v1.GetClusterRequest\x1a\x13.echelon.v1.Cluster\x12T\n\rGetExpertLoad\x12 .echelon.v1.GetExpertLoadRequest\x1a!.echelon.v1.GetExpertLoadResponse\x12\x65\n\x12WatchClusterEvents\x12%.echelon.v1.WatchClusterEventsRequest\x1a&.echelon.v1.WatchClusterEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x63helon/v1/cluster.proto\x12\nechelon.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcc\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.echelon.v1.Model.State\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x08 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x0b \x01(\t\"C\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.echelon.v1.Model\"\xc1\x02\n\x07\x43luster\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1f\n\x05nodes\x18\x03 \x03(\x0b\x32\x10.echelon.v1.Node\x12!\n\x06models\x18\x04 \x03(\x0b\x32\x11.echelon.v1.Model\x12\x0c\n\x04term\x18\x05 \x01(\x04\x12\x0e\n\x06queued\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\x04\x12%\n\x08replicas\x18\x08 \x03(\x0b\x32\x13.echelon.v1.Replica\x12\x17\n\x0f\x63oordinator_pid\x18\t \x01(\r\x12\x0e\n\x06parked\x18\n \x01(\x04\x12!\n\x06spares\x18\x0b \x03(\x0b\x32\x11.echelon.v1.Spare\x12\x0f\n\x07journal\x18\x0c \x01(\t\x12.\n\rspare_devices\x18\r \x03(\x0b\x32\x17.echelon.v1.SpareDevice\"\x8b\x02\n\x07Replica\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x1c\n\x14kv_blocks_referenced\x18\x05 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x33\n\x08\x63ounters\x18\x08 \x03(\x0b\x32!.echelon.v1.Replica.CountersEntry\x12\x0e\n\x06reason\x18\t \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"D\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1f\n\x05ranks\x18\x04 \x03(\x0b\x32\x10.echelon.v1.Rank\"\x99\x02\n\x04Rank\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08pipeline\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\r\x12\x0e\n\x06tensor\x18\x05 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x06 \x01(\r\x12\x0e\n\x06leader\x18\x07 \x01(\x08\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0f\n\x07node_id\x18\t \x01(\t\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\r\n\x05state\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x0f \x01(\x04\x12\x10\n\x08kv_bytes\x18\x10 \x01(\x04\x12\x1f\n\x17planned_parameter_bytes\x18\x11 \x01(\x04\x12\x18\n\x10planned_kv_bytes\x18\x12 \x01(\x04\"l\n\x05Spare\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x17\n\x0fon_spare_device\x18\x06 \x01(\x08\"I\n\x0bSpareDevice\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\t\"\x13\n\x11GetClusterRequest\"\x16\n\x14GetExpertLoadRequest\"D\n\x15GetExpertLoadResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.echelon.v1.LayerExpertLoad\"\xa7\x01\n\x0fLayerExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x19\n\x11tokens_per_expert\x18\x02 \x03(\x04\x12\x1b\n\x13physical_to_logical\x18\x03 \x03(\r\x12\x15\n\rmax_over_mean\x18\x04 \x01(\x01\x12\x0f\n\x07replica\x18\x05 \x01(\r\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x16\n\x0eslots_per_rank\x18\x07 \x01(\r\"C\n\x19WatchClusterEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xa0\x01\n\x1aWatchClusterEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\'\n\x06\x64\x65tail\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct2[\n\x0cModelService\x12K\n\nListModels\x12\x1d.echelon.v1.ListModelsRequest\x1a\x1e.echelon.v1.ListModelsResponse2\x8f\x02\n\x0e\x43lusterService\x12@\n\nGetCluster\x12\x1d.echelon.v1.GetClusterRequest\x1a\x13.echelon.v1.Cluster\x12T\n\rGetExpertLoad\x12 .echelon.v1.GetExpertLoadRequest\x1a!.echelon.v1.GetExpertLoadResponse\x12\x65\n\x12WatchClusterEvents\x12%.echelon.v1.WatchClusterEventsRequest\x1a&.echelon.v1.WatchClusterEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,31 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_start=331
   _globals['_LISTMODELSRESPONSE']._serialized_end=386
   _globals['_CLUSTER']._serialized_start=389
-  _globals['_CLUSTER']._serialized_end=662
-  _globals['_REPLICA']._serialized_start=665
-  _globals['_REPLICA']._serialized_end=932
-  _globals['_REPLICA_COUNTERSENTRY']._serialized_start=885
-  _globals['_REPLICA_COUNTERSENTRY']._serialized_end=932
-  _globals['_NODE']._serialized_start=934
-  _globals['_NODE']._serialized_end=1002
-  _globals['_RANK']._serialized_start=1005
-  _globals['_RANK']._serialized_end=1286
-  _globals['_SPARE']._serialized_start=1288
-  _globals['_SPARE']._serialized_end=1371
-  _globals['_GETCLUSTERREQUEST']._serialized_start=1373
-  _globals['_GETCLUSTERREQUEST']._serialized_end=1392
-  _globals['_GETEXPERTLOADREQUEST']._serialized_start=1394
-  _globals['_GETEXPERTLOADREQUEST']._serialized_end=1416
-  _globals['_GETEXPERTLOADRESPONSE']._serialized_start=1418
-  _globals['_GETEXPERTLOADRESPONSE']._serialized_end=1486
-  _globals['_LAYEREXPERTLOAD']._serialized_start=1489
-  _globals['_LAYEREXPERTLOAD']._serialized_end=1656
-  _globals['_WATCHCLUSTEREVENTSREQUEST']._serialized_start=1658
-  _globals['_WATCHCLUSTEREVENTSREQUEST']._serialized_end=1725
-  _globals['_WATCHCLUSTEREVENTSRESPONSE']._serialized_start=1728
-  _globals['_WATCHCLUSTEREVENTSRESPONSE']._serialized_end=1888
-  _globals['_MODELSERVICE']._serialized_start=1890
-  _globals['_MODELSERVICE']._serialized_end=1981
-  _globals['_CLUSTERSERVICE']._serialized_start=1984
-  _globals['_CLUSTERSERVICE']._serialized_end=2255
+  _globals['_CLUSTER']._serialized_end=710
+  _globals['_REPLICA']._serialized_start=713
+  _globals['_REPLICA']._serialized_end=980
+  _globals['_REPLICA_COUNTERSENTRY']._serialized_start=933
+  _globals['_REPLICA_COUNTERSENTRY']._serialized_end=980
+  _globals['_NODE']._serialized_start=982
+  _globals['_NODE']._serialized_end=1050
+  _globals['_RANK']._serialized_start=1053
+  _globals['_RANK']._serialized_end=1334
+  _globals['_SPARE']._serialized_start=1336
+  _globals['_SPARE']._serialized_end=1444
+  _globals['_SPAREDEVICE']._serialized_start=1446
+  _globals['_SPAREDEVICE']._serialized_end=1519
+  _globals['_GETCLUSTERREQUEST']._serialized_start=1521
+  _globals['_GETCLUSTERREQUEST']._serialized_end=1540
+  _globals['_GETEXPERTLOADREQUEST']._serialized_start=1542
+  _globals['_GETEXPERTLOADREQUEST']._serialized_end=1564
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_start=1566
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_end=1634
+  _globals['_LAYEREXPERTLOAD']._serialized_start=1637
+  _globals['_LAYEREXPERTLOAD']._serialized_end=1804
+  _globals['_WATCHCLUSTEREVENTSREQUEST']._serialized_start=1806
+  _globals['_WATCHCLUSTEREVENTSREQUEST']._serialized_end=1873
+  _globals['_WATCHCLUSTEREVENTSRESPONSE']._serialized_start=1876
+  _globals['_WATCHCLUSTEREVENTSRESPONSE']._serialized_end=2036
+  _globals['_MODELSERVICE']._serialized_start=2038
+  _globals['_MODELSERVICE']._serialized_end=2129
+  _globals['_CLUSTERSERVICE']._serialized_start=2132
+  _globals['_CLUSTERSERVICE']._serialized_end=2403
 # @@protoc_insertion_point(module_scope)

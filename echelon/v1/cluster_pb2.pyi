@@ -43,7 +43,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked", "spares", "journal")
+    __slots__ = ("version", "nodes", "models", "term", "queued", "running", "replicas", "coordinator_pid", "parked", "spares", "journal", "spare_devices")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class Cluster(_message.Message):
     PARKED_FIELD_NUMBER: _ClassVar[int]
     SPARES_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
+    SPARE_DEVICES_FIELD_NUMBER: _ClassVar[int]
     version: str
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -66,7 +67,8 @@ class Cluster(_message.Message):
     parked: int
     spares: _containers.RepeatedCompositeFieldContainer[Spare]
     journal: str
-    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ..., journal: _Optional[str] = ...) -> None: ...
+    spare_devices: _containers.RepeatedCompositeFieldContainer[SpareDevice]
+    def __init__(self, version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., term: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., coordinator_pid: _Optional[int] = ..., parked: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[Spare, _Mapping]]] = ..., journal: _Optional[str] = ..., spare_devices: _Optional[_Iterable[_Union[SpareDevice, _Mapping]]] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("index", "epoch", "state", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "step", "counters", "reason")
@@ -142,18 +144,32 @@ class Rank(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., tensor: _Optional[int] = ..., expert: _Optional[int] = ..., leader: bool = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., planned_parameter_bytes: _Optional[int] = ..., planned_kv_bytes: _Optional[int] = ...) -> None: ...
 
 class Spare(_message.Message):
-    __slots__ = ("replica", "rank", "pid", "node_id", "state")
+    __slots__ = ("replica", "rank", "pid", "node_id", "state", "on_spare_device")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    ON_SPARE_DEVICE_FIELD_NUMBER: _ClassVar[int]
     replica: int
     rank: int
     pid: int
     node_id: str
     state: str
-    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+    on_spare_device: bool
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., on_spare_device: bool = ...) -> None: ...
+
+class SpareDevice(_message.Message):
+    __slots__ = ("slot", "node_id", "state", "rank")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    node_id: str
+    state: str
+    rank: str
+    def __init__(self, slot: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., rank: _Optional[str] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

@@ -60,11 +60,15 @@ def spec(rank: int, incarnation: str, replica: int = 0) -> RankSpec:
     )  # fmt: skip
 
 
+async def launch(cluster: Cluster, spec: RankSpec) -> int:
+    return await cluster.launch(spec, await cluster.place(spec))
+
+
 async def live(address: str) -> None:
     cluster = Cluster(("c0ffee", 1), address, lease_s=30.0)
     await cluster.connect()
     assert await cluster.survivors(0) == frozenset()
-    first, second = await asyncio.gather(cluster.launch(spec(0, "1")), cluster.launch(spec(1, "1")))
+    first, second = await asyncio.gather(launch(cluster, spec(0, "1")), launch(cluster, spec(1, "1")))
     assert await cluster.survivors(0) == {(0, "1"), (1, "1")}
 
     deaths = cluster.deaths()
@@ -83,7 +87,7 @@ async def live(address: str) -> None:
     neighbour = await a_spare_takes_over(successor)
     await what_is_surplus_goes(successor)
     await an_agent_that_dies_takes_its_ranks_with_it(successor, neighbour)
-    last = await successor.launch(spec(0, "4"))
+    last = await launch(successor, spec(0, "4"))
     await successor.disconnect()
     await one_that_was_superseded_ends_nothing(address)
     assert alive(last)
@@ -115,7 +119,7 @@ async def a_spare_takes_over(cluster: Cluster) -> int:
 
 async def what_is_surplus_goes(cluster: Cluster) -> None:
     for replica in (1, 2):  # the second finds room where the first was
-        await cluster.launch(spec(0, "1", replica))
+        await launch(cluster, spec(0, "1", replica))
         await cluster.end_surplus(replica + 1)
         assert await cluster.survivors(replica) == {(0, "1")}
         await cluster.launch_spare(spare_name("c0ffee", replica, 0, "1"), replica, 0, "cpu")
@@ -135,7 +139,7 @@ async def an_agent_that_dies_takes_its_ranks_with_it(cluster: Cluster, neighbour
         await asyncio.sleep(0.05)
     await cluster.renew()
     assert not waiting.done(), waiting.result()
-    other = await cluster.launch(spec(0, "3"))
+    other = await launch(cluster, spec(0, "3"))
     os.kill(other, signal.SIGKILL)
     assert await asyncio.wait_for(waiting, 30) == ("rank", 0, 0, "3")
     await deaths.aclose()

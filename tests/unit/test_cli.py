@@ -37,6 +37,7 @@ from echelon.types import (
     Rank,
     Replica,
     Spare,
+    SpareDevice,
     Usage,
 )
 from echelon.v1 import generation_pb2, jobs_pb2
@@ -183,7 +184,14 @@ def cluster() -> Cluster:
         models=(model,),
         replicas=(replica,),
         ranks=(rank,),
-        spares=(Spare(replica=0, rank=0, pid=4343, node_id="node-a", state="warming"),),
+        spares=(
+            Spare(replica=0, rank=0, pid=4343, node_id="node-a", state="warming"),
+            Spare(replica=0, rank=1, pid=4344, node_id="node-a", state="warm", on_spare_device=True),
+        ),
+        spare_devices=(
+            SpareDevice(slot="device/0", node_id="node-b", state="used", rank="0/0"),
+            SpareDevice(slot="0/0", node_id="node-a", state="out"),
+        ),
     )
 
 
@@ -201,6 +209,9 @@ def test_status_shows_models_replicas_and_ranks(server: ScriptedServer) -> None:
         "0/0 spare",
         "4343",
         "warming",
+        "device/1 spare",
+        "used by 0/0",
+        "0/0 device",
         "1.5 GiB",
         "1/1 replicas ready",
     ):

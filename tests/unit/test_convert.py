@@ -24,6 +24,7 @@ from echelon.types import (
     Rank,
     Replica,
     Spare,
+    SpareDevice,
     StreamEvent,
     Timing,
     TokenLogprob,
@@ -219,7 +220,15 @@ def test_cluster_keeps_ranks_in_mesh_order_over_nodes() -> None:
         models=(model,),
         replicas=(replica,),
         ranks=(rank(0, "a"), rank(1, "b"), rank(2, "a")),
-        spares=(Spare(replica=0, rank=1, pid=43, node_id="b", state="warming"),),
+        spares=(
+            Spare(replica=0, rank=1, pid=43, node_id="b", state="warming"),
+            Spare(replica=0, rank=1, pid=44, node_id="b", state="warm", on_spare_device=True),
+        ),
+        spare_devices=(
+            SpareDevice(slot="device/1", node_id="b", state="free"),
+            SpareDevice(slot="device/0", node_id="a", state="used", rank="0/2"),
+            SpareDevice(slot="0/2", node_id="a", state="out"),
+        ),
         journal="not durable: full",
     )
     assert convert_cluster.cluster_from_proto(convert_cluster.cluster_to_proto(cluster)) == cluster

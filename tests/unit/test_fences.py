@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.devices import NONE_MOVED, RESERVE, Devices
 from coordinator.fences import RESERVED_BYTES, Fences, SupersededError
 from coordinator.journal.file import JournalFile
 from echelon.errors import ConfigError
@@ -36,6 +37,20 @@ def test_numbers_are_on_disk_when_the_call_returns(tmp_path: Path) -> None:
     fences.persist_epoch(0, 1)
     assert json.loads((tmp_path / "term").read_text())["epochs"] == {"0": 1}
     fences.close()
+
+
+def test_where_ranks_have_moved_is_kept_beside_the_epochs(tmp_path: Path) -> None:
+    """And a state directory of before there were any is read as one without."""
+    (tmp_path / "term").write_text(json.dumps({"cluster": "c0ffee", "term": 4, "epochs": {"0": 9}}))
+    fences = Fences.open(tmp_path)
+    assert fences.devices == NONE_MOVED
+    moved = Devices({(0, 1): (RESERVE, 0)}, {(0, 1): "node"})
+    fences.persist_devices(moved)
+    fences.persist_epoch(0, 10)
+    fences.close()
+    successor = Fences.open(tmp_path)
+    assert (successor.devices, successor.epoch(0), successor.term) == (moved, 10, 6)
+    successor.close()
 
 
 def test_an_epoch_never_falls(tmp_path: Path) -> None:
@@ -187,6 +202,7 @@ def test_one_that_is_stopped_while_it_syncs_an_epoch_does_not_put_its_term_back(
 
 SLEEPER = """
 import os, pathlib, signal, sys
+from coordinator.devices import NONE_MOVED, RESERVE, Devices
 from coordinator.fences import Fences
 from coordinator.journal.file import JournalFile
 from tests.unit.test_journal_file import append, opened

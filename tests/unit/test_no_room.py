@@ -101,6 +101,9 @@ class Site:
 
     async def kill(self, replica: int, suspect: int | None) -> None: ...
 
+    async def replace(self, replica: int, rank: int) -> bool:
+        return False
+
 
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():

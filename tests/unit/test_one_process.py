@@ -88,6 +88,9 @@ class Site:
         process = RankProcess(spec)
         self._running[process] = asyncio.create_task(process.run())
 
+    async def replace(self, replica: int, rank: int) -> bool:
+        return False
+
     async def kill(self, replica: int, suspect: int | None) -> None:
         killed, self._running = self._running, {}
         for task in killed.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import ray
 
 from coordinator import places, slots
 from coordinator.cluster import Cluster
+from coordinator.devices import NONE_MOVED, Devices
+from coordinator.nodes import Tell
 from echelon.errors import InternalError
 
 
@@ -37,18 +39,25 @@ class FewPlaces:
         self.free = free
         self.slots: dict[tuple[int, int], Slot] = {}
         self.told: list[str] = []
-        for name in ("find_slot", "shortage"):
+        for name in ("find_slot", "find_slots", "take_slot", "give_back", "shortage"):
             monkeypatch.setattr(slots, name, getattr(self, name))
-        monkeypatch.setattr(slots, "take_slot", self.take_slot)
         monkeypatch.setattr(slots, "SLOT_POLL_S", 0.01)
-        monkeypatch.setattr(places, "remove_slots", self.remove_slots)
-        self.cluster = Cluster(("c0ffee", 1), "h:1", 30.0)
-        self.cluster._nodes._addresses.update(dict.fromkeys(free, "10.0.0.1"))
-        self.cluster._nodes.agents.update(dict.fromkeys(free, object()))
-        self.listed = 0
-        monkeypatch.setattr(self.cluster._agents, "list_nodes", self.list_nodes)
         monkeypatch.setattr(slots, "node_of", lambda slot: slot.node)
         monkeypatch.setattr(places, "AGENT_POLL_S", 0.01)
+        self.listed = 0
+        self.connect()
+
+    def connect(
+        self,
+        devices: Devices = NONE_MOVED,
+        persist: Callable[[Devices], None] = lambda devices: None,
+        tell: Tell = lambda *event: None,
+    ) -> None:
+        """Another coordinator's."""
+        self.cluster = Cluster(("c0ffee", 1), "h:1", 30.0, tell, devices, persist)
+        self.cluster._nodes._addresses.update(dict.fromkeys(self.free, "10.0.0.1"))
+        self.cluster._nodes.agents.update(dict.fromkeys(self.free, object()))
+        self.cluster._agents.list_nodes = self.list_nodes  # type: ignore[method-assign]
 
     async def list_nodes(self) -> None:
         self.listed += 1
@@ -78,10 +87,13 @@ class FewPlaces:
         if slot is not None and slot.node:
             self.free[slot.node] += 1
 
-    def remove_slots(self, cluster: str, replica: int) -> None:
-        for of, rank in list(self.slots):
-            if of == replica:
-                self.remove(of, rank)
+    def find_slots(self, cluster: str) -> dict[tuple[int, int], str]:
+        self.place()
+        return {key: slot.node for key, slot in self.slots.items()}
+
+    def give_back(self, cluster: str, given: Collection[tuple[int, int]]) -> None:
+        for slot in given:
+            self.remove(*slot)
 
     def shortage(self, who: str, device: str) -> str:
         return f"no room for {who}"
@@ -218,7 +230,7 @@ def test_a_wait_that_is_given_up_holds_nobody_back(monkeypatch: pytest.MonkeyPat
             await asyncio.sleep(0.01)
         first.cancel()
         await asyncio.wait([first])
-        ray.remove_slots("c0ffee", 0)
+        ray.give_back("c0ffee", [(0, 0)])
         ray.free["a"] = 1
         assert await ray.wanted(1, 0) == "a"
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from coordinator.placement import plan_replica
+from coordinator.supervisor import preparation
 from coordinator.supervisor.preparation import prepare, prepare_change, temporary_folder
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
@@ -91,6 +92,32 @@ def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(mod
 def test_bad_settings_are_refused(model: Path, tmp_path: Path, values: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         prepare(config(model, **values), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"tensor": 2, "spare_devices": 2},
+            r"spare-devices=2 beside .*: 2 \+ 2 = 4 GPUs, and this machine has 3; lower ",
+        ),
+        ({"tensor": 2, "spare_devices": 2}, r"spare-devices to 1 or less"),
+        ({"tensor": 2, "replicas": 2, "spare_devices": 1}, "need as many GPUs, this machine has 3; lower a degree"),
+    ],
+)
+def test_a_machine_has_too_few_devices(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], expected: str
+) -> None:
+    monkeypatch.setattr(preparation, "_gpus", lambda: 3)
+    with pytest.raises(ConfigError, match=expected):
+        prepare(config(model, device="cuda", **values), tmp_path)
+    prepare(config(model, device="cuda", tensor=2, spare_devices=1), tmp_path)
+    prepare(config(model, **values), tmp_path)
+
+
+def test_our_own_ray_has_places_for_ranks_and_spare_devices(model: Path, tmp_path: Path) -> None:
+    _, head = prepare(config(model, replicas=100, spare_devices=20), tmp_path)
+    assert head is not None and head._config.num_cpus == 120
 
 
 def test_a_change_is_settled_as_a_start_is_and_keeps_what_stays(model: Path, tmp_path: Path) -> None:

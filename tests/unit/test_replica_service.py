@@ -67,6 +67,9 @@ class Site:
     ) -> None:
         self.launched.append(incarnation)
 
+    async def replace(self, replica: int, rank: int) -> bool:
+        return False
+
     async def kill(self, replica: int, suspect: int | None) -> None:
         self.killed += 1
         if self.agents_obey_another:
@@ -161,7 +164,7 @@ def test_what_breaks_beside_the_loop_fails_the_coordinator(monkeypatch: pytest.M
     async def work() -> None:
         site = Site()
         monkeypatch.setattr(site.replica, "_persist", lambda: 1 // 0)
-        site.replica._spawn(site.replica._kill(1, None))
+        site.replica._spawn(site.replica._kill(1, None, False))
         await settled()
         assert [type(error) for error in site.failures] == [ZeroDivisionError]
 

@@ -64,6 +64,9 @@ class Site:
 
     async def kill(self, replica: int, suspect: int | None) -> None: ...
 
+    async def replace(self, replica: int, rank: int) -> bool:
+        return False
+
     def start(self, replica: int, survives: bool = False) -> None:
         service = self.replicas.services[replica]
         name = service.core.incarnation()

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator import spares
 from coordinator.cluster import Cluster, SpareProcess
+from coordinator.devices import RESERVE, Slot
 from coordinator.events import EventLog
 from coordinator.spares import (
     HAND_OVER_S,
@@ -18,34 +19,31 @@ from coordinator.spares import (
     End,
     Need,
     Situation,
-    Slot,
     Spares,
     Start,
     next_move,
     wanted_slots,
 )
 from echelon.errors import InternalError
-from echelon.types import Rank
 from worker.spec import RankSpec
 
 BOTH: tuple[Slot, ...] = ((0, 0), (0, 1))
 QUIET = Situation(wanted=BOTH, held=(), warming=False, serving_s=60.0, queued=0)
 
 
-def rank(replica: int, tensor: int, node_id: str) -> Rank:
-    return Rank(
-        replica=replica, pipeline=0, data=0, tensor=tensor, expert=0, leader=tensor == 0, pid=1, node_id=node_id,
-        epoch=1, state="ready",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("spares", "wanted"),
-    [(0, []), (1, [(0, 0), (0, 1)]), (2, [(0, 0), (0, 1), (1, 0)]), (9, [(0, 0), (0, 1), (1, 0), (1, 1)])],
+    [
+        (0, []),
+        (1, [(0, 0), (0, 1), (RESERVE, 1)]),
+        (2, [(0, 0), (0, 1), (1, 0), (RESERVE, 0), (RESERVE, 1)]),
+        (9, [(0, 0), (0, 1), (1, 0), (1, 1), (RESERVE, 0), (RESERVE, 1)]),
+    ],
 )
 def test_each_node_has_so_many_at_most_one_a_slot(spares: int, wanted: list[Slot]) -> None:
-    ranks = [rank(0, 0, "a"), rank(0, 1, "b"), rank(1, 0, "b"), rank(1, 1, "b")]
-    assert wanted_slots(ranks, spares) == wanted
+    """Those of ranks first, then spare devices."""
+    slots = [((0, 0), "a"), ((0, 1), "b"), ((1, 0), "b"), ((1, 1), "b"), ((RESERVE, 0), "a"), ((RESERVE, 1), "c")]
+    assert wanted_slots(slots, spares) == wanted
 
 
 @pytest.mark.parametrize(
@@ -112,8 +110,8 @@ class ScriptedCluster:
         return answer
 
 
-def shard_of(number: int) -> str:
-    return f"/store/{number}"
+def shard_of(slot: Slot) -> str:
+    return f"/store/{slot[1]}"
 
 
 @dataclass
@@ -126,16 +124,29 @@ class Shell:
         return [event.kind for event in self.events._events]
 
 
-def shell(answers: Sequence[object], wanted: int = 1, serving_s: float = 60.0) -> Shell:
+def shell(answers: Sequence[object], wanted: int = 1, serving_s: float = 60.0, slot: Slot = (0, 0)) -> Shell:
     cluster, events = ScriptedCluster(list(answers)), EventLog(3)
-    ranks = [rank(0, 0, "a")]
-    spares = Spares(cast(Any, cluster), "c", 3, "cpu", lambda: Need(ranks, wanted, serving_s, 0, shard_of), events)
+    need = Need([(slot, "a")], wanted, serving_s, 0, shard_of, lambda replica, rank: slot)
+    spares = Spares(cast(Any, cluster), "c", 3, "cpu", lambda: need, events)
     return Shell(spares, cluster, events)
 
 
 SPEC = RankSpec(
     coordinator_address="a:1", cluster="c", replica=0, rank=0, incarnation="7", device="cpu", heartbeat_s=1, term=3
 )
+
+
+def test_one_on_a_spare_device_becomes_the_rank_that_has_moved_there() -> None:
+    async def work() -> None:
+        made = shell([(5, True), None], slot=(RESERVE, 4))
+        await made.spares._move()
+        (spare,) = made.spares.describe()
+        assert (spare.on_spare_device, spare.replica, spare.rank, spare.pid) == (True, 0, 4, 5)
+        assert made.cluster.launched == ["spare/c/-1/4/3-1"]
+        assert await made.spares.start_rank(SPEC)
+        assert [event.subject for event in made.events._events] == ["spare/device/4"] * 2
+
+    asyncio.run(work())
 
 
 def test_a_spare_is_told_each_time_which_shard_its_rank_would_load() -> None:

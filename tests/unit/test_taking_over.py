@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 
-from coordinator import cluster as cluster_module
 from coordinator import slots
 from coordinator.cluster import Cluster
 from coordinator.process import Coordinator
@@ -48,7 +47,8 @@ SORTING: dict[str, Callable[[Cluster], Awaitable[object]]] = {
     "Ray does not find spare/c/0/0/1-1": lambda cluster: cluster.spares(),
     "Ray forgets no actor": lambda cluster: cluster.end_all("rank/c/0/0/1"),
     "Ray forgets no spare": lambda cluster: cluster.kill(0),
-    "Ray takes no slot back": lambda cluster: cluster.end_surplus(1),
+    "Ray does not tell its slots": lambda cluster: cluster.end_surplus(1),
+    "Ray takes no slot back": lambda cluster: cluster.reserve.give_back(5),
 }
 
 
@@ -57,7 +57,9 @@ def test_a_ray_that_does_not_answer_is_an_error_of_ours(told: str, monkeypatch: 
     """One that can be waited out, and not the end of the coordinator."""
     monkeypatch.setattr("coordinator.agents.result", lambda answer: answer)
     monkeypatch.setattr(ray, "get_actor", away if "find" in told else lambda name: name)
-    monkeypatch.setattr(cluster_module, "remove_slots", away)
+    table = {"1": {"name": "slot/c/5/0", "state": "PENDING"}}
+    monkeypatch.setattr(ray.util, "placement_group_table", away if "tell" in told else lambda: table)
+    monkeypatch.setattr(ray.util, "get_placement_group", away)
 
     def discard_actors(prefix: str, kept: object = ()) -> None:
         if told == f"Ray forgets no {'spare' if prefix.startswith('spare') else 'actor'}":
@@ -81,6 +83,9 @@ class Left:
     def __init__(self, refusals: int) -> None:
         self.refusals = refusals
         self.done: list[str] = []
+        self.reserve = SimpleNamespace(check=self.check, adopt=nothing, run=self.check)
+
+    async def check(self, want: object) -> None: ...
 
     async def connect(self) -> None:
         self.done.append("connect")
@@ -110,7 +115,8 @@ def on_ray(left: Left, served: bool) -> None:
     coordinator._ray = RayWatch("h:1", served, lambda *event: None, lambda **message: None)
     coordinator._cluster = coordinator._replicas = left
     coordinator._spares = SimpleNamespace(adopt=left.adopt, run=nothing)
-    coordinator._config = SimpleNamespace(replicas=2)
+    coordinator._config = SimpleNamespace(replicas=2, served=served)
+    coordinator._want_of_devices = lambda: None
     coordinator._watch = watch
     asyncio.run(asyncio.wait_for(coordinator._on_ray(), 30.0))
 
