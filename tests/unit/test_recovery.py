@@ -7,7 +7,7 @@ import pytest
 from coordinator.replica.attempt import State
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Acquitted, Beat, Died, Effect, Emit, Fault, Killed, StartEnded, Tick
-from coordinator.replica.recovery import MAX_BACKOFF_S, Budget, Restart, backoff_s, restart
+from coordinator.replica.recovery import MAX_BACKOFF_S, Budget, Failures, Restart, backoff_s, restart
 from coordinator.replica.recovery import Fault as DeviceFault
 from tests.unit.test_replica import form, launch, make
 
@@ -95,6 +95,18 @@ def test_no_number_of_kills_makes_a_device_suspect() -> None:
         effects = core.step(now, Died(1, core.incarnation()))
         assert not told(effects, "device.suspect", "device.quarantined", "replica.waiting")
         serve_again(core, now)
+
+
+def test_another_device_is_tried_at_once_however_quickly_the_last_one_failed() -> None:
+    failures = Failures(BUDGET)
+    for fault in (*faults(700, rank=0), *faults(996, 997, 998, 999)):
+        failures.failed(fault, settled=False)
+    assert failures.restart(1000.0, True).wait_s == 30.0
+    assert failures.replaced(1) == 0.0
+    failures.failed(DeviceFault(1001.0, 1), settled=False)
+    assert failures.restart(1001.0, True) == Restart(0.0, "at once")
+    failures.failed(DeviceFault(1002.0, 0), settled=True)
+    assert failures.restart(1002.0, True).suspect == 0, "what is held against other devices stays"
 
 
 def test_a_request_that_was_found_to_break_steps_acquits_the_device() -> None:

@@ -41,8 +41,9 @@ from coordinator.replica.events import Acquitted, Died, Fault, Ready, Started, S
 from coordinator.replica.service import Callbacks, ReplicaService
 from coordinator.reserve import Want
 from coordinator.service import Service
-from echelon.errors import ConfigError
+from echelon.errors import ConfigError, InternalError
 from tests.unit.test_places import FewPlaces
+from tests.unit.test_places import Slot as Group
 from tests.unit.test_replica import PLAN, RESIDENT, hello
 from worker.spec import RankSpec
 
@@ -256,7 +257,7 @@ class Site:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(500):
+    for _ in range(6000):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -326,7 +327,7 @@ class Story:
             check(site)
             site.replica.close()
 
-        asyncio.run(asyncio.wait_for(tell(), 20.0))
+        asyncio.run(asyncio.wait_for(tell(), 120.0))
 
 
 @pytest.fixture
@@ -526,7 +527,39 @@ def test_a_replica_that_is_no_more_gives_back_what_its_ranks_had_moved_to(
         await reserve.look()
         assert list(reserve.free) == [(RESERVE, 0)]
 
-    asyncio.run(asyncio.wait_for(work(), 10.0))
+    asyncio.run(asyncio.wait_for(work(), 60.0))
+
+
+def test_a_spare_device_that_is_held_too_late_for_the_fault_ends_the_wait_for_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was sought while all served, and took the last room while a rank began to seek some."""
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=1)
+        assert await ray.wanted(0, 0) == "a"
+        waiting = asyncio.create_task(ray.wanted(0, 1))
+        await until(lambda: bool(ray.told), "the rank to lack room")
+        ray.slots[RESERVE, 0] = Group(ray, (), "a")
+        await ray.cluster.reserve.look()
+        assert await waiting == "a"
+        assert set(ray.slots) == {(0, 0), (RESERVE, 0)}
+
+    asyncio.run(asyncio.wait_for(work(), 60.0))
+
+
+def test_what_a_first_start_lacks_is_not_taken_from_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout that needs more devices than there are beside the spare ones is told so."""
+    monkeypatch.setattr(slots, "SLOT_TIMEOUT_S", 0.05)
+
+    async def work() -> None:
+        ray = FewPlaces(monkeypatch, a=0)
+        ray.slots[RESERVE, 0] = Group(ray, (), "a")
+        await ray.cluster.reserve.look()
+        with pytest.raises(InternalError, match="no room for rank 1 of replica 0; held as spare devices: 1"):
+            await ray.cluster._places.take(0, 1, "cpu")
+
+    asyncio.run(asyncio.wait_for(work(), 60.0))
 
 
 def test_a_replica_that_yields_keeps_what_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +571,7 @@ def test_a_replica_that_yields_keeps_what_is_out(monkeypatch: pytest.MonkeyPatch
         await ray.cluster.reserve.give_back(0)
         assert set(ray.slots) == {(0, 1)}
 
-    asyncio.run(asyncio.wait_for(work(), 10.0))
+    asyncio.run(asyncio.wait_for(work(), 60.0))
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,4 +592,4 @@ def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(monkeypatch: p
         there = 6
         await waiting
 
-    asyncio.run(asyncio.wait_for(work(), 10.0))
+    asyncio.run(asyncio.wait_for(work(), 60.0))
