@@ -245,10 +245,7 @@ class Cluster:
         await self._order("Ray forgets no actor", slots.discard_actors, prefix)
 
     async def deaths(self) -> AsyncGenerator[tuple[str, int, int, str], None]:
-        """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end.
-
-        Of a process in the slot of a spare device, RESERVE and the number of that device.
-        """
+        """(rank or spare, replica, rank, incarnation or serial) of each process that ended unordered, without end."""
         async with contextlib.aclosing(self._agents.deaths()) as names:
             async for name in names:
                 kind, _, replica, rank, last = parse_name(name)

@@ -211,8 +211,10 @@ def _acquire(lock: int, directory: Path, patience_s: float) -> None:
 def _read(directory: Path) -> Numbers:
     path = directory / TERM_FILE
     try:
-        return Numbers(**json.loads(path.read_text()))
+        numbers = Numbers(**json.loads(path.read_text()))
+        Devices.from_json(numbers.devices)
+        return numbers
     except FileNotFoundError:
         return Numbers(cluster=secrets.token_hex(4))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); restore it, or remove the state directory") from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,13 @@ from coordinator import slots
 from coordinator.cluster import Cluster
 from coordinator.devices import NONE_MOVED, RESERVE, Devices
 from coordinator.reserve import Want
+from echelon.errors import EchelonError
 from echelon.testing import LocalCluster
 from echelon.types import Cluster as Status
 from tests.cluster.conftest import Case
 from tests.cluster.reference import Reference
 from tests.cluster.streams import alive, assert_undisturbed, stream_through
-from tests.tiny import make_checkpoint
+from tests.tiny import POISON, make_checkpoint, make_poisoned_checkpoint
 from worker.spec import RankSpec, spare_name
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
@@ -101,8 +104,7 @@ def test_a_rank_of_a_node_that_dies_starts_on_a_spare_device_and_stays_there(tmp
         after = cluster.status()
         assert devices(after) == [f"used by 0/{number} device/0"]
         assert (after.ranks[number].node_id, after.ranks[number].pid) == (spare.node_id, on_device.pid)
-        kinds = [event.kind for event in cluster.events()]
-        assert "device.replaced" in kinds and "rank.no_room" not in kinds
+        assert kinds(cluster)["device.replaced"] == 1 and not kinds(cluster)["rank.no_room"]
 
         assert_undisturbed(case, stream_through(cluster.client(), lambda: cluster.kill("coordinator")))
         adopted = cluster.wait(lambda now: devices(now) == devices(after), "the successor to know of it", SLOW_S)
@@ -110,6 +112,46 @@ def test_a_rank_of_a_node_that_dies_starts_on_a_spare_device_and_stays_there(tmp
         assert_undisturbed(case, stream_through(cluster.client(), lambda: cluster.kill(number)))
         assert cluster.ranks()[number].node_id == spare.node_id
         assert devices(cluster.status()) == devices(after)
+
+
+def test_a_device_whose_steps_break_again_and_again_is_replaced(ray_address: str, tmp_path: Path) -> None:
+    """Rows of several requests in one step that are not finite are the device's fault, as far as anybody can tell."""
+    flags = {"tensor": 2, "dtype": "float64", "ray_address": ray_address, "spares": 3, "spare_devices": 1}
+    with LocalCluster(make_poisoned_checkpoint(tmp_path), **flags) as cluster:  # type: ignore[arg-type]
+        cluster.wait(lambda now: devices(now) == ["free device/0"], "a spare device", SLOW_S)
+        cluster.wait_spares(3, SLOW_S)
+        for _ in range(8):  # two of them break a step together twice, then each alone is found out
+            spoil(cluster)
+            if kinds(cluster)["device.replaced"]:
+                break
+        told = [event for event in cluster.events() if event.kind in ("device.quarantined", "device.replaced")]
+        assert [(event.kind, event.subject) for event in told] == [
+            ("device.quarantined", "rank/0/0"),
+            ("device.replaced", "rank/0/0"),
+        ]
+        assert not kinds(cluster)["replica.failed"]
+        good = cluster.client().generate(token_ids=[5, 6], max_tokens=4, logit_bias={POISON: -100.0})
+        assert len(good.token_ids) == 4
+        expected = ["out 0/0", "used by 0/0 device/0", "free device/1"]
+        cluster.wait(lambda now: devices(now) == expected, "another spare device", SLOW_S)
+
+
+def spoil(cluster: LocalCluster) -> None:
+    """Requests at once whose scores are not finite; all of them end by that."""
+
+    client = cluster.client()
+
+    def ask(number: int) -> str:
+        with pytest.raises(EchelonError) as raised:
+            client.generate(token_ids=[5, POISON, 6 + number], max_tokens=4, timeout_s=SLOW_S)
+        return raised.value.reason
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(8))) == {"NON_FINITE"}
+
+
+def kinds(cluster: LocalCluster) -> Counter[str]:
+    return Counter(event.kind for event in cluster.events())
 
 
 def devices(cluster: Status) -> list[str]:
