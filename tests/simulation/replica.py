@@ -42,7 +42,7 @@ from tests.simulation.world import PEER, SERVER
 if TYPE_CHECKING:
     from tests.simulation.coordinator import Coordinator
 
-LAUNCH_FAILS, AGENT_LOST, DISK_REFUSES, DEVICE_LEFT = 0.02, 0.1, 0.05, 0.5  # how often
+LAUNCH_FAILS, AGENT_LOST, DISK_REFUSES = 0.02, 0.1, 0.05  # how often
 LEASE_S = 3.0  # of a lost node's agent
 RETRY_S = 1.0
 
@@ -105,8 +105,8 @@ class Replica:
                     self._persist()
                 case Launch(rank, incarnation):
                     self._launch(rank, incarnation)
-                case Kill(epoch, suspect, replace):
-                    self._kill(epoch, suspect if replace and self._random.random() < DEVICE_LEFT else None)
+                case Kill(epoch):
+                    self._kill(epoch)
                 case AwaitPersisted(epoch):
                     coordinator.after(0.0, self._await_persisted, epoch)
                 case Tell(_, rank, incarnation):
@@ -182,7 +182,7 @@ class Replica:
         else:
             self._coordinator.world.clock.after(self._random.random(), self._site.start, rank, incarnation)
 
-    def _kill(self, epoch: int, replaced: int | None) -> None:
+    def _kill(self, epoch: int) -> None:
         """Each process in its time, and the confirmation after the last. Of a lost node's there is none to wait for."""
         confirmed_s = 0.0
         for process in self._site.processes:
@@ -196,11 +196,11 @@ class Replica:
                 self._coordinator.after(delay_s, process.end)
                 confirmed_s = max(confirmed_s, delay_s)
         confirmed_s += self._random.random() * self._random.choice((0.01, 2.0))
-        self._coordinator.after(confirmed_s, self._killed, epoch, replaced)
+        self._coordinator.after(confirmed_s, self._killed, epoch)
 
-    def _killed(self, epoch: int, replaced: int | None) -> None:
+    def _killed(self, epoch: int) -> None:
         self._persist()
         if self._unpersisted is None:
-            self.post(Killed(epoch, replaced))
+            self.post(Killed(epoch))
         else:
-            self._coordinator.after(RETRY_S, self._killed, epoch, replaced)
+            self._coordinator.after(RETRY_S, self._killed, epoch)
