@@ -32,7 +32,7 @@ class Devices:
     def rank_of(self, slot: Slot) -> Slot | None:
         """Whose slot it is; None for a spare device that nobody has, and for one that was left or is out."""
         if slot[0] != RESERVE:
-            return None if slot in self.moved or slot in self.out else slot
+            return None if slot in self.moved else slot
         return next((rank for rank, has in self.moved.items() if has == slot), None)
 
     def replaced(self, rank: Slot, by: Slot, out_on: str = "") -> Devices:
