@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup
 
 from coordinator import slots
 from coordinator.agents import CALL_TIMEOUT_S, Agents, ask, last_line, result, unheard
-from coordinator.devices import NONE_MOVED, Devices, who
+from coordinator.devices import NONE_MOVED, Devices, Slot, who
 from coordinator.fences import SupersededError
 from coordinator.nodes import Tell
 from coordinator.places import Places
@@ -47,8 +47,7 @@ log = structlog.get_logger("cluster")
 class SpareProcess:
     """A process that waits in a slot: of a rank, or of a spare device."""
 
-    replica: int
-    rank: int
+    slot: Slot
     name: str
     node_id: str
     actor: Actor
@@ -140,7 +139,7 @@ class Cluster:
                 name = spare_name(self._cluster, replica, rank, serial)
                 with contextlib.suppress(ValueError):  # it went by itself meanwhile
                     actor = await self._order(f"Ray does not find {name}", ray.get_actor, name)
-                    found.append(SpareProcess(replica, rank, name, node_id, actor))
+                    found.append(SpareProcess((replica, rank), name, node_id, actor))
         return found
 
     async def _living(self) -> list[tuple[str, tuple[str, int, int, str]]]:
@@ -182,7 +181,7 @@ class Cluster:
             raise InternalError(f"the slot of {who((replica, rank))} is on no node that answers")
         node_id, actor = await self._create(name, slot, device)
         await self.ask(actor.warm, name, device, self._nodes.agents.get(node_id))
-        return SpareProcess(replica, rank, name, node_id, actor)
+        return SpareProcess((replica, rank), name, node_id, actor)
 
     async def start_spare(self, spare: SpareProcess, spec: RankSpec, timeout_s: float) -> None:
         """It is this rank from now on. Raises InternalError if it is not up to it; then it has been ended."""

@@ -102,7 +102,7 @@ class Reserve:
                 unit = slots.resource_of(want.device)
                 raise ConfigError(
                     f"spare-devices={want.count} beside {want.ranks} ranks: {want.ranks} + {want.count} = {need} "
-                    f"{unit}, and the nodes of Ray have {there}; lower spare-devices, or add a node",
+                    f"{unit}s, and the nodes of Ray have {there}; lower spare-devices, or add a node",
                     field="spare_devices",
                 )
             await asyncio.sleep(slots.SLOT_POLL_S)

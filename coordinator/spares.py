@@ -129,10 +129,10 @@ class Spares:
         Raises InternalError when Ray does not answer; can be done again then.
         """
         left = await self._cluster.spares()
-        kept = {(process.replica, process.rank): process for process in left}
+        kept = {process.slot: process for process in left}
         for process in left:
             if process not in kept.values():
-                await self._end_process((process.replica, process.rank), process.name)
+                await self._end_process(process.slot, process.name)
         now = time.monotonic()
         await asyncio.gather(*(self._ask(process, now, HAND_OVER_S) for process in kept.values()))
 
@@ -206,7 +206,7 @@ class Spares:
         await self._ask(process, time.monotonic())
 
     async def _ask(self, process: SpareProcess, now: float, timeout_s: float = ANSWER_S) -> None:
-        slot = process.replica, process.rank
+        slot = process.slot
         before = self._held.get(slot)
         try:
             shard = self._need().shard_of(slot)

@@ -584,7 +584,8 @@ def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(monkeypatch: p
         reserve = FewPlaces(monkeypatch, a=5).cluster.reserve
         await reserve.check(Want(1, 4, "cuda", False))
         await reserve.check(Want(0, 9, "cuda", False))  # ranks say themselves what they lack
-        with pytest.raises(ConfigError, match=r"2 beside 4 ranks: 4 \+ 2 = 6 GPU, and the nodes of Ray have 5") as told:
+        said = r"2 beside 4 ranks: 4 \+ 2 = 6 GPUs, and the nodes of Ray have 5"
+        with pytest.raises(ConfigError, match=said) as told:
             await reserve.check(Want(2, 4, "cuda", False))
         assert told.value.field == "spare_devices"
         waiting = asyncio.create_task(reserve.check(Want(2, 4, "cuda", False)))

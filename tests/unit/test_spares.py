@@ -86,7 +86,7 @@ class ScriptedCluster:
         self.launched.append(name)
         if self.launch_error:
             raise self.launch_error
-        return SpareProcess(replica, rank, name, "a", self)
+        return SpareProcess((replica, rank), name, "a", self)
 
     async def ask(self, method: object, shard: str, timeout_s: float) -> object:
         self.shards.append(shard)
@@ -256,7 +256,7 @@ def test_a_death_is_told_once_and_one_that_became_a_rank_is_not_taken_back() -> 
 def test_what_a_predecessor_left_is_kept() -> None:
     async def live() -> None:
         made = shell([(43, True)])
-        made.cluster.left = [SpareProcess(0, 0, "spare/c/0/0/2-9", "a", made.cluster)]
+        made.cluster.left = [SpareProcess((0, 0), "spare/c/0/0/2-9", "a", made.cluster)]
         await made.spares.adopt()
         await made.spares._move()
         assert [spare.pid for spare in made.spares.describe()] == [43]
@@ -270,7 +270,7 @@ def test_of_two_that_a_predecessor_left_in_a_slot_one_is_ended_before_the_other_
 
     async def live() -> None:
         made = shell([(44, True)])
-        left = [SpareProcess(0, 0, f"spare/c/0/0/2-{serial}", "a", made.cluster) for serial in (8, 9)]
+        left = [SpareProcess((0, 0), f"spare/c/0/0/2-{serial}", "a", made.cluster) for serial in (8, 9)]
         made.cluster.left = left
         await made.spares.adopt()
         assert [spare.pid for spare in made.spares.describe()] == [44]
@@ -298,7 +298,7 @@ def test_what_a_predecessor_left_is_asked_all_at_once_and_not_waited_for_longer_
             return 43, True
 
         made.cluster.ask = ask  # type: ignore[method-assign]
-        made.cluster.left = [SpareProcess(0, rank, f"spare/c/0/{rank}/2-9", "a", made.cluster) for rank in (0, 1)]
+        made.cluster.left = [SpareProcess((0, rank), f"spare/c/0/{rank}/2-9", "a", made.cluster) for rank in (0, 1)]
         await made.spares.adopt()
         assert [spare.rank for spare in made.spares.describe()] == [0, 1]
         assert asked == [HAND_OVER_S] * 2
@@ -329,7 +329,7 @@ def test_one_that_never_got_warm_is_not_started_again_at_once(
 def test_fewer_are_wanted() -> None:
     async def live() -> None:
         made = shell([(43, True)], wanted=0)
-        made.cluster.left = [SpareProcess(0, 0, "spare/c/0/0/2-9", "a", made.cluster)]
+        made.cluster.left = [SpareProcess((0, 0), "spare/c/0/0/2-9", "a", made.cluster)]
         await made.spares.adopt()
         await made.spares._move()
         assert made.cluster.ended == ["spare/c/0/0/2-9"]
