@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.attention import AttentionRule, PagedAttention, PagedCache
+from models.attention import PagedAttention, PagedCache
+from models.attention_rule import AttentionRule
 from models.batch import ForwardBatch
 from models.config import ModelConfig
 from models.latent_attention import LatentSelfAttention, build_latent_attention

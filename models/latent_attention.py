@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import AttentionRule
+from models.attention_rule import AttentionRule
 from models.config import ModelConfig
 from models.latent import LatentAttention
 from models.layers import Attend, RMSNorm, Rotation, Weights

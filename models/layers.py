@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import AttentionRule, LatentHeads
+from models.attention import LatentHeads
+from models.attention_rule import AttentionRule
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel.context import ParallelContext

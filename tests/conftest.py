@@ -1,8 +1,20 @@
-"""For every test: none judges how long something took, not even hypothesis, for nobody knows who else is at work."""
+"""For every test: none judges how long something took, not even hypothesis, for nobody knows who else is at work.
+
+Kernels are interpreted where there is no device for them; Triton settles that when it is first imported.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+import os
 
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+if importlib.util.find_spec("triton") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from models.attention import AttentionRule, PagedAttention
+from models.attention import PagedAttention
+from models.attention_rule import AttentionRule
 from models.batch import ForwardBatch, PrefillRow
 
 TOKENS, HEADS, KEY_VALUE_HEADS, HEAD_DIM = 12, 4, 2, 8
