@@ -71,7 +71,7 @@ def error(layer: MixtureOfExperts, reference: MixtureOfExperts, rows: Tensor, fo
     checked = rows[:CHECKED_ROWS]
     expert_ids, weights = layer.router(checked)
     dispatched = reference.dispatcher.dispatch(checked.cpu().double(), expert_ids.cpu(), weights.cpu(), ExpertStep())
-    exact = dispatched.combine(reference.experts(dispatched.rows, dispatched.ends), None)
+    exact = dispatched.combine(reference.experts(dispatched.rows, dispatched.copies), None)
     return float((found[:CHECKED_ROWS].cpu().double() - exact).abs().max() / exact.abs().mean())
 
 

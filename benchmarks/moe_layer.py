@@ -33,7 +33,7 @@ from models.layers import GatedMlp
 from models.moe import Experts, MixtureOfExperts
 from models.router import GroupedSoftmaxRouter, Router, SoftmaxRouter
 from parallel.comm import Group
-from parallel.expert import PREFILL, SplitExperts
+from parallel.expert import PREFILL, Copies, SplitExperts
 from parallel.tensor import ColumnLinear, RowLinear
 
 BFLOAT16_BYTES = 2
@@ -72,6 +72,9 @@ SHAPES = {
 
 class LoopedExperts(Experts):
     """An expert after the other, as where torch's grouped product takes no such tensors."""
+
+    def _are_few(self, rows: Tensor, copies: Copies) -> bool:
+        return False
 
     def _groups(self, rows: Tensor) -> bool:
         return False
@@ -149,7 +152,7 @@ class Bench:
             layer.dispatcher.dispatch(rows, *choice, PREFILL)
             for layer, rows, choice in zip(self.layers, self.rows, chosen, strict=True)
         ]
-        made = [layer.experts(each.rows, each.ends) for layer, each in zip(self.layers, dispatched, strict=True)]
+        made = [layer.experts(each.rows, each.copies) for layer, each in zip(self.layers, dispatched, strict=True)]
 
         def dispatch() -> None:
             for layer, rows, choice in zip(self.layers, self.rows, chosen, strict=True):
@@ -157,7 +160,7 @@ class Bench:
 
         def experts() -> None:
             for layer, each in zip(self.layers, dispatched, strict=True):
-                layer.experts(each.rows, each.ends)
+                layer.experts(each.rows, each.copies)
 
         def combine() -> None:
             for each, outputs in zip(dispatched, made, strict=True):

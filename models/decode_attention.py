@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models import kernels
 from models.attention_rule import AttentionRule, attend
 from models.batch import ForwardBatch
+from parallel import kernels
 
 
 class DecodeAttention(Protocol):
@@ -33,7 +33,7 @@ def decode_attention(
     batch: ForwardBatch, block_tokens: int, keys: Tensor, windows: Iterable[int | None]
 ) -> DecodeAttention:
     """Of a batch over such a cache. windows: all that the layers' rules have."""
-    if kernels.can_run(keys.device, keys.dtype):
+    if kernels.can_run(keys.device) and keys.dtype in kernels.DTYPES:
         from models.kernels.paged_decode import PagedDecode
 
         return PagedDecode.of(batch)

@@ -1,6 +1,7 @@
 """The mixture of experts that stands in place of a layer's MLP: the experts, and what joins them with their router.
 
-In rank processes. Experts compute the rows that a dispatcher brings to the slots this rank holds. It knows no batch, no
+In rank processes. Experts compute the rows that a dispatcher brings to the slots this rank holds: a kernel those of
+decode steps on CUDA, torch's grouped product others. It knows no batch, no
 checkpoint's names, no rank, and not how experts are chosen.
 """
 
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.router import Router
-from parallel.expert import Dispatcher, ExpertStep
+from parallel import kernels
+from parallel.expert import Copies, Dispatcher, ExpertStep
 
 _GROUPED_MM_BYTES = 16  # strides must be multiples of it
+_FEW_COPIES_PER_SLOT = 32  # on average; beyond, arithmetic takes longer than reading weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,15 @@ class Experts:
     down: Tensor
     activation: Callable[[Tensor], Tensor]
 
-    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, copies: Copies) -> Tensor:
+        """rows [r, hidden] -> [r, hidden], the sum of each row's outputs, weighted, of the slots that want it."""
+        if self._are_few(rows, copies):
+            from models.kernels.few_rows import experts_of_few_rows
+
+            return experts_of_few_rows(rows, self.gate_up, self.down, copies)
+        return copies.sums(self.outputs(copies.taken(rows), copies.ends))
+
+    def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
         of no use behind the last end."""
         outputs = torch.empty_like(rows)
@@ -42,6 +53,12 @@ class Experts:
                 outputs[start:end] = F.linear(self.activation(gate) * up, self.down[slot])
             start = end
         return outputs
+
+    def _are_few(self, rows: Tensor, copies: Copies) -> bool:
+        """Whether the kernel for few rows takes these."""
+        few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down)
+        fits = self.activation is F.silu and rows.dtype in kernels.DTYPES
+        return few and fits and kernels.can_run(rows.device)
 
     def _groups(self, rows: Tensor) -> bool:
         """Whether torch's grouped product takes these; it never waits for the device, as the loop does."""
@@ -67,6 +84,6 @@ class MixtureOfExperts:
         rows = self.dispatcher.share(hidden)
         expert_ids, shares = self.router(rows)
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
-        outputs = self.experts(dispatched.rows, dispatched.ends)
+        sums = self.experts(dispatched.rows, dispatched.copies)
         beside = None if self.shared is None else self.shared(rows, step)
-        return self.dispatcher.restore(dispatched.combine(outputs, beside), hidden.shape[0])
+        return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel import kernels
 from parallel.comm import Group
 from parallel.expert_map import ExpertMap
 
@@ -38,14 +39,14 @@ PREFILL = ExpertStep()
 class Dispatched:
     """What the experts of this rank must compute.
 
-    rows: [copies, h] a copy of a row for each slot it is wanted in, sorted by slot; after the last end, nothing of use.
-    ends: [slots] int32, behind the last copy of each slot.
-    combine: outputs [copies, h] -> [m, h], the weighted sums of the rows that were dispatched, and what stands beside
-    them, [m, h], if anything: all of it, but where partial sums are added this rank's part. outputs may be written.
+    rows: [r, h], those that it got; copies: which of its slots want each, and with what weight.
+    combine: their weighted sums over the slots here, [r, h] -> [m, h], the sums of the rows that were dispatched, and
+    what stands beside them, [m, h], if anything: all of it, but where partial sums are added this rank's part. The sums
+    that it is given may be written.
     """
 
     rows: Tensor
-    ends: Tensor
+    copies: Copies
     combine: Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -99,10 +100,10 @@ class SplitExperts:
         if self.counted is not None:
             self.counted.add_(copies.ends)
 
-        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
-            return self.group.all_reduce(_added(copies.sums(outputs), beside))
+        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+            return self.group.all_reduce(_added(sums, beside))
 
-        return Dispatched(copies.taken(rows), copies.ends, combine)
+        return Dispatched(rows, copies, combine)
 
     def restore(self, rows: Tensor, total: int) -> Tensor:
         return rows
@@ -163,14 +164,14 @@ class ExchangedExperts:
         self.traffic.add(sum(sent[rank] for rank in others), sum(received[rank] for rank in others))
         copies = self._copies(routing, sum(copied))
 
-        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
-            back = self.stage.all_to_all_rows(copies.sums(outputs), received, sent)
+        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+            back = self.stage.all_to_all_rows(sums, received, sent)
             total = torch.zeros(rows.shape, dtype=_accumulator(rows.dtype), device=rows.device)
             for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
                 total.index_add_(0, where, part.to(total.dtype))  # no row twice in a part, so the order is fixed
             return _added(total.to(rows.dtype), beside)
 
-        return Dispatched(copies.taken(got), copies.ends, combine)
+        return Dispatched(got, copies, combine)
 
     def _gather(self, rows: Tensor, slots: Tensor, weights: Tensor, padded: int) -> Dispatched:
         """Fixed shape, for decode: every row goes to every rank, which computes what its slots are asked.
@@ -186,10 +187,10 @@ class ExchangedExperts:
         self.traffic.add(elsewhere, elsewhere)
         copies = self._copies(self.stage.all_gather(packed), None)
 
-        def combine(outputs: Tensor, beside: Tensor | None) -> Tensor:
-            return _added(self.stage.reduce_scatter(copies.sums(outputs))[: rows.shape[0]], beside)
+        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+            return _added(self.stage.reduce_scatter(sums)[: rows.shape[0]], beside)
 
-        return Dispatched(copies.taken(got), copies.ends, combine)
+        return Dispatched(got, copies, combine)
 
     def _copies(self, routing: Tensor, total: int | None) -> Copies:
         slots, weights = _unpacked(routing)
@@ -198,12 +199,14 @@ class ExchangedExperts:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Which rows are copied for which slot. order [copies]: the choices, row * k + choice, that copies serve.
+    """Which rows are copied for which slot: a copy for each slot that a row is wanted in, sorted by slot.
 
-    surplus: order goes on behind the last end, with choices that are computed elsewhere.
+    weights [r, k] float32: of choices. order [copies] int64: the choices, row * k + choice, that copies serve.
+    ends [slots] int32: behind the last copy of each slot. surplus: order goes on behind the last end, with choices that
+    are computed elsewhere.
     """
 
-    weights: Tensor  # [r, k]
+    weights: Tensor
     order: Tensor
     ends: Tensor
     surplus: bool
@@ -221,7 +224,7 @@ class Copies:
         return cls(weights, order if total is None else order[:total], ends, surplus=total is None)
 
     def taken(self, rows: Tensor) -> Tensor:
-        """rows [r, h] -> [copies, h]."""
+        """rows [r, h] -> [copies, h]; of no use behind the last end."""
         return rows[self.order // self.weights.shape[1]]
 
     def sums(self, outputs: Tensor) -> Tensor:
@@ -231,14 +234,24 @@ class Copies:
         if self.surplus:
             behind = torch.arange(len(outputs), device=outputs.device).unsqueeze(-1) >= self.ends[-1]
             outputs.masked_fill_(behind, 0)
-        shape = (*self.weights.shape, outputs.shape[-1])
-        spread = outputs.new_empty(shape) if len(outputs) == self.weights.numel() else outputs.new_zeros(shape)
+        spread = self.spread(outputs.dtype, outputs.shape[-1])
         spread.flatten(0, 1).index_copy_(0, self.order, outputs)
         return spread.sum(1)
+
+    def spread(self, dtype: torch.dtype, width: int) -> Tensor:
+        """[r, k, width], where each choice's output goes: zeros where one is computed elsewhere."""
+        whole = not self.surplus and len(self.order) == self.weights.numel()
+        make = torch.empty if whole else torch.zeros
+        return make((*self.weights.shape, width), dtype=dtype, device=self.weights.device)
 
 
 def _by_slot(slots: Tensor, held: int) -> tuple[Tensor, Tensor]:
     """The choices sorted by slot, and where each of the held slots ends among them."""
+    if kernels.can_run(slots.device):
+        from parallel.kernels.by_slot import MOST_CHOICES, by_slot
+
+        if slots.numel() <= MOST_CHOICES:
+            return by_slot(slots, held)
     found, order = slots.flatten().sort(stable=True)
     return order, torch.searchsorted(found, torch.arange(held, device=slots.device), right=True, out_int32=True)
 

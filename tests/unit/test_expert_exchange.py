@@ -90,9 +90,10 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
                 dispatcher.share(mine.weights),
                 ExpertStep(decode, rows),
             )
-            made = outputs(context, placement, dispatched.rows, dispatched.ends)
+            copies = dispatched.copies
+            made = copies.sums(outputs(context, placement, copies.taken(dispatched.rows), copies.ends))
             found.append(dispatcher.restore(dispatched.combine(made, 7 * own), len(mine.rows)))
-            computed.append(int(dispatched.ends[-1]))
+            computed.append(int(copies.ends[-1]))
         return found, computed, sum(dispatcher.map.loads.tolist())
 
     ranks = as_ranks(degrees, as_rank)

@@ -80,8 +80,8 @@ def test_rows_that_all_choose_one_expert_are_all_computed() -> None:
     hidden = random(40, 8, seed=2)
     expert_ids, weights = torch.full((40, 1), 1), torch.ones(40, 1)
     dispatched = SplitExperts(Group(), 3).dispatch(hidden, expert_ids, weights, PREFILL)
-    assert dispatched.ends.tolist() == [0, 40, 40]
-    found = dispatched.combine(experts(dispatched.rows, dispatched.ends), None)
+    assert dispatched.copies.ends.tolist() == [0, 40, 40]
+    found = dispatched.combine(experts(dispatched.rows, dispatched.copies), None)
     torch.testing.assert_close(found, one_by_one(hidden, expert_ids, weights, experts))
 
 
