@@ -20,7 +20,7 @@ from models.batch import ForwardBatch
 from models.decode_attention import begin_keys
 
 _NO_WINDOW = 2**31 - 1
-_MOST_PIECES = 64  # a power of two
+_MOST_PIECES = 128  # a power of two
 _FIXED_TILES = 2  # what a piece costs besides the tiles that it reads: its start, its end, and its part of joining
 _LEAST_HEADS = 16  # that tensor cores take
 _UNSPECIALIZED = ["window", "width", "pieces"]  # numbers that change between steps; each must not be compiled anew

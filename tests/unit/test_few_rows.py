@@ -21,15 +21,12 @@ from parallel.expert import Copies
 from parallel.kernels.by_slot import by_slot
 
 SLOTS, HIDDEN, NEURONS = 5, 24, 20
-SMALL = {
-    "first": replace(GATE_UP, neurons=16, inputs=16, rows=4),
-    "second": replace(DOWN, neurons=16, inputs=16, rows=4),
-}
+SMALL = replace(GATE_UP, neurons=16, inputs=16, rows=4), replace(DOWN, neurons=16, inputs=16, rows=4)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return (made * shape[-1] ** -0.5).half().to(DEVICE)
+    return made.mul_(float(shape[-1]) ** -0.5).half().to(DEVICE)
 
 
 def check(slots: Tensor, own: bool, total: int | None = None) -> None:
@@ -39,7 +36,7 @@ def check(slots: Tensor, own: bool, total: int | None = None) -> None:
     copies = Copies.of_own(chosen, weights, SLOTS, total) if own else Copies.of(chosen, weights, SLOTS)
     rows = random(len(slots), HIDDEN, seed=1) * HIDDEN**0.5
     experts = Experts(random(SLOTS, 2 * NEURONS, HIDDEN), random(SLOTS, HIDDEN, NEURONS, seed=2), F.silu)
-    found = experts_of_few_rows(rows, experts.gate_up, experts.down, copies, **SMALL)
+    found = experts_of_few_rows(rows, experts.gate_up, experts.down, copies, *SMALL)
     wide = Experts(experts.gate_up.double(), experts.down.double(), F.silu)
     expected = copies.sums(wide.outputs(copies.taken(rows.double()), copies.ends))
     assert found.dtype == torch.float16 and found.shape == rows.shape
@@ -89,9 +86,9 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     rows, weights = random(3, HIDDEN), torch.ones(3, 2, device=DEVICE)
     copies = Copies.of(torch.tensor([[0, 1], [1, 0], [1, 2]], device=DEVICE), weights, SLOTS)
     tensors = random(SLOTS, 2 * NEURONS, HIDDEN), random(SLOTS, HIDDEN, NEURONS, seed=2)
-    plain = experts_of_few_rows(rows, *tensors, copies, **SMALL)
+    plain = experts_of_few_rows(rows, *tensors, copies, *SMALL)
     rows[1] = torch.nan
-    spoilt = experts_of_few_rows(rows, *tensors, copies, **SMALL)
+    spoilt = experts_of_few_rows(rows, *tensors, copies, *SMALL)
     assert spoilt[1].isnan().all() and torch.equal(spoilt[[0, 2]], plain[[0, 2]])
 
 

@@ -1,0 +1,61 @@
+"""What benchmarks/kernels.py tries for each kernel: how it is cut. It needs Triton."""
+
+from __future__ import annotations
+
+from models.kernels import few_rows
+from models.kernels.paged_decode import Tiling
+
+HEADS = [
+    {"tiling": Tiling(tokens, heads, warps, stages, resident)}
+    for tokens, heads, warps, stages, resident in (
+        (64, 16, 4, 3, 3),
+        (64, 16, 4, 5, 2),
+        (64, 8, 4, 4, 4),
+        (32, 16, 4, 4, 5),
+        (32, 16, 4, 5, 4),
+        (128, 16, 4, 4, 1),
+        (128, 16, 8, 4, 1),
+    )
+]
+LATENT = [
+    {"tiling": Tiling(tokens, 16, warps, stages, resident)}
+    for tokens, warps, stages, resident in (
+        (32, 4, 4, 2),
+        (32, 4, 4, 4),
+        (32, 8, 5, 2),
+        (32, 8, 4, 2),
+        (32, 4, 7, 1),
+        (64, 4, 4, 1),
+        (64, 8, 4, 1),
+        (16, 4, 5, 3),
+    )
+]
+MANY_HEADS = [
+    {"tiling": Tiling(tokens, heads, 8, stages, resident)}
+    for tokens, heads, stages, resident in ((64, 32, 4, 1), (32, 32, 5, 2), (32, 64, 3, 1), (32, 16, 5, 2))
+]
+GATE_UPS = [
+    few_rows.Tiling(neurons, inputs, warps, stages)
+    for neurons, inputs, warps, stages in (
+        (64, 64, 4, 3),
+        (64, 64, 4, 5),
+        (64, 128, 4, 3),
+        (64, 128, 4, 4),
+        (128, 64, 4, 3),
+        (128, 64, 8, 4),
+        (32, 128, 4, 4),
+        (32, 256, 4, 3),
+    )
+]
+DOWNS = [
+    few_rows.Tiling(neurons, inputs, warps, stages)
+    for neurons, inputs, warps, stages in (
+        (64, 64, 4, 4),
+        (64, 64, 4, 6),
+        (64, 128, 4, 3),
+        (128, 64, 4, 4),
+        (128, 128, 4, 3),
+        (128, 64, 8, 4),
+        (32, 128, 4, 5),
+    )
+]

@@ -1,0 +1,244 @@
+"""What benchmarks/kernels.py measures: sizes of published models, and odd ones that are checked alone.
+
+Each problem has sets of inputs of its own, enough that the next one is in no cache when it is read. Random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention_rule import AttentionRule
+from models.batch import ForwardBatch
+from models.decode_attention import GatheredDecode
+from models.moe import Experts
+from parallel.expert import Copies
+
+BLOCK_TOKENS = 16
+UNCACHED_BYTES, MOST_SETS = 400e6, 16
+
+Choice = dict[str, Any]  # arguments of a kernel; none: as it is served
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """kernel and today, which it replaces, take the number of a set; exact is of set 0, in float64.
+
+    reads_bytes: what must be read for one set at least. choices: what is tried besides what is served.
+    """
+
+    name: str
+    reads_bytes: int
+    sets: int
+    kernel: Callable[..., Tensor]
+    today: Callable[[int], Tensor]
+    exact: Callable[[], Tensor]
+    choices: Sequence[Choice] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """latent: values are the first numbers of keys."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    latent: bool = False
+
+
+QWEN3_8B = Heads(32, 8, 128, 128)
+V2_LITE = Heads(16, 1, 576, 512, latent=True)
+V3 = Heads(128, 1, 576, 512, latent=True)
+PLAIN = AttentionRule(None, 0.08, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a mixture of experts."""
+
+    hidden: int
+    neurons: int
+    slots: int
+    chosen: int
+
+
+V2_LITE_EXPERTS = Sizes(2048, 1408, 64, 6)
+QWEN3_EXPERTS = Sizes(2048, 768, 128, 8)
+
+
+def sets_of(reads_bytes: int) -> int:
+    return int(min(MOST_SETS, max(2, -(-UNCACHED_BYTES // reads_bytes))))
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes problems on a device. divided: sizes are divided by it, for a machine that is to try the script alone.
+
+    processors: of the device, by which contexts are cut.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    divided: int = 1
+    processors: int = 132
+    layers: dict[Sizes, list[Experts]] = field(default_factory=dict)
+
+    def attention(
+        self,
+        name: str,
+        contexts: Sequence[int],
+        heads: Heads,
+        rule: AttentionRule = PLAIN,
+        choices: Sequence[Choice] = (),
+    ) -> Problem:
+        """Rows that have stored so many tokens, in blocks that lie scattered."""
+        from models.kernels.paged_decode import PagedDecode
+
+        lengths = torch.tensor(contexts, device=self.device)
+        rows, width = len(contexts), -(-max(contexts) // BLOCK_TOKENS)
+        per_token = heads.kv_heads * (heads.key_dim + (0 if heads.latent else heads.value_dim)) * self.dtype.itemsize
+        read = sum(min(stored, rule.window or stored) for stored in contexts) * per_token
+        sets = sets_of(read)
+
+        def cache(dim: int) -> Tensor:
+            return self.random(rows * width, BLOCK_TOKENS, heads.kv_heads, dim)
+
+        def one() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            keys = cache(heads.key_dim)
+            values = keys[..., : heads.value_dim] if heads.latent else cache(heads.value_dim)
+            tables = torch.randperm(rows * width, device=self.device).view(rows, width)
+            return self.random(rows, heads.heads, heads.key_dim), keys, values, tables
+
+        inputs = [one() for _ in range(sets)]
+
+        def today(index: int, wide: bool = False) -> Tensor:
+            query, keys, values, tables = inputs[index]
+            batch = ForwardBatch(query, query, query, rows, tables, lengths, (), query)
+            if wide:
+                query, keys = query.double(), keys.double()
+                values = keys[..., : heads.value_dim] if heads.latent else values.double()
+            return GatheredDecode(batch, BLOCK_TOKENS, {rule.window})(rule, query, keys, values)
+
+        def kernel(index: int, **choice: Any) -> Tensor:
+            query, keys, values, tables = inputs[index]
+            cut = {"processors": self.processors} | choice
+            return PagedDecode(tables, lengths, **cut)(rule, query, keys, values)
+
+        return Problem(name, read, sets, kernel, today, lambda: today(0, wide=True), choices)
+
+    def experts(
+        self, name: str, rows: int, sizes: Sizes, elsewhere: int = 0, choices: Sequence[Choice] = ()
+    ) -> Problem:
+        """elsewhere: so many experts are held by other ranks."""
+        from models.kernels.few_rows import experts_of_few_rows
+
+        if sizes not in self.layers:
+            self.layers.clear()
+            self.layers[sizes] = [self._layer(sizes) for _ in range(2)]
+        layers = self.layers[sizes]
+
+        def choice_of_rows() -> Copies:
+            scores = torch.rand(rows, sizes.slots + elsewhere, device=self.device)
+            shares, ids = scores.softmax(-1).topk(sizes.chosen, dim=-1)
+            return Copies.of_own(ids, shares, sizes.slots, None) if elsewhere else Copies.of(ids, shares, sizes.slots)
+
+        sets = 2 * MOST_SETS if rows == 1 else 4  # other experts in each, and other weights in every second
+        inputs = [(self.random(rows, sizes.hidden), choice_of_rows()) for _ in range(sets)]
+        touched = sum(int((copies.ends.diff(prepend=copies.ends.new_zeros(1)) > 0).sum()) for _, copies in inputs)
+
+        def today(index: int) -> Tensor:
+            (x, copies), layer = inputs[index], layers[index % len(layers)]
+            return copies.sums(layer.outputs(copies.taken(x), copies.ends))
+
+        def exact() -> Tensor:
+            (x, copies), layer = inputs[0], layers[0]
+            wide = Experts(layer.gate_up.double(), layer.down.double(), F.silu)
+            return copies.sums(wide.outputs(copies.taken(x.double()), copies.ends))
+
+        def kernel(index: int, **choice: Any) -> Tensor:
+            (x, copies), layer = inputs[index], layers[index % len(layers)]
+            return experts_of_few_rows(x, layer.gate_up, layer.down, copies, **choice)
+
+        read = touched * 3 * sizes.hidden * sizes.neurons * self.dtype.itemsize // sets
+        return Problem(name, read, sets, kernel, today, exact, choices)
+
+    def _layer(self, sizes: Sizes) -> Experts:
+        gate_up = self.random(sizes.slots, 2 * sizes.neurons, sizes.hidden).mul_(sizes.hidden**-0.5)
+        down = self.random(sizes.slots, sizes.hidden, sizes.neurons).mul_(sizes.neurons**-0.5)
+        return Experts(gate_up, down, F.silu)
+
+    def sorting(self, name: str, rows: int, chosen: int, slots: int) -> Problem:
+        """Which choices each slot serves, as a dispatcher asks it."""
+        from parallel.kernels.by_slot import by_slot
+
+        ids = torch.rand(rows, slots, device=self.device).topk(chosen, dim=-1)[1]
+
+        def kernel(index: int) -> Tensor:
+            order, ends = by_slot(ids, slots)
+            return torch.cat((order, ends))
+
+        def today(index: int) -> Tensor:
+            found, order = ids.flatten().sort(stable=True)
+            every = torch.arange(slots, device=self.device)
+            return torch.cat((order, torch.searchsorted(found, every, right=True, out_int32=True)))
+
+        return Problem(name, ids.nbytes, 1, kernel, today, lambda: today(0).double())
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+
+def served(maker: Maker, family: str) -> Iterator[Problem]:
+    """With what is tried for them."""
+    from benchmarks.kernel_choices import DOWNS, GATE_UPS, HEADS, LATENT, MANY_HEADS
+
+    small = maker.divided
+    if family == "heads":
+        for rows, context in ((256, 1152), (64, 4096), (1, 4096)):
+            name = f"32/8 heads of 128, {rows} x {context}"
+            yield maker.attention(name, [max(1, context // small)] * max(1, rows // small), QWEN3_8B, choices=HEADS)
+        mixed = [64 + 31 * (row * 37 % 64) for row in range(256 // small)]
+        yield maker.attention("32/8 heads of 128, 256 x 64 to 2,017", mixed, QWEN3_8B, choices=HEADS)
+    elif family == "latent":
+        for rows, context in ((256, 4096), (256, 1152), (1, 4096)):
+            name = f"latent, 16 heads, {rows} x {context}"
+            yield maker.attention(name, [max(1, context // small)] * max(1, rows // small), V2_LITE, choices=LATENT)
+        many = [max(1, 4096 // small)] * max(1, 64 // small)
+        yield maker.attention("latent, 128 heads, 64 x 4096", many, V3, choices=MANY_HEADS)
+    elif family == "experts":
+        tried = [{"first": first} for first in GATE_UPS] + [{"second": second} for second in DOWNS]
+        for title, sizes in (("V2-Lite", V2_LITE_EXPERTS), ("Qwen3-30B", QWEN3_EXPERTS)):
+            scaled = Sizes(sizes.hidden // small, sizes.neurons // small, sizes.slots, sizes.chosen)
+            for rows in (1, 16, 64, 256, 512):
+                yield maker.experts(f"experts of {title}, {rows} rows", rows, scaled, choices=tried)
+    else:
+        for rows, chosen, slots in ((1, 6, 64), (64, 6, 64), (256, 8, 128)):
+            yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
+
+
+def odd(maker: Maker, family: str) -> Iterator[Problem]:
+    """To be checked alone."""
+    lengths = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 300, 1025]
+    if family == "heads":
+        for heads in (Heads(12, 4, 96, 96), Heads(3, 3, 64, 64), Heads(40, 2, 128, 128), Heads(8, 4, 256, 256)):
+            for rule in (PLAIN, AttentionRule(100, 0.1, 30.0), AttentionRule(1, 0.1, None)):
+                yield maker.attention(f"{heads} {rule}", lengths, heads, rule)
+        yield maker.attention("long ones beside short", [1, 5000, 2], QWEN3_8B)
+    elif family == "latent":
+        for heads in (V2_LITE, V3, Heads(20, 1, 576, 512, True), Heads(5, 1, 72, 64, True)):
+            for rule in (PLAIN, AttentionRule(100, 0.05, 30.0)):
+                yield maker.attention(f"{heads} {rule}", lengths, heads, rule)
+    elif family == "experts":
+        for sizes in (Sizes(200, 104, 7, 3), Sizes(256, 64, 1, 1), Sizes(64, 72, 130, 4)):
+            for rows in (1, 5, 150):
+                yield maker.experts(f"{sizes} {rows} rows", rows, sizes)
+                yield maker.experts(f"{sizes} {rows} rows, some elsewhere", rows, sizes, elsewhere=5)
+    else:
+        for rows, chosen, slots in ((1, 1, 1), (3, 2, 5), (999, 5, 200)):
+            yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
