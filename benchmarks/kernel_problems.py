@@ -16,6 +16,7 @@ from torch import Tensor
 from models.attention_rule import AttentionRule
 from models.batch import ForwardBatch
 from models.decode_attention import GatheredDecode
+from models.layers import RMSNorm, Rotation
 from models.moe import Experts
 from parallel.expert import Copies
 
@@ -190,6 +191,23 @@ class Maker:
 
         return Problem(name, ids.nbytes, 1, kernel, today, lambda: today(0).double())
 
+    def norm(self, name: str, *shape: int) -> Problem:
+        """Of rows, or of parts of heads."""
+        x, layer = self.random(*shape), RMSNorm(self.random(shape[-1]), 1e-6, False)
+        wide = RMSNorm(layer.weight.double(), 1e-6, False)
+        return Problem(
+            name, x.nbytes, 1, lambda index: layer(x), lambda index: layer.plain(x), lambda: wide.plain(x.double())
+        )
+
+    def rotation(self, name: str, rows: int, heads: int, dim: int, interleaved: bool) -> Problem:
+        """Of all heads' numbers."""
+        x, angles = self.random(rows, heads, dim), 6 * torch.rand(rows, 1, dim, device=self.device)
+        turn = Rotation(angles.cos().to(self.dtype), angles.sin().to(self.dtype), interleaved)
+        wide = Rotation(turn.cos.double(), turn.sin.double(), interleaved)
+        return Problem(
+            name, x.nbytes, 1, lambda index: turn(x), lambda index: turn.plain(x), lambda: wide.plain(x.double())
+        )
+
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
@@ -220,6 +238,10 @@ def served(maker: Maker, family: str) -> Iterator[Problem]:
     else:
         for rows, chosen, slots in ((1, 6, 64), (64, 6, 64), (256, 8, 128)):
             yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
+        for rows in (1, 64, 256):
+            yield maker.norm(f"norm, {rows} x 4096", rows, 4096)
+            yield maker.norm(f"norm, {rows} x 32 x 128", rows, 32, 128)
+            yield maker.rotation(f"rotation, {rows} x 32 x 128", rows, 32, 128, interleaved=False)
 
 
 def odd(maker: Maker, family: str) -> Iterator[Problem]:
@@ -242,3 +264,5 @@ def odd(maker: Maker, family: str) -> Iterator[Problem]:
     else:
         for rows, chosen, slots in ((1, 1, 1), (3, 2, 5), (999, 5, 200)):
             yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
+        yield maker.norm("norm, 3 x 5 x 90", 3, 5, 90)
+        yield maker.rotation("rotation of neighbours, 7 x 3 x 66", 7, 3, 66, interleaved=True)

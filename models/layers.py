@@ -20,6 +20,7 @@ from models.attention import LatentHeads
 from models.attention_rule import AttentionRule
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
+from parallel import kernels
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
 from parallel.tensor import ColumnLinear, RowLinear
@@ -57,6 +58,12 @@ class Weights:
         return self._shards
 
 
+def _takes(rows: Tensor) -> bool:
+    """Whether the kernels of rows, one launch each, take these."""
+    fits = rows.dtype in kernels.DTYPES and rows.dim() in (2, 3) and rows.stride(-1) == 1
+    return fits and kernels.can_run(rows.device)
+
+
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
     """Divides by the root mean square over the last dim, then scales: by the weight, in the dtype of x; or, from one,
@@ -67,6 +74,14 @@ class RMSNorm:
     from_one: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        if _takes(x) and self.weight.dtype == x.dtype:
+            from models.kernels.rows import rms_norm
+
+            return rms_norm(x, self.weight, self.epsilon, self.from_one)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same, on every device, step by step."""
         wide = x.float()
         normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
         if self.from_one:
@@ -87,6 +102,14 @@ class Rotation:
     interleaved: bool = False
 
     def __call__(self, heads: Tensor) -> Tensor:
+        if _takes(heads):
+            from models.kernels.rows import rotate
+
+            return rotate(heads, self.cos, self.sin, self.interleaved)
+        return self.plain(heads)
+
+    def plain(self, heads: Tensor) -> Tensor:
+        """The same, on every device, step by step."""
         turning, staying = torch.tensor_split(heads, (self.cos.shape[-1],), dim=-1)
         if self.interleaved:
             turning = turning.unflatten(-1, (-1, 2)).mT.flatten(-2)
