@@ -130,6 +130,13 @@ def _span(stored, window, pieces, TILE: tl.constexpr, LEAST_TILES: tl.constexpr)
 
 
 @triton.jit
+def _slots(table, token, end, BLOCK_TOKENS: tl.constexpr):
+    """Where a row's tokens before the end lie in the cache."""
+    block = tl.load(table + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int32)
+    return (block * BLOCK_TOKENS + token % BLOCK_TOKENS).to(tl.int64)
+
+
+@triton.jit
 def _scores(products, scale, CAP: tl.constexpr):
     """Of products of queries and keys, for powers of two."""
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -183,9 +190,7 @@ def _read_piece(
     for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)
         seen = (token < end)[:, None]
-        block = tl.load(tables + row * width + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int32)
-        slot = (block * BLOCK_TOKENS + token % BLOCK_TOKENS).to(tl.int64)
-        place = (slot * KV_HEADS + part // PARTS)[:, None]
+        place = (_slots(tables + row * width, token, end, BLOCK_TOKENS) * KV_HEADS + part // PARTS)[:, None]
         key = tl.load(keys + place * (FIRST + REST) + number, mask=seen & (number < FIRST), other=0.0)
         products = tl.dot(key, tl.trans(asks))
         value = key

@@ -52,7 +52,7 @@ def _laid_out(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _warps(dim: int) -> int:
-    return min(8, max(1, triton.next_power_of_2(dim) // 512))
+    return 8 if dim > 2048 else 4 if dim > 512 else 1
 
 
 @triton.jit
