@@ -8,6 +8,7 @@ sums of exponentials. models/decode_attention.py is the plain reference.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,7 @@ def _best_tiling(shared: bool, sharing: int) -> Tiling:
     return LATENT if sharing <= LATENT.heads else LATENT_MANY_HEADS
 
 
+@functools.lru_cache(maxsize=4096)  # every layer of a step asks the same
 def pieces_of(programs: int, tiles: int, room: int, least_tiles: int) -> int:
     """How many pieces each context is cut into: the fewest that are read soonest.
 
