@@ -42,7 +42,7 @@ class Case:
 
 
 def error(case: Case) -> float:
-    """The kernel's distance from the reference in float64, relative to that. What no row may see is not a number."""
+    """The kernel's distance from the reference in float64, relative to that. Slots that no row may see hold NaN."""
     random = torch.Generator().manual_seed(sum(case.contexts))
     lengths, rows = torch.tensor(case.contexts), len(case.contexts)
     used = -(-lengths // case.block_tokens)
@@ -73,7 +73,9 @@ def error(case: Case) -> float:
     expected = reference(
         case.rule, query.double(), wide, wide[..., : case.value_dim] if case.latent else values.double()
     )
-    return float((found.double() - expected).norm() / expected.norm())
+    # Where values cancel each other, rounded weights still add up to what the values' size allows.
+    least = 0.1 * expected.numel() ** 0.5
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=least))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
