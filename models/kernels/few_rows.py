@@ -29,7 +29,7 @@ class Tiling:
 
 
 GATE_UP = Tiling(neurons=64, inputs=64, warps=4, stages=4)
-DOWN = Tiling(neurons=64, inputs=128, warps=4, stages=4)
+DOWN = Tiling(neurons=128, inputs=64, warps=4, stages=4)
 
 
 def experts_of_few_rows(

@@ -43,7 +43,7 @@ class Tiling:
 
 
 # With fewer stages a program waits for what it reads before it multiplies; then programs beside it fill the time.
-HEADS = Tiling(tokens=64, heads=16, warps=4, stages=4, resident=3)
+HEADS = Tiling(tokens=64, heads=16, warps=4, stages=5, resident=2)
 LATENT = Tiling(tokens=32, heads=16, warps=4, stages=5, resident=2)
 LATENT_MANY_HEADS = Tiling(tokens=32, heads=64, warps=8, stages=5, resident=1)
 
