@@ -164,18 +164,24 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, case: str) -> di
     return row
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def options(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:
+    """Of a benchmark of one such layer."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
-    parser.add_argument("--case", action="append", help=f"ROWSxCONTEXT, again and again; default: {' '.join(CASES)}")
+    parser.add_argument("--case", action="append", help=f"as above, again and again; default: {' '.join(cases)}")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16, help="of this rank")
     parser.add_argument("--query-rank", type=int, default=0, help="0: queries are not compressed")
     parser.add_argument("--rank", type=int, default=512)
-    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; default: an H200's")
     parser.add_argument("--repeats", type=int, default=30)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Reads the command line."""
+    parser = options(__doc__ or "", CASES)
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; default: an H200's")
     arguments = parser.parse_args(words)
     config = config_of(arguments)
     for case in arguments.case or CASES:
