@@ -23,6 +23,9 @@ from parallel.tensor import ColumnLinear, RowLinear
 
 # Of the norms between the projections, as DeepSeek's code and transformers' have it: rms_norm_eps is for the others.
 _EPSILON = 1e-6
+# On CUDA torch's kernels for heads as wide as the latent copy it for every head: keys of heads cost less from here on,
+# the shortest chunk that was measured (docs/adr/0011-heads-read-the-latent-cache.md).
+_EXPANDED_TOKENS_ON_CUDA = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,10 @@ class LatentQueries:
         return torch.bmm(read.transpose(0, 1), self._by_head[1].mT).transpose(0, 1)
 
     def expanding_pays(self, tokens: int) -> bool:
-        """By the products for each head and position: those that narrower keys and values save, and those that make
-        them."""
+        """On CUDA as measured; else by the products for each head and position: those that narrower keys and values
+        save, and those that make them."""
+        if self.plain.is_cuda:
+            return tokens >= _EXPANDED_TOKENS_ON_CUDA
         shape = self.shape
         saved = shape.cached_numbers + shape.rank - shape.head_dim - shape.value_dim
         return tokens * saved > shape.rank * (shape.plain_dim + shape.value_dim)
