@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from coordinator.devices import Slot, who
 from echelon.errors import InternalError
 from worker.actor import AgentActor, RankActor, parse_slot_name, slot_name
+from worker.spec import is_named
 
 SLOT_TIMEOUT_S = 30.0
 SLOT_POLL_S = 2.0
@@ -136,7 +137,7 @@ def create_agent(cluster: str, node_id: str, lease_s: float) -> Any:
 def discard_actors(prefix: str, kept: Collection[str] = ()) -> None:
     """Let Ray forget actors whose processes are gone, and ones that it was still starting."""
     for name in ray.util.list_named_actors():
-        if name.startswith(prefix) and name not in kept:
+        if is_named(name, prefix) and name not in kept:
             with contextlib.suppress(ValueError):  # it went by itself meanwhile
                 ray.kill(ray.get_actor(name))
 

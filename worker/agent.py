@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from worker.spec import is_named
+
 KILL_TIMEOUT_S = 10.0
 WATCH_S = 60.0
 
@@ -56,13 +58,13 @@ class NodeAgent:
             return [name for name, fd in self._fds.items() if not _ended(fd, 0.0)]
 
     def kill(self, prefix: str, first: str = "", timeout_s: float = KILL_TIMEOUT_S) -> list[str]:
-        """SIGKILL every process whose name begins with the prefix, those beginning with `first` before the others.
+        """SIGKILL the process of that name, or all whose names begin with a prefix that ends in a slash, `first` first.
 
         Returns the names that are not confirmed gone within the timeout: empty is success.
         """
         with self._lock:
-            targets = {name: self._fds.pop(name) for name in list(self._fds) if name.startswith(prefix)}
-        for name in sorted(targets, key=lambda name: not (first and name.startswith(first))):
+            targets = {name: self._fds.pop(name) for name in list(self._fds) if is_named(name, prefix)}
+        for name in sorted(targets, key=lambda name: not is_named(name, first)):
             _kill(targets[name])
         deadline_s = time.monotonic() + timeout_s
         left = {n: fd for n, fd in targets.items() if not _ended(fd, max(deadline_s - time.monotonic(), 0.0))}

@@ -64,3 +64,9 @@ def replica_prefix(cluster: str, replica: int) -> str:
 def spares_prefix(cluster: str, replica: int) -> str:
     """Begins the name of every spare of a replica."""
     return f"spare/{cluster}/{replica}/"
+
+
+def is_named(name: str, wanted: str) -> bool:
+    """Whether a name is the one that is wanted, or among those that a beginning stands for, which ends in a slash, or
+    is empty and means all: 2-1 does not mean 2-10."""
+    return name == wanted or (wanted[-1:] in ("/", "") and name.startswith(wanted))

@@ -33,6 +33,15 @@ def test_kill_confirms_the_named_and_spares_the_others(sleepers: list[subprocess
     assert agent.deaths(0.0) == [], "an ordered kill is no death to tell"
 
 
+def test_a_whole_name_is_nobody_elses_beginning(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    agent = NodeAgent(lease_s=30.0)
+    for name, process in zip(("spare/c/0/0/2-1", "spare/c/0/0/2-10", "spare/c/0/0/2-11"), sleepers, strict=True):
+        agent.register(name, process.pid)
+    assert agent.kill("spare/c/0/0/2-1") == []
+    assert agent.living() == ["spare/c/0/0/2-10", "spare/c/0/0/2-11"]
+    assert agent.kill("spare/c/0/0/", first="spare/c/0/0/2-11") == []
+
+
 def test_a_death_is_told_once_to_whoever_waits(sleepers: list[subprocess.Popen[bytes]]) -> None:
     agent = NodeAgent(lease_s=30.0)
     agent.register("a", sleepers[0].pid)
