@@ -402,12 +402,26 @@ def test_a_cancelled_writer_ends_at_once_and_leaves_nothing(rank: KeepingRank, m
     _, loaded = rank.load()
     assert loaded.writer is not None
 
-    def fsync(descriptor: int) -> None:
-        raise AssertionError("it went on to the end of the weights")
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
     loaded.writer.cancel()
     assert "cancelled" in loaded.writer.write().reason
+    assert not synced, "it went on to the end of the weights"
+    assert list(rank.folder.iterdir()) == []
+
+
+def test_a_writer_that_breaks_in_a_way_nobody_thought_of_is_told(
+    rank: KeepingRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, loaded = rank.load()
+    assert loaded.writer is not None
+
+    def fsync(descriptor: int) -> None:
+        raise MemoryError("no memory for it")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    written = loaded.writer.write()
+    assert written.bytes == 0 and "MemoryError: no memory for it" in written.reason
     assert list(rank.folder.iterdir()) == []
 
 

@@ -102,6 +102,8 @@ class ShardWriter:
                 written_bytes = 0 if read_manifest(folder) != self._judged else self._replace(folder)
         except (OSError, ConfigError, UnfitShardError) as error:
             return Written(0, time.monotonic() - begun_s, f"{folder}: {error}")
+        except Exception as error:  # noqa: BLE001 - a thread's last words; the rank serves on
+            return Written(0, time.monotonic() - begun_s, f"{folder}: {type(error).__name__}: {error}")
         return Written(written_bytes, time.monotonic() - begun_s)
 
     def _replace(self, folder: Path) -> int:
