@@ -7,6 +7,7 @@ small HTTP server.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -42,6 +43,9 @@ class Metrics:
     replicas: Gauge
     replicas_serving: Gauge
     affinity_hits: Gauge
+    drafted_tokens: Gauge
+    accepted_tokens: Gauge
+    tokens_per_step: Gauge
     epoch: Gauge
     term: Gauge
     journal_durable: Gauge
@@ -88,10 +92,24 @@ class Metrics:
             affinity_hits=gauge(
                 "affinity_hits", "Requests sent to a replica for their prefix, since its epoch began.", "replica"
             ),
+            drafted_tokens=gauge(
+                "drafted_tokens", "Ids that were guessed since its epoch began.", "replica"
+            ),
+            accepted_tokens=gauge("accepted_tokens", "Of these, ids that were drawn indeed.", "replica"),
+            tokens_per_step=gauge(
+                "tokens_per_step", "Ids that a choice gains by a step in which it decodes, on average.", "replica"
+            ),
             epoch=gauge("replica_epoch", "The replica's epoch.", "replica"),
             term=gauge("coordinator_term", "The coordinator's term."),
             journal_durable=gauge("journal_durable", "1 while what is delivered is in the journal before."),
         )
+
+    def speculated(self, replica: int, counters: Mapping[str, int]) -> None:
+        """What guesses have brought a replica, by the counters of its leader."""
+        drafted, accepted = counters.get("drafted_tokens", 0), counters.get("accepted_tokens", 0)
+        self.drafted_tokens.labels(str(replica)).set(drafted)
+        self.accepted_tokens.labels(str(replica)).set(accepted)
+        self.tokens_per_step.labels(str(replica)).set(1 + accepted / max(counters.get("decode_rows", 0), 1))
 
     def serve(self, address: str) -> None:
         """Serve /metrics on host:port. Raises ConfigError when the address cannot be bound."""

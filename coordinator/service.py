@@ -216,8 +216,9 @@ class Service:
         metrics.kept_bytes.set(self.core.kept.size_bytes)
         metrics.forgotten_early.set(self.core.kept.forgotten_early)
         self.recorder.measure()
-        for replica in self._engines:
+        for replica, engine in self._engines.items():
             metrics.affinity_hits.labels(str(replica)).set(self.core.affinity_hits(replica))
+            metrics.speculated(replica, engine.stats.counters)
 
     def post(self, event: Event) -> None:
         """One event through the core: its records in one write(), then its other effects in order."""

@@ -71,6 +71,10 @@ class ServeConfig(BaseModel):
     rebalance_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Experts move between ranks, by their loads, every so many steps; 0: never."
     )
+    speculation: Literal["off", "ngram"] = Field(
+        default="off", description="ngram: guess next ids from what stood there before, and verify several at once."
+    )
+    speculation_tokens: Count = Field(default=4, description="Most ids of an answer that are guessed at once.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."

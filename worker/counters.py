@@ -12,7 +12,9 @@ NAMES = (
     "steps",
     "prefill_chunks",
     "chunked_prompts",
-    "decode_rows",
+    "decode_rows",  # choices that decode, in all steps
+    "drafted_tokens",
+    "accepted_tokens",  # of these, what was drawn indeed: so many ids beside one for each of decode_rows
     "replayed_requests",
     "preemptions",
     "recomputed_tokens",  # computed again after a preemption

@@ -6,13 +6,15 @@ is the scheduler's decision; where keys and values lie is the prefix cache's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from echelon.internal.link import Fence
 from parallel.slot_cost import ChunkLimits, SlotCostModel, SlotWork, chunk_tokens, chunk_work
-from worker.plan import Admit, Row, StepPlan, Told
+from worker.plan import Admit, Row, StepPlan, StepResult, Told
 from worker.sequence import Request, Sequence
+from worker.speculation import rejected
 
 SCORED_STEP_TOKENS = 256  # of scored prompts in one step: each of these tokens needs its own logits
 
@@ -43,11 +45,22 @@ class Flight(NamedTuple):
     scored: list[Request]
     prefilled: list[Sequence]
     work: SlotWork
+    drafts: Mapping[int, int]  # of the sampled rows that go on from one, which id
 
     @property
     def requests(self) -> set[str]:
         """That have a row in it."""
         return {sequence.assign.request for sequence in (*self.sampled, *self.prefilled)}
+
+    @property
+    def verified(self) -> list[Sequence]:
+        """That have drafts in it."""
+        return [self.sampled[row] for row in self.drafts if row - 1 not in self.drafts]
+
+    def spoilt(self, result: StepResult) -> list[Sequence]:
+        """Whose scores are not finite; what is drawn behind a draft that did not come true concerns nobody."""
+        wrong = rejected(self.drafts, result.ids)
+        return [self.sampled[row] for row in result.non_finite if row not in wrong]
 
 
 @dataclass(slots=True)
@@ -65,6 +78,7 @@ class Draft:
     scored: list[Request] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)  # a chunk of each
     drawn: list[Sequence] = field(default_factory=list)  # the last id of each
+    drafts: dict[int, int] = field(default_factory=dict)  # as Flight has them
     after: int = 0  # the last step whose ids it reads
     slot: Slot | None = None  # None: chunks fill the budget
     work: SlotWork = field(default_factory=SlotWork)
@@ -76,7 +90,7 @@ class Draft:
 
     def flight(self) -> Flight:
         """What its result will be about."""
-        return Flight(self.step, self.sampled, self.scored, self.prefilled, self.work)
+        return Flight(self.step, self.sampled, self.scored, self.prefilled, self.work, self.drafts)
 
     def admit(self, sequence: Sequence) -> None:
         """A sequence has a slot now, and the blocks that it begins with; of what is cached, ranks are told the ids."""
@@ -97,6 +111,21 @@ class Draft:
         self.sampled.append(sequence)
         if position + 2 >= sequence.end:
             self.drawn.append(sequence)
+
+    def add_block(self, sequence: Sequence, block: int) -> None:
+        """The last of a sequence's blocks is new."""
+        self.blocks.append((sequence.slot, len(sequence.blocks) - 1, block))
+
+    def add_drafts(self, sequence: Sequence, drafts: Iterable[int]) -> None:
+        """Behind the decode row of a sequence, one for each draft: they are told, and draw what follows if they come
+        true. So far nothing of the sequence has moved on."""
+        first = sequence.planned
+        self.told.append(Told(sequence.slot, first, tuple(drafts)))
+        for position, draft in enumerate(drafts, first):
+            self.drafts[len(self.sampled)] = draft
+            self.rows.append(Row(sequence.slot, position, 1, None, True, sequence.logprobs))
+            self.sampled.append(sequence)
+            self.budget -= 1
 
     def room(self, sequence: Sequence) -> int:
         """How many positions of what is given can be computed now."""

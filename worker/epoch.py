@@ -209,6 +209,7 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         depth=command.pipeline_depth,
         data=command.data,
         rebalance_steps=command.rebalance_steps,
+        speculation_tokens=command.speculation_tokens,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 

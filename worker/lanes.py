@@ -7,7 +7,7 @@ has nothing to do, because all of them meet at the experts. A request stays in t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from echelon.internal.link import Assign, Fence
@@ -15,6 +15,7 @@ from worker.limits import EngineLimits
 from worker.plan import StepPlan, StepResult, lane_of
 from worker.scheduler import Scheduler
 from worker.sequence import Outcome, State
+from worker.speculation import Drafter, NgramDrafter
 
 HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prompt: it takes a row of many steps
 
@@ -22,8 +23,8 @@ HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prom
 class Lanes:
     """Schedulers of as many data ranks as the limits say; the limits are each one's own."""
 
-    def __init__(self, limits: EngineLimits) -> None:
-        self.schedulers = tuple(Scheduler(limits) for _ in range(limits.data))
+    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+        self.schedulers = tuple(Scheduler(limits, new_drafter) for _ in range(limits.data))
         self._rebalance_steps = limits.rebalance_steps
 
     def __iter__(self) -> Iterator[Assign]:
@@ -84,12 +85,8 @@ class Lanes:
 
     def commit(self, result: StepResult) -> Outcome:
         """The results of all lanes, one behind the other."""
-        outcome, sampled, scored = Outcome(), 0, 0
-        for scheduler in self.schedulers:
-            flight = scheduler.flights[0]
-            ends = sampled + len(flight.sampled), scored + len(flight.scored)
-            part = _part(result, slice(sampled, ends[0]), slice(scored, ends[1]))
-            sampled, scored = ends
+        outcome = Outcome()
+        for scheduler, part in zip(self.schedulers, self._parts(result), strict=True):
             brought = scheduler.commit(part)
             outcome.runs += brought.runs
             outcome.prompted += brought.prompted
@@ -98,9 +95,9 @@ class Lanes:
 
     def spoilt(self, result: StepResult) -> list[str]:
         """The requests whose scores are not finite in this result of the oldest step, unless they have ended."""
-        sampled = [sequence for scheduler in self.schedulers for sequence in scheduler.flights[0].sampled]
-        rows = [sampled[row] for row in result.non_finite]
-        return sorted({row.assign.request for row in rows if row.state is not State.ENDED})
+        parts = zip(self.schedulers, self._parts(result), strict=True)
+        found = [sequence for scheduler, part in parts for sequence in scheduler.flights[0].spoilt(part)]
+        return sorted({each.assign.request for each in found if each.state is not State.ENDED})
 
     def in_steps(self, first: int, last: int) -> list[str]:
         """The requests that have a row in one of these steps, as far as their results have not come."""
@@ -110,6 +107,16 @@ class Lanes:
     def check_integrity(self) -> None:
         for scheduler in self.schedulers:
             scheduler.check_integrity()
+
+    def _parts(self, result: StepResult) -> list[StepResult]:
+        """Each lane's, of the oldest step."""
+        parts, sampled, scored = [], 0, 0
+        for scheduler in self.schedulers:
+            flight = scheduler.flights[0]
+            ends = sampled + len(flight.sampled), scored + len(flight.scored)
+            parts.append(_part(result, slice(sampled, ends[0]), slice(scored, ends[1])))
+            sampled, scored = ends
+        return parts
 
     def _holder(self, request: str) -> Scheduler | None:
         return next((lane for lane in self.schedulers if lane.held_attempt(request) is not None), None)

@@ -16,6 +16,7 @@ class EngineLimits:
 
     stages: of its pipeline; depth: how many steps pass through it at once. data: its data ranks, each of which has
     slots, blocks and tokens of its own. rebalance_steps: experts move every so many steps, never if 0.
+    speculation_tokens: the most drafts of a row, none if 0.
     """
 
     max_running: int
@@ -28,11 +29,20 @@ class EngineLimits:
     depth: int = 1
     data: int = 1
     rebalance_steps: int = 0
+    speculation_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            least = 0 if name == "rebalance_steps" else 1
+            least = 0 if name in ("rebalance_steps", "speculation_tokens") else 1
             assert getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}"
+
+
+def decode_places(max_running: int, speculation_tokens: int) -> int:
+    """The most decode rows of a step: those of a full batch, or of one choice with all its drafts.
+
+    Drafts take places that nobody has, so a full batch has none and no step needs more memory for them.
+    """
+    return max(max_running, 1 + speculation_tokens)
 
 
 def refusal(assign: Assign, limits: EngineLimits) -> str:

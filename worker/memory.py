@@ -19,6 +19,7 @@ from models.decoder import DecoderModel
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
 from worker.kv_cache import KVCache
+from worker.limits import decode_places
 from worker.matchers import Matchers
 from worker.plan import Admit, Row, StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
@@ -48,9 +49,10 @@ def settle_kv_blocks(
     block_bytes = kv_bytes_per_block(config, context.place, command.block_tokens, context.dtype.itemsize)
     step_bytes = 0
     if context.device.type == "cuda":
-        limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
+        rows = decode_places(command.max_running, command.speculation_tokens)
+        limits = RunnerLimits(rows, command.max_context, command.block_tokens)
         runner = Runner(model, KVCache(config, context, 1, command.block_tokens), context, limits, matchers)
-        plan = largest_step(command.max_running, command.max_context, command.max_step_tokens, context.epoch)
+        plan = largest_step(rows, command.max_context, command.max_step_tokens, context.epoch)
         step_bytes = _peak_bytes(runner, plan, context.device)
         del runner
         torch.cuda.empty_cache()

@@ -63,7 +63,8 @@ class Admit:
 
 
 class Told(NamedTuple):
-    """Ids of positions first .. of a slot whose keys and values are in its blocks already: a cached prefix."""
+    """Ids of positions first .. of a slot: of a cached prefix, whose keys and values are in its blocks already, or
+    drafts, each the one token of a decode row of the plan."""
 
     slot: int
     first: int
@@ -73,7 +74,8 @@ class Told(NamedTuple):
 class Row(NamedTuple):
     """Consecutive tokens of one slot: positions first .. first + tokens - 1. One a request a step, so it must be cheap.
 
-    given: their ids (a prefill chunk), or None for a decode row, whose one id is the slot's last sampled one.
+    given: their ids (a prefill chunk), or None for a decode row, whose one id the slot has: the last sampled one, or a
+    draft. The rows of a slot's drafts stand behind the one that they go on from.
     sampled: draw the id of position first + tokens. logprobs: None, or how many alternatives beside its own.
     scored: None, or how many alternatives beside the log-probability of each token of the prompt that follows one of
     these: given[1:], and next_id unless the prompt ends here.

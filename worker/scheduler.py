@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from echelon.internal.block_hash import chain, root_hash
 from echelon.internal.link import Assign, Fence, Finish, Logprob, Released, TokenRun
@@ -23,6 +23,8 @@ from worker.plan import StepPlan, StepResult
 from worker.prefix_cache import PrefixCache
 from worker.queues import ORDER, check_queue, check_slots, dequeue, enqueue
 from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
+from worker.speculation import Drafter, NgramDrafter
+from worker.speculator import Speculator
 
 
 class Scheduler:
@@ -32,7 +34,7 @@ class Scheduler:
     back all it holds and waits to be computed again: the first one always goes on, so all come to their end.
     """
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
         self._limits = limits
         self._cache = PrefixCache(limits.kv_blocks, limits.block_tokens)
         self._cohorts = Cohorts(limits)
@@ -41,9 +43,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # in order
         self._running: list[Sequence] = []  # in order
         self._in_flight: deque[Flight] = deque()
-        self._step = 0
-        self._arrivals = itertools.count()
+        self._step, self._arrivals = 0, itertools.count()
         self.counters = dict.fromkeys(counters.NAMES, 0)
+        self._speculator = Speculator(limits, self._cache, self.counters, new_drafter)
 
     def __iter__(self) -> Iterator[Assign]:
         return (request.assign for request in self._held.values())
@@ -83,6 +85,7 @@ class Scheduler:
         outcome = Outcome()
         for sequence in list(request.choices.values()):
             enqueue(self._waiting, sequence)
+            self._speculator.begin(sequence)
             if sequence.generated and (finish := sequence.finish()):
                 run = TokenRun(assign.request, sequence.choice, assign.attempt, sequence.generated, (), finish=finish)
                 outcome.runs.append(run)
@@ -124,11 +127,10 @@ class Scheduler:
         outcome = Outcome()
         for row, why in result.faults:
             self._fail(flight.sampled[row], why, outcome)
-        for row in result.non_finite:
-            self._spoil(flight.sampled[row], outcome)
-        for sequence, token_id, logprob in zip(flight.sampled, result.ids, result.logprobs, strict=True):
-            if sequence.state is not State.ENDED:
-                self._accept(sequence, token_id, logprob, outcome)
+        for sequence in flight.spoilt(result):
+            self._spoil(sequence, outcome)
+        for drawn in self._speculator.drawn(flight, result):
+            self._accept(*drawn, outcome)
         return outcome
 
     def release(self, request: str, choice: int | None = None) -> Outcome:
@@ -168,13 +170,12 @@ class Scheduler:
                 continue
             if sequence.cohort != cohort or sequence.drawn_step > drawn_by or sequence.awaits_id:
                 continue
-            if not draft.budget:
-                break
             full = sequence.planned == len(sequence.blocks) * self._limits.block_tokens
-            if full and not self._grow(draft, sequence):
+            if not draft.budget or (full and not self._grow(draft, sequence)):
                 break
             draft.add_decode_row(sequence)
-        self.counters["decode_rows"] += len(draft.rows)
+            self._speculator.extend(draft, sequence, len(self._running))
+        self.counters["decode_rows"] += len(draft.rows) - len(draft.drafts)
         return prefilling
 
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
@@ -185,7 +186,7 @@ class Scheduler:
             self._preempt(last)
             if last is sequence:
                 return False
-        draft.blocks.append((sequence.slot, len(sequence.blocks), self._cache.grow(sequence)))
+        draft.add_block(sequence, self._cache.grow(sequence))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -220,8 +221,7 @@ class Scheduler:
             return False
         dequeue(self._waiting, sequence)
         enqueue(self._running, sequence)
-        sequence.state, sequence.due_at = State.RUNNING, 0
-        sequence.slot = self._free_slots.pop()
+        sequence.state, sequence.due_at, sequence.slot = State.RUNNING, 0, self._free_slots.pop()
         draft.admit(sequence)
         counters.count_beginning(self.counters, sequence)
         return True

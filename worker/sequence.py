@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass, field
 
 from echelon.internal.link import Assign, Finish, Logprob, Progress, Prompted, Released, TokenRun
+from worker.speculation import Speculation
 
 NO_SLOT = -1
 NO_COHORT = -1
@@ -96,6 +97,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     kept: int = 0  # leading blocks whose content can be found in the cache
     due_at: int = 0  # number of ids with which there is more to do than to tell them
+    speculation: Speculation | None = None
 
     @classmethod
     def of(cls, request: Request, progress: Progress) -> Sequence:
@@ -124,8 +126,10 @@ class Sequence:
 
     @property
     def awaits_id(self) -> bool:
-        """Constrained, and its last id is not committed: what may follow is not known yet."""
-        return self.constrained and self.planned >= len(self.ids)
+        """Its last id is not committed, and what may follow depends on it: by a constraint, or by drafts."""
+        if self.planned < len(self.ids):
+            return False
+        return self.constrained or (self.speculation is not None and self.speculation.waits(self.ids))
 
     @property
     def reusable(self) -> int:
@@ -134,6 +138,15 @@ class Sequence:
         The last is always computed, for what it draws; of a prompt whose tokens are scored, what is not scored yet.
         """
         return min(self.given - 1, self.request.scored) if self.request.unscored else self.given - 1
+
+    def accept_draft(self) -> None:
+        """The last id was drafted before it was drawn, so a row went on from it: what that row drew is to follow."""
+        assert self.speculation is not None, "it has drafts"
+        self.speculation.came_true()
+        if self.state is State.RUNNING:
+            self.planned = len(self.ids)
+        else:  # preempted meanwhile: what the row draws will be known
+            self.given = len(self.ids) + 1
 
     def finish(self) -> Finish | None:
         """Whether the choice ends with its last id: by an end token, else by its limit."""

@@ -40,6 +40,8 @@ CHANGEABLE = (
     "expert",
     "pipeline_depth",
     "rebalance_steps",
+    "speculation",
+    "speculation_tokens",
     "spares",
     "spare_devices",
     "dtype",

@@ -23,7 +23,7 @@ from echelon.cli.view import counter_table, head_line, journal_note, model_table
 from echelon.errors import DeadlineError, EchelonError, UnavailableError
 from echelon.types import Cluster
 
-DECODED = "decode_rows"  # the counter of tokens that were decoded, one a row
+DECODED, ACCEPTED = "decode_rows", "accepted_tokens"  # counters whose sum is that of tokens that were decoded
 SERVING = ("ready", "stepping")  # phases of a rank that has loaded
 
 
@@ -46,7 +46,8 @@ def tokens_per_s(earlier: Look | None, later: Look) -> dict[int, float]:
     for replica in later.cluster.replicas:
         counters = before.get((replica.index, replica.epoch))
         if counters is not None and DECODED in replica.counters:
-            rates[replica.index] = max(replica.counters[DECODED] - counters.get(DECODED, 0), 0) / elapsed_s
+            gained = [replica.counters.get(name, 0) - counters.get(name, 0) for name in (DECODED, ACCEPTED)]
+            rates[replica.index] = max(sum(gained), 0) / elapsed_s
     return rates
 
 

@@ -2,7 +2,7 @@
 
 Keys and values of a position are its id and a hash of all ids before it, kept in paged memory; the next id hashes what
 the block table leads to. So a block that is shared wrongly, reused too early or not written yet, and a token that is
-lost, doubled or of another choice show in every later id. Rows of one plan do not see each other's writes.
+lost, doubled or of another choice show in every later id. Rows of one plan do not see the writes of other slots' rows.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class Slot:
     table: dict[int, int] = field(default_factory=dict)
     history: list[int] = field(default_factory=list)
 
+    def write(self, first: int, ids: Sequence[int]) -> None:
+        """Ids from a position on, over what may stand there."""
+        assert first <= len(self.history), "ranks miss an id"
+        self.history[first : first + len(ids)] = ids
+
 
 class PagedDevice:
     """Runs plans in order. With check, what it reads must be what it was told; otherwise it shows in the ids alone."""
@@ -101,43 +106,49 @@ class PagedDevice:
         for number, index, block in plan.blocks:
             self._slots[number].table[index] = block
         for told in plan.told:
-            assert told.slot in admitted and told.first == 0
-            self._slots[told.slot].history += told.ids
+            assert (told.first == 0) == (told.slot in admitted)
+            self._slots[told.slot].write(told.first, told.ids)
         ids: list[int] = []
         logprobs: list[Logprob | None] = []
         scores: list[tuple[Logprob, ...]] = []
         writes: list[tuple[tuple[int, int], Content]] = []
+        drawn: list[tuple[Slot, int, int]] = []
+        written: dict[int, dict[tuple[int, int], Content]] = {row.slot: {} for row in plan.rows}  # by slot
         for row in plan.rows:
-            slot, contents = self._slots[row.slot], self._compute(row)
-            writes += [
-                (self._place(slot, position), contents[position]) for position in range(row.first, len(contents))
-            ]
+            slot, contents = self._slots[row.slot], self._compute(row, written[row.slot])
+            own = [(self._place(slot, position), contents[position]) for position in range(row.first, len(contents))]
+            writes += own
+            written[row.slot].update(own)
             if row.scored is not None:
-                follows = contents if row.next_id is None else contents_of([*slot.history, row.next_id])
+                follows = (
+                    contents if row.next_id is None else contents_of([*slot.history[: len(contents)], row.next_id])
+                )
                 scores.append(tuple(score(content, row.scored) for content in follows[row.first + 1 :]))
             if row.sampled:
                 ids.append(draw(slot.sampling, slot.choice, contents, len(contents) - slot.prompt_tokens))
                 logprobs.append(None if row.logprobs is None else Logprob(-float(ids[-1])))
-                slot.history.append(ids[-1])
+                drawn.append((slot, len(contents), ids[-1]))
+        for slot, position, token_id in drawn:
+            slot.write(position, [token_id])
         places = [place for place, _ in writes]
         assert len(set(places)) == len(places), "two rows write to one place"
         self.memory.update(writes)
         return StepResult(plan.step, tuple(ids), tuple(logprobs), tuple(scores))
 
-    def _compute(self, row: Row) -> list[Content]:
-        """What memory holds of the slot before the row, and what the row adds."""
+    def _compute(self, row: Row, written: dict[tuple[int, int], Content]) -> list[Content]:
+        """What memory holds of the slot before the row, and what the row adds. written: by rows before it."""
         slot = self._slots[row.slot]
-        contents = [self.memory[self._place(slot, position)] for position in range(row.first)]
-        if row.given is None:
-            given: tuple[int, ...] = (slot.history[-1],)
-        else:
-            given = row.given
-            slot.history += given
-        assert len(given) == row.tokens and len(slot.history) == row.first + row.tokens, "ranks miss an id"
+        places = [self._place(slot, position) for position in range(row.first)]
+        contents = [written[place] if place in written else self.memory[place] for place in places]
+        if row.given is not None:
+            slot.write(row.first, row.given)
+        end = row.first + row.tokens
+        given = slot.history[row.first : end]
+        assert len(given) == row.tokens, "ranks miss an id"
         for token_id in given:
             contents.append((token_id, hash((contents[-1][1] if contents else 0, token_id))))
         if self._check:
-            assert contents == contents_of(slot.history), "memory holds something else than was computed"
+            assert contents == contents_of(slot.history[:end]), "memory holds something else than was computed"
         return contents
 
     def _place(self, slot: Slot, position: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ a pool, with preemptions, hits, shared prompts and replays, whatever its samplin
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from worker.plan import StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
 from worker.scheduler import Scheduler
 from worker.sequence import Outcome
+from worker.speculation import Drafter, NgramDrafter
 
 BLOCK_TOKENS = 4
 MAX_CONTEXT = 64
@@ -55,12 +56,20 @@ class Replica:
     """A scheduler whose plans, two ahead, run on a model of its own."""
 
     def __init__(
-        self, checkpoint: Path, *, max_running: int = 4, kv_blocks: int = 24, max_step_tokens: int = 9
+        self,
+        checkpoint: Path,
+        *,
+        max_running: int = 4,
+        kv_blocks: int = 24,
+        max_step_tokens: int = 9,
+        speculation_tokens: int = 0,
+        new_drafter: Callable[[], Drafter] = NgramDrafter,
     ) -> None:
         limits = RunnerLimits(max_running, MAX_CONTEXT, BLOCK_TOKENS)
         context = solo_context(CPU, torch.float64, FENCE.epoch)
         self.runner: Runner = new_runner(checkpoint, context, limits, kv_blocks)
-        self.scheduler = Scheduler(EngineLimits(max_running, kv_blocks, BLOCK_TOKENS, max_step_tokens, MAX_CONTEXT))
+        sizes = EngineLimits(max_running, kv_blocks, BLOCK_TOKENS, max_step_tokens, MAX_CONTEXT)
+        self.scheduler = Scheduler(replace(sizes, speculation_tokens=speculation_tokens), new_drafter)
         self.answers = Answers()
 
     def answer(self, assigns: Iterable[Assign]) -> Answers:

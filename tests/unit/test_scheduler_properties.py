@@ -7,8 +7,11 @@ prompts and the rest are counted over all examples.
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -45,7 +48,7 @@ class Workbench:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
-        self.lanes = Lanes(limits)
+        self.lanes = Lanes(limits, lambda: self.guess)
         self.devices = [PagedDevice(limits.block_tokens) for _ in range(limits.data)]
         self.plans: deque[tuple[StepPlan, ...]] = deque()
         self.planned_steps = 0
@@ -85,10 +88,22 @@ class Workbench:
         else:
             self.check_nothing_can_run()
 
+    def guess(self, ids: Sequence[int], most: int) -> tuple[int, ...]:
+        """Now and then nothing, or wrong in any place, but mostly what will be drawn."""
+        known, luck = tuple(ids), random.Random(sum(ids))
+        for book in self.books.values():
+            for whole in book.whole.values():
+                coming = (*book.assign.prompt, *whole)
+                if coming[: len(known)] == known and luck.random() < 0.9:
+                    guessed = (*coming, STOP_ID, 1, 2, 3)[len(known) : len(known) + most]
+                    return tuple(token if luck.random() < 0.8 else token + 1 for token in guessed)
+        return ()
+
     def check_nothing_can_run(self) -> None:
         """Without a step, all that run wait for an id in flight."""
         running = [sequence for scheduler in self.lanes.schedulers for sequence in scheduler._running]
-        assert all(sequence.constrained and sequence.planned >= len(sequence.ids) for sequence in running)
+        assert all(sequence.constrained or self.limits.speculation_tokens for sequence in running)
+        assert all(sequence.planned >= len(sequence.ids) for sequence in running)
         self.counted["waited for ids"] += bool(running)
 
     def complete(self) -> None:
@@ -124,8 +139,14 @@ class Workbench:
     def check_plan(self, plan: StepPlan) -> None:
         assert sum(row.tokens for row in plan.rows) <= self.limits.max_step_tokens
         assert sum(row.tokens for row in plan.rows if row.scored is not None) <= SCORED_STEP_TOKENS
-        slots = [row.slot for row in plan.rows]
+        drafts = {(told.slot, told.first + place) for told in plan.told if told.first for place in range(len(told.ids))}
+        slots = [row.slot for row in plan.rows if (row.slot, row.first) not in drafts]
         assert len(set(slots)) == len(slots) <= self.limits.max_running
+        assert len(plan.rows) == len(slots) + len(drafts), "each draft has a row"
+        for before, row in pairwise(plan.rows):
+            if (row.slot, row.first) in drafts:
+                assert (before.slot, before.first + 1, row.given) == (row.slot, row.first, None)
+        assert all(count <= self.limits.speculation_tokens for count in Counter(slot for slot, _ in drafts).values())
         decodes = [row.given is None for row in plan.rows]
         assert decodes == sorted(decodes, reverse=True), "decode rows come first"
         assert all(row.sampled for row in plan.rows if row.given is None)
@@ -182,6 +203,7 @@ BOUNDS = st.builds(
     stages=st.integers(1, 4),
     depth=st.integers(1, 4),
     data=st.integers(1, 3),
+    speculation_tokens=st.sampled_from((0, 1, 3)),
 )
 
 
@@ -244,7 +266,7 @@ def test_every_choice_gets_the_ids_it_gets_alone_and_nothing_is_kept() -> None:
     expected = (
         "preemptions recomputed_tokens cache_hits cached_tokens shared_prefix_tokens replayed_requests chunked_prompts"
     )
-    also = {"stood by", "admitted without a row", "waited for ids"}
+    also = {"stood by", "admitted without a row", "waited for ids", "drafted_tokens", "accepted_tokens"}
     assert happened >= {*expected.split(), *also}, f"not all was tried: {counted}"
 
 

@@ -1,0 +1,113 @@
+"""Speculation: ids that may come next, guessed from an answer's own text, and whether guessing pays for it.
+
+Lives in the leader, without torch, clock or I/O. A guess is verified on the device and costs no exactness: it is taken
+only where it is the id that is drawn there anyway. Knows ids alone, no plans, blocks or requests.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+Ids = Sequence[int]
+Drafter = Callable[[Ids, int], tuple[int, ...]]  # known ids, which only grow, and how many to guess at most -> guesses
+
+_ID_BYTES = 4
+_SIZES = (3, 2)  # of the n-grams that are looked up, the better evidence first
+_LOOK_EVERY = 4  # rows, where nothing is found: a lookup reads all ids
+_LONGEST_PAUSE = 32  # rows
+
+
+class NgramDrafter:
+    """Prompt lookup (Saxena 2023): what followed when the last ids stood there before, the latest time.
+
+    Where that reaches the end of what is known it goes on with itself, as text that repeats in a circle does.
+    """
+
+    def __init__(self) -> None:
+        self._known = bytearray()  # searched at the speed of memory, at four bytes an id
+
+    def __call__(self, ids: Ids, most: int) -> tuple[int, ...]:
+        self._known += array("i", ids[len(self._known) // _ID_BYTES :]).tobytes()
+        for size in _SIZES:
+            if (begin := self._follows(size)) is not None:
+                circle = len(ids) - begin
+                return tuple(ids[begin + place % circle] for place in range(most))
+        return ()
+
+    def _follows(self, size: int) -> int | None:
+        """The position behind the latest n-gram that is equal to the last one, and is not that one."""
+        known, length = self._known, size * _ID_BYTES
+        last, end = known[-length:], len(known) - _ID_BYTES
+        found = known.rfind(last, 0, end) if end >= length else -1
+        while found > 0 and found % _ID_BYTES:  # between two ids
+            found = known.rfind(last, 0, found + length - 1)
+        return None if found < 0 else found // _ID_BYTES + size
+
+
+class Speculation:
+    """Of one choice. A row with drafts is planned when all ids before it are known, a step later than one without.
+
+    So it pays if it brings as many ids as two rows would have: if a draft came true. Where none did, it pauses for
+    ever more rows.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self._verifying = False
+        self._came_true = 0
+        self._pause = 0  # rows
+        self._next_pause = 1
+
+    def waits(self, ids: Ids) -> bool:
+        """Whether the next row is not to be planned before the ids in flight are known: what they depend on, or what
+        is to be guessed from them. ids: all that are known."""
+        return self._verifying or (not self._pause and bool(self._drafter(ids, 1)))
+
+    def ahead(self) -> None:
+        """A row is planned whose id is in flight."""
+        self._pause = self._pause - 1 if self._pause else _LOOK_EVERY
+
+    def guess(self, ids: Ids, most: int) -> tuple[int, ...]:
+        """A row is planned behind ids that are all known: drafts for it, to be verified."""
+        if self._pause:
+            self._pause -= 1
+            return ()
+        drafts = self._drafter(ids, most) if most > 0 else ()
+        if not drafts:
+            self._missed()
+        return drafts
+
+    def drafted(self) -> None:
+        """Drafts are in flight, of a row that is planned."""
+        self._verifying, self._came_true = True, 0
+
+    def came_true(self) -> None:
+        """One of them is what was drawn."""
+        self._came_true += 1
+
+    def settle(self) -> None:
+        """All of them have come back."""
+        self._verifying = False
+        if self._came_true:
+            self._next_pause = 1
+        else:
+            self._missed()
+
+    def _missed(self) -> None:
+        self._pause = self._next_pause
+        self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+
+
+def rejected(drafts: Mapping[int, int], ids: Ids) -> AbstractSet[int]:
+    """Of a step's sampled rows those whose draft did not come true; what they have drawn follows nothing.
+
+    drafts: of the rows that have one, in order, the id that each goes on from; the row before has drawn what stands
+    there. ids: drawn, of all sampled rows.
+    """
+    wrong: set[int] = set()
+    for row, draft in drafts.items():
+        if row - 1 in wrong or ids[row - 1] != draft:
+            wrong.add(row)
+    return wrong

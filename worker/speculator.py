@@ -1,0 +1,71 @@
+"""Speculator: which rows of a step go on from drafts, and which of those turn out to be rows of the answer.
+
+Lives in the leader, beside the scheduler, without torch, clock or I/O. Drafts take what others leave of a step's rows
+and of the free blocks. What is guessed, and whether that pays, is each choice's own matter (`speculation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from echelon.internal.link import Logprob
+from worker.draft import Draft, Flight
+from worker.limits import EngineLimits, decode_places
+from worker.plan import StepResult
+from worker.prefix_cache import PrefixCache
+from worker.sequence import Sequence, State
+from worker.speculation import Drafter, Speculation, rejected
+
+
+class Speculator:
+    """Of one scheduler; counters are its."""
+
+    def __init__(
+        self, limits: EngineLimits, cache: PrefixCache, counters: dict[str, int], new_drafter: Callable[[], Drafter]
+    ) -> None:
+        self._most = limits.speculation_tokens
+        self._places = decode_places(limits.max_running, limits.speculation_tokens)
+        self._block_tokens = limits.block_tokens
+        self._cache = cache
+        self._counters = counters
+        self._new_drafter = new_drafter
+
+    def begin(self, sequence: Sequence) -> None:
+        """A choice is new. What a constraint allows behind an id is known when that is drawn, so it gets no drafts."""
+        if self._most and not sequence.constrained:
+            sequence.speculation = Speculation(self._new_drafter())
+
+    def extend(self, draft: Draft, sequence: Sequence, running: int) -> None:
+        """Drafts behind a choice's decode row, if all ids before it are known. running: so many choices, each of which
+        may need a row and a block."""
+        speculation, first = sequence.speculation, sequence.planned
+        if speculation is None:
+            return
+        if first > len(sequence.ids):
+            speculation.ahead()
+            return
+        room = (len(sequence.blocks) + max(self._cache.free_blocks - running, 0)) * self._block_tokens
+        places = min(self._places - len(draft.drafts), draft.budget) - running
+        most = min(self._most, places, sequence.end - 1 - first, room - first)
+        drafts = speculation.guess(sequence.ids, most)
+        if drafts:
+            while first + len(drafts) > len(sequence.blocks) * self._block_tokens:
+                draft.add_block(sequence, self._cache.grow(sequence))
+            draft.add_drafts(sequence, drafts)
+            speculation.drafted()
+            self._counters["drafted_tokens"] += len(drafts)
+
+    def drawn(self, flight: Flight, result: StepResult) -> Iterator[tuple[Sequence, int, Logprob | None]]:
+        """What the rows of a step have drawn for choices that go on; each is to be accepted before the next is asked
+        for. A row behind a draft counts if the row before it has drawn just that."""
+        wrong = rejected(flight.drafts, result.ids)
+        for row, drawn in enumerate(zip(flight.sampled, result.ids, result.logprobs, strict=True)):
+            if row in wrong or drawn[0].state is State.ENDED:
+                continue
+            if row in flight.drafts:
+                drawn[0].accept_draft()
+                self._counters["accepted_tokens"] += 1
+            yield drawn
+        for sequence in flight.verified:
+            if sequence.speculation is not None:
+                sequence.speculation.settle()
