@@ -92,9 +92,7 @@ class Metrics:
             affinity_hits=gauge(
                 "affinity_hits", "Requests sent to a replica for their prefix, since its epoch began.", "replica"
             ),
-            drafted_tokens=gauge(
-                "drafted_tokens", "Ids that were guessed since its epoch began.", "replica"
-            ),
+            drafted_tokens=gauge("drafted_tokens", "Ids that were guessed since its epoch began.", "replica"),
             accepted_tokens=gauge("accepted_tokens", "Of these, ids that were drawn indeed.", "replica"),
             tokens_per_step=gauge(
                 "tokens_per_step", "Ids that a choice gains by a step in which it decodes, on average.", "replica"

@@ -120,9 +120,8 @@ class PagedDevice:
             writes += own
             written[row.slot].update(own)
             if row.scored is not None:
-                follows = (
-                    contents if row.next_id is None else contents_of([*slot.history[: len(contents)], row.next_id])
-                )
+                known = slot.history[: len(contents)]
+                follows = contents if row.next_id is None else contents_of([*known, row.next_id])
                 scores.append(tuple(score(content, row.scored) for content in follows[row.first + 1 :]))
             if row.sampled:
                 ids.append(draw(slot.sampling, slot.choice, contents, len(contents) - slot.prompt_tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ class Oracle:
 def turns(name: str, max_tokens: int, temperature: float) -> Assign:
     """Two ids that are likelier than all others and never stand twice in a row take turns."""
     likely, never = ((9, 40.0), (10, 40.0)), ((9, 9), (10, 10))
-    sampling = {"temperature": temperature, "logit_bias": likely, "bad_words": never, "logprobs": 2}
+    sampling: dict[str, Any] = {"temperature": temperature, "logit_bias": likely, "bad_words": never, "logprobs": 2}
     return request(name, [5, 6, 7, len(name) + 20], max_tokens, **sampling)
 
 
@@ -70,7 +71,7 @@ def test_any_drafts_leave_every_answer_as_it_is(
 ) -> None:
     """Greedy and sampled, with every rule and kind of row, alone and in company."""
     drafter = oracle(assigns, plain, wrong)
-    sizes = {"max_running": 20, "kv_blocks": kv_blocks, "max_step_tokens": 40}
+    sizes: dict[str, Any] = {"max_running": 20, "kv_blocks": kv_blocks, "max_step_tokens": 40}
     replica = Replica(checkpoint, **sizes, speculation_tokens=DRAFTS, new_drafter=drafter)
     check_same(replica.answer(assigns), plain)
     counters = replica.scheduler.counters
@@ -105,7 +106,7 @@ def test_several_ranks_agree_on_what_came_true(checkpoint: Path, degrees: Degree
     """Drafts stand on every rank before their rows; each tensor rank samples some of these rows."""
     asked = [turns("t" * number, 12 + 2 * number, 0.4 * number) for number in range(1, 4)]
     expected = Replica(checkpoint).answer(asked)
-    stages = {"stages": degrees.pipeline, "depth": depth, "data": degrees.data}
+    stages: dict[str, Any] = {"stages": degrees.pipeline, "depth": depth, "data": degrees.data}
     limits = EngineLimits(12, 60, BLOCK_TOKENS, 24, MAX_CONTEXT, speculation_tokens=3, **stages)
     with Pipeline(checkpoint, degrees, limits) as pipeline:
         found = Answers()
