@@ -27,6 +27,16 @@ def test_each_rank_of_the_layout_has_a_shard_and_a_spare_beyond_it_none(tmp_path
     assert places == ["p0-d0-t0", "p0-d0-t1", ""]
 
 
+def test_ranks_are_told_of_drafts_only_where_something_is_guessed(tmp_path: Path) -> None:
+    told = [
+        layout(tmp_path / str(number), **changes).settings.speculation_tokens
+        for number, changes in enumerate(
+            ({}, {"speculation": "ngram"}, {"speculation": "ngram", "speculation_tokens": 7})
+        )
+    ]
+    assert told == [0, 4, 7]
+
+
 @pytest.mark.parametrize("changes", [{"checkpoint_dir": None}, {"device": "cpu"}], ids=["no store", "no device"])
 def test_there_is_nothing_to_hold_ready_without_a_store_or_a_device(tmp_path: Path, changes: dict[str, object]) -> None:
     assert layout(tmp_path, **changes).shard_for_device(0) == ""

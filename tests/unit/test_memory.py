@@ -18,6 +18,7 @@ from parallel.comm import Group, Work
 from parallel.context import ParallelContext, solo_context
 from tests.tiny import make_checkpoint
 from worker.kv_cache import KVCache
+from worker.limits import decode_places
 from worker.loader import load_weights
 from worker.matchers import Matchers
 from worker.memory import largest_step, settle_kv_blocks
@@ -90,6 +91,10 @@ def test_the_largest_step_fills_the_budget_and_every_slot_it_can(running: int, s
     assert sum(row.tokens for row in plan.rows) == min(step_tokens, len(decode) + 23)
     assert {row.first + row.tokens for row in plan.rows} == {23}
     assert [admit.slot for admit in plan.admits] == [*range(len(decode) + 1)] and prefill.slot == len(decode)
+
+
+def test_a_step_with_drafts_has_no_more_rows_than_a_full_batch_or_one_choice_with_its_drafts() -> None:
+    assert [decode_places(*sizes) for sizes in ((64, 0), (64, 4), (4, 4), (1, 4))] == [64, 64, 5, 5]
 
 
 @pytest.mark.parametrize(("running", "step_tokens"), [(1, 8), (4, 32), (8, 100)])

@@ -22,7 +22,7 @@ from echelon.internal.link import Assign, Fence, Finish, Progress
 from tests.unit.paged_device import STOP_ID, PagedDevice, answer, prompt_scores, request
 from worker.draft import SCORED_STEP_TOKENS
 from worker.lanes import Lanes
-from worker.limits import EngineLimits, refusal
+from worker.limits import EngineLimits, decode_places, refusal
 from worker.plan import StepPlan, StepResult, lane_of
 from worker.scheduler import Scheduler
 from worker.sequence import Outcome
@@ -143,6 +143,8 @@ class Workbench:
         slots = [row.slot for row in plan.rows if (row.slot, row.first) not in drafts]
         assert len(set(slots)) == len(slots) <= self.limits.max_running
         assert len(plan.rows) == len(slots) + len(drafts), "each draft has a row"
+        places = decode_places(self.limits.max_running, self.limits.speculation_tokens)
+        assert sum(row.given is None for row in plan.rows) <= places
         for before, row in pairwise(plan.rows):
             if (row.slot, row.first) in drafts:
                 assert (before.slot, before.first + 1, row.given) == (row.slot, row.first, None)

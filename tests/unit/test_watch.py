@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from echelon import convert_cluster
-from echelon.cli.watch import DECODED, Look, line, tokens_per_s
+from echelon.cli.watch import ACCEPTED, DECODED, Look, line, tokens_per_s
 from echelon.errors import UnavailableError
 from echelon.types import Cluster, Model, Rank, Replica
 from tests.unit.scripted import ScriptedServer, fail
@@ -24,13 +24,13 @@ from tests.unit.scripted import ScriptedServer, fail
 WAIT_S = 30.0
 
 
-def cluster(decoded: int = 0, epoch: int = 5, state: str = "ready") -> Cluster:
+def cluster(decoded: int = 0, epoch: int = 5, state: str = "ready", accepted: int = 0) -> Cluster:
     rank = Rank(
         replica=0, pipeline=0, data=0, tensor=0, expert=0, leader=True, pid=42, node_id="n", epoch=epoch, state=state
     )
     replica = Replica(
         index=0, epoch=epoch, state=state, kv_blocks_total=8, kv_blocks_referenced=2, step=7,
-        counters={DECODED: decoded, "steps": 7},
+        counters={DECODED: decoded, ACCEPTED: accepted, "steps": 7},
     )  # fmt: skip
     model = Model(name="tiny", source="/m", state="active", dtype="float32", architecture="L", max_context=64)
     return Cluster(
@@ -42,6 +42,9 @@ def cluster(decoded: int = 0, epoch: int = 5, state: str = "ready") -> Cluster:
 def test_the_rate_is_what_was_decoded_between_two_looks() -> None:
     earlier = Look(10.0, cluster(decoded=100))
     assert tokens_per_s(earlier, Look(12.0, cluster(decoded=150))) == {0: 25.0}
+    assert tokens_per_s(earlier, Look(12.0, cluster(decoded=150, accepted=30))) == {0: 40.0}, (
+        "drafts that came true too"
+    )
     assert tokens_per_s(None, earlier) == {}
 
 
