@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from echelon.internal.link import Assign, Progress
+from echelon.internal.link import Assign, Logprob, Progress, Sampling
+from parallel.context import solo_context
 from parallel.degrees import Degrees
 from tests.unit.paged_device import request
 from tests.unit.pipelines import Pipeline
+from tests.unit.plans import CPU, FENCE, new_runner
 from tests.unit.test_engine_on_model import (
     BLOCK_TOKENS,
     MAX_CONTEXT,
@@ -23,7 +28,9 @@ from tests.unit.test_engine_on_model import (
     checkpoint,
 )
 from worker.limits import EngineLimits
-from worker.speculation import Drafter
+from worker.plan import Admit, Row, StepPlan, StepResult, Told, decode, encode
+from worker.runner import RunnerLimits
+from worker.speculation import Drafter, rejected
 
 __all__ = ["assigns", "checkpoint"]  # fixtures
 
@@ -134,3 +141,40 @@ def test_a_replay_and_what_is_cached_go_on_as_without(checkpoint: Path, assigns:
     check_same(replica.answer(again), plain, "again-")
     counters = replica.scheduler.counters
     assert counters["accepted_tokens"] > 0 and counters["cached_tokens"] > counters["shared_prefix_tokens"]
+
+
+@pytest.mark.long
+def test_ids_before_and_behind_a_draft_that_came_true_are_distributed_as_the_model_says(checkpoint: Path) -> None:
+    """Over 20,000 seeds; of the rows behind the draft, those whose draft was drawn. Chi-square with 7 degrees."""
+    slots, steps, begin, kinds = 128, 160, 5, 8
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=kinds, max_tokens=4, seed=0)
+    limits = RunnerLimits(slots, 4, 4)
+    runner = new_runner(checkpoint, solo_context(CPU, torch.float64, FENCE.epoch), limits, slots)
+
+    def run(step: int, draft: int, logprobs: int | None = None) -> StepResult:
+        seeds = range(step * slots, (step + 1) * slots)
+        admits = tuple(Admit(slot, 0, 1, replace(sampling, seed=seed)) for slot, seed in enumerate(seeds))
+        blocks = tuple((slot, 0, slot) for slot in range(slots))
+        told = tuple(Told(slot, 0, (begin, draft)) for slot in range(slots))
+        rows = tuple(Row(slot, first, 1, None, True, logprobs) for slot in range(slots) for first in (0, 1))
+        return runner.run(decode(encode(StepPlan(FENCE, step, admits, blocks, rows, told))))
+
+    def shares(logprob: Logprob | None) -> dict[int, float]:
+        assert logprob is not None
+        likeliest = dict(zip(logprob.top_ids, map(math.exp, logprob.top_logprobs), strict=True))
+        return {token: share / sum(likeliest.values()) for token, share in likeliest.items()}
+
+    draft = next(iter(shares(run(1, begin, kinds).logprobs[0])))
+    before, behind = map(shares, run(1, draft, kinds).logprobs[:2])
+    first: Counter[int] = Counter()
+    second: Counter[int] = Counter()
+    for step in range(1, steps + 1):
+        ids = run(step, draft).ids
+        first.update(ids[::2])
+        second.update(ids[row] for row in range(1, len(ids), 2) if row not in rejected({row: draft}, ids))
+    assert first.total() == slots * steps > 20_000 and second.total() == first[draft] > 2_000
+    for drawn, expected in ((first, before), (second, behind)):
+        assert drawn.keys() <= expected.keys()
+        expects = {token: share * drawn.total() for token, share in expected.items()}
+        square = sum((drawn[token] - count) ** 2 / count for token, count in expects.items())
+        assert square < 24.3, "the 0.999 quantile"
