@@ -27,14 +27,15 @@ def test_each_rank_of_the_layout_has_a_shard_and_a_spare_beyond_it_none(tmp_path
     assert places == ["p0-d0-t0", "p0-d0-t1", ""]
 
 
-def test_ranks_are_told_of_drafts_only_where_something_is_guessed(tmp_path: Path) -> None:
-    told = [
-        layout(tmp_path / str(number), **changes).settings.speculation_tokens
-        for number, changes in enumerate(
-            ({}, {"speculation": "ngram"}, {"speculation": "ngram", "speculation_tokens": 7})
-        )
-    ]
-    assert told == [0, 4, 7]
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({}, 0), ({"speculation": "ngram"}, 4), ({"speculation": "ngram", "speculation_tokens": 7}, 7)],
+    ids=["off", "as many as by default", "as many as asked"],
+)
+def test_ranks_are_told_of_drafts_only_where_something_is_guessed(
+    tmp_path: Path, changes: dict[str, object], told: int
+) -> None:
+    assert layout(tmp_path, **changes).settings.speculation_tokens == told
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_dir": None}, {"device": "cpu"}], ids=["no store", "no device"])
