@@ -169,3 +169,13 @@ def test_what_is_not_found_is_not_looked_for_at_every_row(found: bool) -> None:
         if not speculation.waits([0] * row):
             speculation.ahead()
     assert len(asked) == (20 if found else 4)
+
+
+def test_drafts_in_flight_are_waited_for_whatever_is_found_meanwhile() -> None:
+    found = [(1,)]
+    speculation = Speculation(lambda ids, most: found.pop() if found else ())
+    assert speculation.guess([0, 0], 4) == (1,)
+    speculation.drafted()
+    assert speculation.waits([0, 0])
+    speculation.settle()
+    assert not speculation.waits([0, 0])
