@@ -47,6 +47,7 @@ class Device:
         logprobs: list[Logprob | None] = []
         scores: list[tuple[Logprob, ...]] = []
         faults: list[tuple[int, str]] = []
+        drawn: list[tuple[Slot, int, int]] = []  # to stand at these positions when all rows, drafts' too, are computed
         for row in plan.rows:
             state = self._slots[row.slot]
             self._compute(state, row)
@@ -59,7 +60,10 @@ class Device:
             elif row.sampled:
                 keys, token_id = self._sample(state, row.first + row.tokens)
                 ids.append(token_id)
+                drawn.append((state, row.first + row.tokens, token_id))
                 logprobs.append(None if row.logprobs is None else logprob_of(keys, token_id, row.logprobs))
+        for state, position, token_id in drawn:
+            state.ids[position] = token_id
         return StepResult(plan.step, tuple(ids), tuple(logprobs), tuple(scores), tuple(faults))
 
     def _breaks(self, admit: Admit, position: int) -> bool:
@@ -90,8 +94,7 @@ class Device:
         admit = state.admit
         base = base_of(keys, ids, admit.prompt_tokens, admit.sampling.seed, admit.choice)
         variant = self._noise.randrange(VARIANTS) if self._noise else 0
-        state.ids[end] = base * VARIANTS + variant
-        return keys, state.ids[end]
+        return keys, base * VARIANTS + variant
 
     def _keys(self, state: Slot, end: int) -> list[int]:
         """Those of the positions before `end`, through the block table."""

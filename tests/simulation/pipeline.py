@@ -31,6 +31,8 @@ class FirstStage:
         """The plan with the ids of its decode rows, as they are known here."""
         for admit in plan.admits:
             self._ids[admit.slot], self._admitted_at[admit.slot] = {}, plan.step
+        for told in plan.told:
+            self._ids[told.slot].update(enumerate(told.ids, told.first))
         rows = []
         for row in plan.rows:
             ids = self._ids[row.slot]
