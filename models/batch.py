@@ -32,6 +32,9 @@ class PrefillRow:
 class ForwardBatch:
     """T tokens, of which the first D are decode rows of one token each, then the prefill rows' tokens.
 
+    Decode rows may be of one request, at positions that follow each other (drafts, which are verified together): keys
+    and values of all tokens are stored before any are read.
+
     token_ids, positions, slot_mapping: [T] int64; a slot is block * block_tokens + offset in the block.
     decode_block_tables: [D, W] int64, padded with 0.   decode_context_lens: [D] int64, the new token included.
     sample_index: [S] int64, the tokens after which a next one is drawn.   experts: how rows travel to experts.

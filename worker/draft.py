@@ -1,7 +1,8 @@
 """Draft: a step plan in the making, and what the scheduler has to remember of it until its result comes.
 
 Lives in the leader. It turns sequences into rows within a step's budgets and moves their `planned` on. Who gets a row
-is the scheduler's decision; where keys and values lie is the prefix cache's.
+is the scheduler's decision; where keys and values lie is the prefix cache's. Drafted ids are
+guesses (`speculator.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Flight(NamedTuple):
     scored: list[Request]
     prefilled: list[Sequence]
     work: SlotWork
-    drafts: Mapping[int, int]  # of the sampled rows that go on from one, which id
+    drafted: Mapping[int, int]  # of the sampled rows that go on from one, which id
 
     @property
     def requests(self) -> set[str]:
@@ -55,11 +56,11 @@ class Flight(NamedTuple):
     @property
     def verified(self) -> list[Sequence]:
         """That have drafts in it."""
-        return [self.sampled[row] for row in self.drafts if row - 1 not in self.drafts]
+        return [self.sampled[row] for row in self.drafted if row - 1 not in self.drafted]
 
     def spoilt(self, result: StepResult) -> list[Sequence]:
         """Whose scores are not finite; what is drawn behind a draft that did not come true concerns nobody."""
-        wrong = rejected(self.drafts, result.ids)
+        wrong = rejected(self.drafted, result.ids)
         return [self.sampled[row] for row in result.non_finite if row not in wrong]
 
 
@@ -78,7 +79,7 @@ class Draft:
     scored: list[Request] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)  # a chunk of each
     drawn: list[Sequence] = field(default_factory=list)  # the last id of each
-    drafts: dict[int, int] = field(default_factory=dict)  # as Flight has them
+    drafted: dict[int, int] = field(default_factory=dict)  # as Flight has them
     after: int = 0  # the last step whose ids it reads
     slot: Slot | None = None  # None: chunks fill the budget
     work: SlotWork = field(default_factory=SlotWork)
@@ -90,7 +91,7 @@ class Draft:
 
     def flight(self) -> Flight:
         """What its result will be about."""
-        return Flight(self.step, self.sampled, self.scored, self.prefilled, self.work, self.drafts)
+        return Flight(self.step, self.sampled, self.scored, self.prefilled, self.work, self.drafted)
 
     def admit(self, sequence: Sequence) -> None:
         """A sequence has a slot now, and the blocks that it begins with; of what is cached, ranks are told the ids."""
@@ -122,7 +123,7 @@ class Draft:
         first = sequence.planned
         self.told.append(Told(sequence.slot, first, tuple(drafts)))
         for position, draft in enumerate(drafts, first):
-            self.drafts[len(self.sampled)] = draft
+            self.drafted[len(self.sampled)] = draft
             self.rows.append(Row(sequence.slot, position, 1, None, True, sequence.logprobs))
             self.sampled.append(sequence)
             self.budget -= 1

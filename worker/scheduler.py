@@ -175,7 +175,7 @@ class Scheduler:
                 break
             draft.add_decode_row(sequence)
             self._speculator.extend(draft, sequence, len(self._running))
-        self.counters["decode_rows"] += len(draft.rows) - len(draft.drafts)
+        self.counters["decode_rows"] += len(draft.rows) - len(draft.drafted)
         return prefilling
 
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:

@@ -45,7 +45,7 @@ class Speculator:
             speculation.ahead()
             return
         room = (len(sequence.blocks) + max(self._cache.free_blocks - running, 0)) * self._block_tokens
-        places = min(self._places - len(draft.drafts), draft.budget) - running
+        places = min(self._places - len(draft.drafted), draft.budget) - running
         most = min(self._most, places, sequence.end - 1 - first, room - first)
         drafts = speculation.guess(sequence.ids, most)
         if drafts:
@@ -58,11 +58,11 @@ class Speculator:
     def drawn(self, flight: Flight, result: StepResult) -> Iterator[tuple[Sequence, int, Logprob | None]]:
         """What the rows of a step have drawn for choices that go on; each is to be accepted before the next is asked
         for. A row behind a draft counts if the row before it has drawn just that."""
-        wrong = rejected(flight.drafts, result.ids)
+        wrong = rejected(flight.drafted, result.ids)
         for row, drawn in enumerate(zip(flight.sampled, result.ids, result.logprobs, strict=True)):
             if row in wrong or drawn[0].state is State.ENDED:
                 continue
-            if row in flight.drafts:
+            if row in flight.drafted:
                 drawn[0].accept_draft()
                 self._counters["accepted_tokens"] += 1
             yield drawn
