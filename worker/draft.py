@@ -1,8 +1,7 @@
 """Draft: a step plan in the making, and what the scheduler has to remember of it until its result comes.
 
 Lives in the leader. It turns sequences into rows within a step's budgets and moves their `planned` on. Who gets a row
-is the scheduler's decision; where keys and values lie is the prefix cache's. Drafted ids are
-guesses (`speculator.py`).
+is the scheduler's decision; where keys and values lie is the prefix cache's. Drafted ids are guesses (`speculator.py`).
 """
 
 from __future__ import annotations

@@ -15,13 +15,15 @@ Drafter = Callable[[Ids, int], tuple[int, ...]]  # known ids, which only grow, a
 _SIZES = (2, 3)  # of the n-grams that are looked up; the longer one is the better evidence
 _LOOK_EVERY = 4  # rows, where nothing is found
 _LONGEST_PAUSE = 32  # rows
+_READ_AT_ONCE = 4096  # ids, of which each takes about 2 us: a long prompt must not hold up everybody's next step
 
 
 class NgramDrafter:
     """Prompt lookup (Saxena 2023): what followed when the last ids stood there before, the latest time.
 
-    Where that reaches the end of what is known it goes on with itself, as text that repeats in a circle does. A few
-    hundred bytes an id, which is little beside its keys and values.
+    Where that reaches the end of what is known it goes on with itself, as text that repeats in a circle does. A long
+    prompt is read in pieces, one a call, and guessed from when all of it is. A few hundred bytes an id, which is
+    little beside its keys and values.
     """
 
     def __init__(self) -> None:
@@ -29,10 +31,13 @@ class NgramDrafter:
         self._read = 0  # ids
 
     def __call__(self, ids: Ids, most: int) -> tuple[int, ...]:
-        for end in range(self._read, len(ids)):
+        last = min(len(ids), self._read + _READ_AT_ONCE)
+        for end in range(self._read, last):
             for size in _SIZES[: max(end - 1, 0)]:
                 self._behind[tuple(ids[end - size : end])] = end
-        self._read = len(ids)
+        self._read = last
+        if last < len(ids):
+            return ()
         for size in _SIZES[::-1]:
             if (begin := self._behind.get(tuple(ids[-size:]))) is not None:
                 circle = len(ids) - begin

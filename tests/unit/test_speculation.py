@@ -43,6 +43,12 @@ def test_three_ids_are_better_evidence_than_two() -> None:
     assert NgramDrafter()([1, 2, 3, 4, 0, 2, 3, 5, 1, 2, 3], 2) == (4, 0)
 
 
+def test_a_long_prompt_is_read_in_pieces_that_hold_up_no_step() -> None:
+    drafter, prompt = NgramDrafter(), [*range(9000), 0, 1, 2]
+    found = [drafter(prompt, 2) for _ in range(4)]
+    assert found == [(), (), (3, 4), (3, 4)]
+
+
 def test_a_row_behind_a_wrong_draft_is_wrong_whatever_its_own() -> None:
     assert rejected({1: 5, 2: 7, 5: 9}, [5, 8, 0, 0, 9, 0]) == {2}
     assert rejected({1: 5, 2: 7}, [7, 7, 7]) == {1, 2}, "the second is what was drawn, but in another place"
