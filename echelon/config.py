@@ -74,7 +74,9 @@ class ServeConfig(BaseModel):
     speculation: Literal["off", "ngram"] = Field(
         default="off", description="ngram: guess next ids from what stood there before, and verify several at once."
     )
-    speculation_tokens: Count = Field(default=4, description="Most ids of an answer that are guessed at once.")
+    speculation_tokens: Annotated[int, Field(ge=1, le=32)] = Field(
+        default=4, description="Most ids of an answer that are guessed at once, 32 at most."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."

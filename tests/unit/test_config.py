@@ -31,6 +31,7 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({"model": "m", "pipeline_depth": "2"}, "", "pipeline-depth=2 with pipeline=1: one stage has one micro-batch"),
         ({"model": "m", "speculation": "mtp"}, "", "--speculation: .*'off' or 'ngram'.*'mtp'"),
         ({"model": "m", "speculation_tokens": "0"}, "", "--speculation-tokens: .*greater than or equal to 1.*'0'"),
+        ({"model": "m", "speculation_tokens": "33"}, "", "--speculation-tokens: .*less than or equal to 32.*'33'"),
         ({"model": "m", "heartbeat_s": "nan"}, "", "--heartbeat-s: "),
         ({"model": "m", "lease_s": "inf"}, "", "--lease-s: "),
         ({"model": "m", "dtype": "int8"}, "", "--dtype: .*float64"),
