@@ -29,14 +29,19 @@ class Served:
     metrics_port: int
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by its name; labels but for `reason` summed up."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=TIMEOUT_S) as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
-        samples: dict[str, float] = {}
-        for sample in (sample for family in families for sample in family.samples):
-            for name in (sample.name, f"{sample.name}/{sample.labels.get('reason', '')}"):
-                samples[name] = samples.get(name, 0.0) + sample.value
-        return samples
+        """Every sample by its name."""
+        return read_metrics(self.metrics_port)
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """Every sample by its name; labels but for `reason` summed up."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples: dict[str, float] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        for name in (sample.name, f"{sample.name}/{sample.labels.get('reason', '')}"):
+            samples[name] = samples.get(name, 0.0) + sample.value
+    return samples
 
 
 def refusal(call: Callable[[], object]) -> EchelonError:
