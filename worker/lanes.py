@@ -15,7 +15,7 @@ from worker.limits import EngineLimits
 from worker.plan import StepPlan, StepResult, lane_of
 from worker.scheduler import Scheduler
 from worker.sequence import Outcome, State
-from worker.speculation import Drafter, NgramDrafter
+from worker.speculation import Drafter
 
 HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prompt: it takes a row of many steps
 
@@ -23,7 +23,7 @@ HELD_TOKENS = 64  # what a request that a lane holds counts for, beside its prom
 class Lanes:
     """Schedulers of as many data ranks as the limits say; the limits are each one's own."""
 
-    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] | None = None) -> None:
         self.schedulers = tuple(Scheduler(limits, new_drafter) for _ in range(limits.data))
         self._rebalance_steps = limits.rebalance_steps
 

@@ -62,6 +62,12 @@ class PrefixCache:
         sequence.blocks.append(block)
         return block
 
+    def shrink(self, sequence: Sequence) -> None:
+        """Take blocks back that nothing is planned in any more: drafts' that did not come true."""
+        used = -(-sequence.planned // self._block_tokens)
+        self._pool.free(reversed(sequence.blocks[used:]))
+        del sequence.blocks[used:]
+
     def keep(self, sequence: Sequence) -> None:
         """Full blocks of ids that are known, and that plans fill, can be found by what is planned from now on."""
         full = min(len(sequence.ids), sequence.planned) // self._block_tokens

@@ -23,7 +23,7 @@ from worker.plan import StepPlan, StepResult
 from worker.prefix_cache import PrefixCache
 from worker.queues import ORDER, check_queue, check_slots, dequeue, enqueue
 from worker.sequence import NO_SLOT, Outcome, Request, Sequence, State
-from worker.speculation import Drafter, NgramDrafter
+from worker.speculation import Drafter
 from worker.speculator import Speculator
 
 
@@ -34,7 +34,7 @@ class Scheduler:
     back all it holds and waits to be computed again: the first one always goes on, so all come to their end.
     """
 
-    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+    def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] | None = None) -> None:
         self._limits = limits
         self._cache = PrefixCache(limits.kv_blocks, limits.block_tokens)
         self._cohorts = Cohorts(limits)
@@ -168,13 +168,13 @@ class Scheduler:
             if sequence.planned < sequence.given:
                 prefilling.append(sequence)
                 continue
-            if sequence.cohort != cohort or sequence.drawn_step > drawn_by or sequence.awaits_id:
+            elsewhere = sequence.cohort != cohort or sequence.drawn_step > drawn_by
+            if elsewhere or self._speculator.awaits_id(sequence, len(self._running)):
                 continue
             full = sequence.planned == len(sequence.blocks) * self._limits.block_tokens
             if not draft.budget or (full and not self._grow(draft, sequence)):
                 break
-            draft.add_decode_row(sequence)
-            self._speculator.extend(draft, sequence, len(self._running))
+            self._speculator.add_rows(draft, sequence, len(self._running))
         self.counters["decode_rows"] += len(draft.rows) - len(draft.drafted)
         return prefilling
 

@@ -125,13 +125,6 @@ class Sequence:
         return len(self.ids) - self.prompt_tokens
 
     @property
-    def awaits_id(self) -> bool:
-        """Its last id is not committed, and what may follow depends on it: by a constraint, or by drafts."""
-        if self.planned < len(self.ids):
-            return False
-        return self.constrained or (self.speculation is not None and self.speculation.waits(self.ids))
-
-    @property
     def reusable(self) -> int:
         """Leading positions that need not be computed if they are in the cache.
 

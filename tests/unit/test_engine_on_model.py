@@ -26,7 +26,7 @@ from worker.plan import StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
 from worker.scheduler import Scheduler
 from worker.sequence import Outcome
-from worker.speculation import Drafter, NgramDrafter
+from worker.speculation import Drafter
 
 BLOCK_TOKENS = 4
 MAX_CONTEXT = 64
@@ -63,7 +63,7 @@ class Replica:
         kv_blocks: int = 24,
         max_step_tokens: int = 9,
         speculation_tokens: int = 0,
-        new_drafter: Callable[[], Drafter] = NgramDrafter,
+        new_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         limits = RunnerLimits(max_running, MAX_CONTEXT, BLOCK_TOKENS)
         context = solo_context(CPU, torch.float64, FENCE.epoch)
