@@ -75,6 +75,7 @@ def test_answers_bytes_and_operations(
     happened = {name for name in ("preemptions", "chunked_prompts", "decode_rows") if counters[name]}
     assert happened == {"preemptions", "chunked_prompts", "decode_rows"}
     assert_bytes(cluster, read_model_config(directory), layout.degrees)
+    assert_expert_load(cluster, read_model_config(directory), layout.degrees)
     epoch = cluster.status().replicas[0].epoch
     assert_executed(read_logs(walker.trace_dir, epoch, layout.degrees), layout.degrees)
 
@@ -109,6 +110,29 @@ def assert_equals_transformers(case: Case, text: str, answer: Completion) -> Non
         assert len(choice.token_ids) == GREEDY.max_tokens
         assert choice.token_ids == expected.ids
         assert [one.logprob for one in choice.logprobs] == pytest.approx(expected.logprobs, abs=1e-6, rel=0)
+
+
+def assert_expert_load(cluster: LocalCluster, config: ModelConfig, degrees: Degrees) -> None:
+    """Every layer with experts has chosen for each row that was computed: all layers for alike many."""
+    sparse = {number: layer.routing for number, layer in enumerate(config.layers) if layer.routing is not None}
+
+    def rows() -> set[int]:
+        loads = cluster.client().expert_load()
+        assert {load.layer for load in loads} <= set(sparse)
+        if len(loads) < len(sparse):
+            return set()
+        for load in loads:
+            assert len(load.rows) == sparse[load.layer].experts
+            assert len(load.slots) == (degrees.expert if degrees.exchanges_rows else 0)
+        return {sum(load.rows) for load in loads}
+
+    def problem() -> str:
+        found = rows()
+        return "" if len(found) == min(len(sparse), 1) else f"layers tell of {found} choices"
+
+    *_, said = eventually(problem, 10.0, 0.2)  # ranks tell once a second
+    assert not said
+    assert all(total > 0 and total % routing.experts_per_token == 0 for total in rows() for routing in sparse.values())
 
 
 def assert_bytes(cluster: LocalCluster, config: ModelConfig, degrees: Degrees) -> None:
