@@ -10,7 +10,7 @@ what a layer reads, and times are of a layer: the median of passes. One JSON lin
     *_us                 its parts, each launched and waited for by itself
     floor_us             the larger of bytes (weights of the experts that were chosen, once) over --bandwidth and FLOP
                          over --rate; floor: which of them it is; over_floor: graph_us over it, layer_us without a graph
-    loop_us              an expert after the other, in place of the grouped product
+    loop_us, tiled_us    an expert after the other, and tiles with copies of weights, in place of what is served
     syncs                where the host waits for the device in a layer, by torch.cuda.set_sync_debug_mode
 """
 
@@ -22,13 +22,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.expert_products import one_by_one, tiled
 from models.layers import GatedMlp
 from models.moe import Experts, MixtureOfExperts
 from models.router import GroupedSoftmaxRouter, Router, SoftmaxRouter
@@ -36,7 +37,7 @@ from parallel.comm import Group
 from parallel.expert import PREFILL, Copies, SplitExperts
 from parallel.tensor import ColumnLinear, RowLinear
 
-BFLOAT16_BYTES = 2
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 REPEATS, WARMUP = 30, 3
 MOST_LOOPED_ROWS = 256  # beyond, the loop is known to lose
 
@@ -55,10 +56,10 @@ class Shape:
         """A smaller one, for a machine that is to try the script alone."""
         return Shape(self.hidden // by, self.experts, self.neurons // by, self.chosen, self.shared // by)
 
-    def floor_bytes(self, touched: int) -> int:
+    def floor_bytes(self, touched: int, number_bytes: int = 2) -> int:
         """Weights that a layer reads for rows which choose `touched` different experts."""
         matrices = 3 * (touched * self.neurons + self.shared) + self.experts
-        return BFLOAT16_BYTES * self.hidden * matrices
+        return number_bytes * self.hidden * matrices
 
     def flop(self, rows: int) -> int:
         return 2 * rows * self.hidden * (3 * (self.chosen * self.neurons + self.shared) + self.experts)
@@ -70,23 +71,34 @@ SHAPES = {
 }
 
 
-class LoopedExperts(Experts):
-    """An expert after the other, as where torch's grouped product takes no such tensors."""
+class OtherExperts(Experts):
+    """Without the kernel and torch's grouped product."""
 
     def _are_few(self, rows: Tensor, copies: Copies) -> bool:
         return False
 
-    def _groups(self, rows: Tensor) -> bool:
-        return False
+
+class LoopedExperts(OtherExperts):
+    """An expert after the other."""
+
+    def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return one_by_one(rows, ends, self.gate_up, self.down, self.activation)
 
 
-def random_layer(shape: Shape, device: torch.device, seed: int) -> MixtureOfExperts:
-    """With weights of a model's size, in bfloat16."""
+class TiledExperts(OtherExperts):
+    """Tiles with copies of weights, as where neither takes such tensors."""
+
+    def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return tiled(rows, ends, self.gate_up, self.down, self.activation)
+
+
+def random_layer(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> MixtureOfExperts:
+    """With weights of a model's size."""
     random = torch.Generator(device).manual_seed(seed)
 
     def weight(*sizes: int) -> Tensor:
         scale = sizes[-1] ** -0.5
-        return torch.randn(*sizes, generator=random, device=device, dtype=torch.bfloat16).mul_(scale)
+        return torch.randn(*sizes, generator=random, device=device, dtype=dtype).mul_(scale)
 
     gate = weight(shape.experts, shape.hidden)
     router: Router = SoftmaxRouter(gate, shape.chosen, normalizes=True, rounds=True)
@@ -107,12 +119,12 @@ def random_layer(shape: Shape, device: torch.device, seed: int) -> MixtureOfExpe
 class Bench:
     """Layers of a shape with their rows, and a clock for what is done with each of them."""
 
-    def __init__(self, shape: Shape, rows: int, layers: int, device: torch.device) -> None:
+    def __init__(self, shape: Shape, rows: int, layers: int, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device = shape, device
-        self.layers = [random_layer(shape, device, seed) for seed in range(layers)]
+        self.layers = [random_layer(shape, device, dtype, seed) for seed in range(layers)]
         random = torch.Generator(device).manual_seed(layers)
         sizes = (layers, rows, shape.hidden)
-        self.rows = list(torch.randn(*sizes, generator=random, device=device, dtype=torch.bfloat16).unbind())
+        self.rows = list(torch.randn(*sizes, generator=random, device=device, dtype=dtype).unbind())
 
     def each(self, work: Callable[[MixtureOfExperts, Tensor], object]) -> Callable[[], None]:
         """A pass through all layers."""
@@ -176,20 +188,15 @@ class Bench:
             works["shared"] = self.each(lambda layer, rows: layer.shared and layer.shared(rows, PREFILL))
         return {f"{name}_us": self.microseconds(work) for name, work in works.items()}
 
-    def loop_microseconds(self) -> float:
-        """With the experts one after the other."""
-        looped = [
-            MixtureOfExperts(
-                layer.router,
-                LoopedExperts(layer.experts.gate_up, layer.experts.down, layer.experts.activation),
-                layer.dispatcher,
-                layer.shared,
-            )
+    def microseconds_with(self, kind: type[Experts]) -> float:
+        """With the experts' products in another way."""
+        others = [
+            replace(layer, experts=kind(layer.experts.gate_up, layer.experts.down, layer.experts.activation))
             for layer in self.layers
         ]
 
         def work() -> None:
-            for layer, rows in zip(looped, self.rows, strict=True):
+            for layer, rows in zip(others, self.rows, strict=True):
                 layer(rows, PREFILL)
 
         return self.microseconds(work)
@@ -219,10 +226,11 @@ class Bench:
 def measure(name: str, rows: int, options: argparse.Namespace) -> dict[str, object]:
     """A line of the output."""
     device, shape = torch.device(options.device), SHAPES[name].scaled(options.scale)
-    bench = Bench(shape, rows, options.layers, device)
+    dtype = DTYPES[options.dtype]
+    bench = Bench(shape, rows, options.layers, device, dtype)
     touched = bench.touched()
     floors = {
-        "bytes": shape.floor_bytes(round(touched)) / options.bandwidth * 1e6,
+        "bytes": shape.floor_bytes(round(touched), dtype.itemsize) / options.bandwidth * 1e6,
         "flop": shape.flop(rows) / options.rate * 1e6,
     }
     bound = max(floors, key=lambda floor: floors[floor])
@@ -231,12 +239,14 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> dict[str, obje
         figures["graph_us"] = bench.graph_microseconds()
     figures |= bench.parts()
     if rows <= MOST_LOOPED_ROWS:
-        figures["loop_us"] = bench.loop_microseconds()
+        figures["loop_us"] = bench.microseconds_with(LoopedExperts)
+        figures["tiled_us"] = bench.microseconds_with(TiledExperts)
     figures["floor_us"] = floors[bound]
     figures["over_floor"] = figures.get("graph_us", figures["layer_us"]) / floors[bound]
     rounded = {key: round(value, 2) for key, value in figures.items()}
     syncs = bench.syncs() if device.type == "cuda" else None
-    return {"shape": name, "rows": rows, "touched": touched, "floor": bound} | rounded | {"syncs": syncs}
+    problem = {"shape": name, "dtype": options.dtype, "rows": rows, "touched": touched, "floor": bound}
+    return problem | rounded | {"syncs": syncs}
 
 
 def main() -> None:
@@ -246,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 64, 256, 8192])
     parser.add_argument("--layers", type=int, default=4, help="with weights of their own, one after the other")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--scale", type=int, default=1, help="divides the sizes of matrices")
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second")
     parser.add_argument("--rate", type=float, default=989e12, help="FLOP a second")

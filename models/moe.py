@@ -1,8 +1,8 @@
 """The mixture of experts that stands in place of a layer's MLP: the experts, and what joins them with their router.
 
-In rank processes. Experts compute the rows that a dispatcher brings to the slots this rank holds: a kernel those of
-decode steps on CUDA, torch's grouped product others. It knows no batch, no
-checkpoint's names, no rank, and not how experts are chosen.
+In rank processes. Experts compute the rows that a dispatcher brings to the slots this rank holds: on CUDA a kernel
+those of decode steps, and else what `models/expert_products.py` has. It knows no batch, no checkpoint's names, no rank,
+and not how experts are chosen.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.expert_products import can_group, grouped, one_by_one, tiled
 from models.router import Router
 from parallel import kernels
 from parallel.expert import Copies, Dispatcher, ExpertStep
 
-_GROUPED_MM_BYTES = 16  # strides must be multiples of it
 _FEW_COPIES_PER_SLOT = 32  # on average; beyond, arithmetic takes longer than reading weights
 
 
@@ -41,30 +41,18 @@ class Experts:
 
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
-        of no use behind the last end."""
-        outputs = torch.empty_like(rows)
-        if rows.shape[0] and self._groups(rows):
-            gate, up = F.grouped_mm(rows, self.gate_up.mT, offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(self.activation(gate) * up, self.down.mT, offs=ends)
-        start = 0
-        for slot, end in enumerate(ends.tolist()):
-            if end > start:
-                gate, up = F.linear(rows[start:end], self.gate_up[slot]).chunk(2, dim=-1)
-                outputs[start:end] = F.linear(self.activation(gate) * up, self.down[slot])
-            start = end
-        return outputs
+        of no use behind the last end. Waits for no device."""
+        if not len(rows):
+            return torch.empty_like(rows)
+        elsewhere = tiled if rows.is_cuda else one_by_one
+        product = grouped if can_group(rows, self.down) else elsewhere
+        return product(rows, ends, self.gate_up, self.down, self.activation)
 
     def _are_few(self, rows: Tensor, copies: Copies) -> bool:
-        """Whether the kernel for few rows takes these."""
-        few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down)
+        """Whether the kernel for few rows takes these: more, too, where torch has no grouped product for them."""
+        few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down) or not can_group(rows, self.down)
         fits = self.activation is F.silu and rows.dtype in kernels.DTYPES
         return few and fits and kernels.can_run(rows.device)
-
-    def _groups(self, rows: Tensor) -> bool:
-        """Whether torch's grouped product takes these; it never waits for the device, as the loop does."""
-        widths = (self.down.shape[1], self.down.shape[2])
-        aligned = all(width * rows.element_size() % _GROUPED_MM_BYTES == 0 for width in widths)
-        return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned
 
 
 @dataclass(frozen=True, slots=True)
