@@ -35,6 +35,7 @@ from models.moe import Experts, MixtureOfExperts
 from models.router import GroupedSoftmaxRouter, Router, SoftmaxRouter
 from parallel.comm import Group
 from parallel.expert import PREFILL, Copies, SplitExperts
+from parallel.side_stream import IN_TURN, SideStream
 from parallel.tensor import ColumnLinear, RowLinear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -92,7 +93,9 @@ class TiledExperts(OtherExperts):
         return tiled(rows, ends, self.gate_up, self.down, self.activation)
 
 
-def random_layer(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> MixtureOfExperts:
+def random_layer(
+    shape: Shape, device: torch.device, dtype: torch.dtype, side: SideStream, seed: int
+) -> MixtureOfExperts:
     """With weights of a model's size."""
     random = torch.Generator(device).manual_seed(seed)
 
@@ -113,15 +116,17 @@ def random_layer(shape: Shape, device: torch.device, dtype: torch.dtype, seed: i
         F.silu,
     )
     counted = torch.zeros(shape.experts, dtype=torch.int64, device=device)
-    return MixtureOfExperts(router, experts, SplitExperts(Group(), shape.experts, counted), shared)
+    return MixtureOfExperts(router, experts, SplitExperts(Group(), shape.experts, counted), shared, side)
 
 
 class Bench:
     """Layers of a shape with their rows, and a clock for what is done with each of them."""
 
-    def __init__(self, shape: Shape, rows: int, layers: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Shape, rows: int, layers: int, device: torch.device, dtype: torch.dtype, side: SideStream
+    ) -> None:
         self.shape, self.device = shape, device
-        self.layers = [random_layer(shape, device, dtype, seed) for seed in range(layers)]
+        self.layers = [random_layer(shape, device, dtype, side, seed) for seed in range(layers)]
         random = torch.Generator(device).manual_seed(layers)
         sizes = (layers, rows, shape.hidden)
         self.rows = list(torch.randn(*sizes, generator=random, device=device, dtype=dtype).unbind())
@@ -227,7 +232,8 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> dict[str, obje
     """A line of the output."""
     device, shape = torch.device(options.device), SHAPES[name].scaled(options.scale)
     dtype = DTYPES[options.dtype]
-    bench = Bench(shape, rows, options.layers, device, dtype)
+    side = SideStream.of(device) if options.shared == "beside" else IN_TURN
+    bench = Bench(shape, rows, options.layers, device, dtype, side)
     touched = bench.touched()
     floors = {
         "bytes": shape.floor_bytes(round(touched), dtype.itemsize) / options.bandwidth * 1e6,
@@ -245,8 +251,8 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> dict[str, obje
     figures["over_floor"] = figures.get("graph_us", figures["layer_us"]) / floors[bound]
     rounded = {key: round(value, 2) for key, value in figures.items()}
     syncs = bench.syncs() if device.type == "cuda" else None
-    problem = {"shape": name, "dtype": options.dtype, "rows": rows, "touched": touched, "floor": bound}
-    return problem | rounded | {"syncs": syncs}
+    asked = {"shape": name, "dtype": options.dtype, "shared": options.shared, "rows": rows}
+    return asked | {"touched": touched, "floor": bound} | rounded | {"syncs": syncs}
 
 
 def main() -> None:
@@ -257,6 +263,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="with weights of their own, one after the other")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    ways = ("beside", "in-turn")
+    parser.add_argument(
+        "--shared", choices=ways, default=ways[0], help="shared experts: on a stream of their own, or not"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divides the sizes of matrices")
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second")
     parser.add_argument("--rate", type=float, default=989e12, help="FLOP a second")

@@ -69,6 +69,7 @@ def _experts(
         ),
         dispatcher=experts_dispatcher(context, routing.experts),
         shared=_shared(config, weights, layer) if routing.shared_neurons else None,
+        side=context.beside,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from models.expert_products import can_group, grouped, one_by_one, tiled
 from models.router import Router
 from parallel import kernels
 from parallel.expert import Copies, Dispatcher, ExpertStep
+from parallel.side_stream import IN_TURN, SideStream
 
 _FEW_COPIES_PER_SLOT = 32  # on average; beyond, arithmetic takes longer than reading weights
 
@@ -59,19 +61,21 @@ class Experts:
 class MixtureOfExperts:
     """Each row's sum over its chosen experts, weighted by its shares of them, and of the MLP that all rows pass.
 
-    shared: without collectives; where no row travels, this rank's part of it, and else all of it.
+    shared: without collectives; where no row travels, this rank's part of it, and else all of it. It begins first, and
+    runs beside all that is for experts alone.
     """
 
     router: Router
     experts: Experts
     dispatcher: Dispatcher
     shared: Callable[[Tensor, ExpertStep], Tensor] | None = None
+    side: SideStream = IN_TURN
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         """hidden [T, hidden], equal on all tensor ranks -> the same shape, equal again."""
         rows = self.dispatcher.share(hidden)
+        beside = self.side.begin(partial(self.shared, rows, step)) if self.shared is not None else None
         expert_ids, shares = self.router(rows)
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
         sums = self.experts(dispatched.rows, dispatched.copies)
-        beside = None if self.shared is None else self.shared(rows, step)
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0])

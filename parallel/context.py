@@ -11,6 +11,7 @@ import torch
 
 from parallel.comm import Channel, Group
 from parallel.degrees import Degrees, Place
+from parallel.side_stream import IN_TURN, SideStream
 
 ALONE = Group()
 
@@ -22,7 +23,7 @@ class ParallelContext:
     tensor: the ranks that split each matrix. data: ranks with the same part of it, and requests of their own.
     stage: both together, which exchange rows for their experts. replica: all ranks, over gloo, to agree on numbers in
     host memory. received, sent: hidden states from the stage before and to the one behind. returned: what was sampled,
-    from the last stage to the first; None where a rank has no part in it.
+    from the last stage to the first; None where a rank has no part in it. beside: for what a layer computes meanwhile.
     """
 
     epoch: int
@@ -36,8 +37,9 @@ class ParallelContext:
     received: Channel | None = None
     sent: Channel | None = None
     returned: Channel | None = None
+    beside: SideStream = IN_TURN
 
 
 def solo_context(device: torch.device, dtype: torch.dtype, epoch: int = 0) -> ParallelContext:
     """The context of a rank that shares nothing."""
-    return ParallelContext(epoch=epoch, device=device, dtype=dtype)
+    return ParallelContext(epoch=epoch, device=device, dtype=dtype, beside=SideStream.of(device))

@@ -34,6 +34,8 @@ class ExpertStep:
 
 PREFILL = ExpertStep()
 
+Beside = Callable[[], Tensor]  # takes what was begun before
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
@@ -41,13 +43,13 @@ class Dispatched:
 
     rows: [r, h], those that it got; copies: which of its slots want each, and with what weight.
     combine: their weighted sums over the slots here, [r, h] -> [m, h], the sums of the rows that were dispatched, and
-    what stands beside them, [m, h], if anything: all of it, but where partial sums are added this rank's part. The sums
-    that it is given may be written.
+    what stands beside them, [m, h], if anything: all of it, but where partial sums are added this rank's part. That is
+    taken when it is added. The sums that it is given may be written.
     """
 
     rows: Tensor
     copies: Copies
-    combine: Callable[[Tensor, Tensor | None], Tensor]
+    combine: Callable[[Tensor, Beside | None], Tensor]
 
 
 class Dispatcher(Protocol):
@@ -100,7 +102,7 @@ class SplitExperts:
         if self.counted is not None:
             self.counted.add_(copies.ends)
 
-        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+        def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             return self.group.all_reduce(_added(sums, beside))
 
         return Dispatched(rows, copies, combine)
@@ -164,7 +166,7 @@ class ExchangedExperts:
         self.traffic.add(sum(sent[rank] for rank in others), sum(received[rank] for rank in others))
         copies = self._copies(routing, sum(copied))
 
-        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+        def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             back = self.stage.all_to_all_rows(sums, received, sent)
             total = torch.zeros(rows.shape, dtype=_accumulator(rows.dtype), device=rows.device)
             for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
@@ -187,7 +189,7 @@ class ExchangedExperts:
         self.traffic.add(elsewhere, elsewhere)
         copies = self._copies(self.stage.all_gather(packed), None)
 
-        def combine(sums: Tensor, beside: Tensor | None) -> Tensor:
+        def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             return _added(self.stage.reduce_scatter(sums)[: rows.shape[0]], beside)
 
         return Dispatched(got, copies, combine)
@@ -266,8 +268,8 @@ def _unpacked(routing: Tensor) -> tuple[Tensor, Tensor]:
     return slots.long(), weights.contiguous().view(torch.float32)
 
 
-def _added(total: Tensor, beside: Tensor | None) -> Tensor:
-    return total if beside is None else total.add_(beside)
+def _added(total: Tensor, beside: Beside | None) -> Tensor:
+    return total if beside is None else total.add_(beside())
 
 
 def _pad_rows(tensor: Tensor, rows: int, value: int = 0) -> Tensor:

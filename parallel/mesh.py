@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from parallel.comm import Backend, Channel, Group
 from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Place
+from parallel.side_stream import SideStream
 
 PUBLISH_TIMEOUT_S = 30.0
 REACH_S, COME_S = 10.0, 15.0  # who cannot reach the store says so before the others say that it has not come
@@ -72,6 +73,7 @@ def form_context(
         received=received,
         sent=sent,
         returned=returned,
+        beside=SideStream.of(device),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
             )
             copies = dispatched.copies
             made = copies.sums(outputs(context, placement, copies.taken(dispatched.rows), copies.ends))
-            found.append(dispatcher.restore(dispatched.combine(made, 7 * own), len(mine.rows)))
+            found.append(dispatcher.restore(dispatched.combine(made, partial(torch.mul, own, 7)), len(mine.rows)))
             computed.append(int(copies.ends[-1]))
         return found, computed, sum(dispatcher.map.loads.tolist())
 

@@ -21,7 +21,9 @@ def test_the_floor_counts_what_rows_read_and_multiply() -> None:
 
 @pytest.mark.long
 def test_it_runs_on_a_cpu() -> None:
-    options = argparse.Namespace(device="cpu", dtype="float16", scale=32, layers=2, bandwidth=1e12, rate=1e15)
+    options = argparse.Namespace(
+        device="cpu", dtype="float16", shared="beside", scale=32, layers=2, bandwidth=1e12, rate=1e15
+    )
     found = measure("deepseek-v2-lite", 3, options)
     assert found["rows"] == 3 and 6 <= float(str(found["touched"])) <= 18
     parts = ("router_us", "dispatch_us", "experts_us", "combine_us", "shared_us")
