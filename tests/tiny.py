@@ -171,9 +171,9 @@ def make_checkpoint(
     return directory
 
 
-def make_poisoned_checkpoint(directory: Path, family: str = "llama") -> Path:
+def make_poisoned_checkpoint(directory: Path, family: str = "llama", **overrides: object) -> Path:
     """One whose last token, beyond its tokenizer's vocabulary, is poison: its embedding is NaN."""
-    make_checkpoint(directory, family, vocab_size=POISON + 1)
+    make_checkpoint(directory, family, vocab_size=POISON + 1, **overrides)
     weights = load_file(directory / "model.safetensors")
     weights["model.embed_tokens.weight"][POISON] = np.nan
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -77,8 +77,10 @@ def answers(checkpoint: Path, degrees: Degrees, assigns: list[Assign]) -> tuple[
         ("llama", Degrees(tensor=2)),
         ("llama", Degrees(pipeline=2)),
         ("qwen3-moe", Degrees(data=2, expert=2)),
+        ("deepseek-v3", Degrees(tensor=2, expert=2)),
+        ("deepseek-v2", Degrees(data=2, expert=2)),
     ],
-    ids=["one rank", "tensor 2", "pipeline 2", "data 2"],
+    ids=["one rank", "tensor 2", "pipeline 2", "data 2", "latent, tensor and expert 2", "latent, data and expert 2"],
 )
 def test_a_poisonous_request_fails_and_all_others_are_answered_as_without_it(
     tmp_path: Path, family: str, degrees: Degrees
@@ -104,24 +106,31 @@ def test_what_a_poisonous_request_left_in_the_cache_is_not_found(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "layer", "position"),
+    ("family", "degrees", "spoilt", "layer", "position"),
     [
-        ("model.embed_tokens.weight", 0, 2),  # the third token is poison
-        ("model.layers.0.self_attn.o_proj.weight", 1, 0),
-        ("model.layers.1.mlp.down_proj.weight", "behind the keys of layer 1", None),
+        ("llama", Degrees(), "model.embed_tokens.weight", 0, 2),  # the third token is poison
+        ("llama", Degrees(), "model.layers.0.self_attn.o_proj.weight", 1, 0),
+        ("llama", Degrees(), "model.layers.1.mlp.down_proj.weight", "behind the keys of layer 1", None),
+        ("deepseek-v3", Degrees(tensor=2, expert=2), "model.embed_tokens.weight", 0, 2),
+        ("deepseek-v3", Degrees(tensor=2, expert=2), "model.layers.1.mlp.experts.", 2, 0),
+        ("deepseek-v2", Degrees(data=2, expert=2), "model.layers.1.mlp.shared_experts.", 2, 0),
     ],
 )
 def test_the_log_says_in_which_layer_it_began(
-    tmp_path: Path, spoilt: str, layer: int | str, position: int | None
+    tmp_path: Path, family: str, degrees: Degrees, spoilt: str, layer: int | str, position: int | None
 ) -> None:
-    checkpoint = make_poisoned_checkpoint(tmp_path)
+    checkpoint = make_poisoned_checkpoint(tmp_path, family, **({"num_hidden_layers": 3} if family != "llama" else {}))
     if "layers" in spoilt:
         weights = load_file(checkpoint / "model.safetensors")
         weights["model.embed_tokens.weight"][POISON] = 0.1
-        weights[spoilt][:] = torch.nan
+        for name, weight in weights.items():
+            if name.startswith(spoilt):
+                weight[:] = torch.nan
         save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    limits = EngineLimits(max_running=4, kv_blocks=32, block_tokens=4, max_step_tokens=32, max_context=64)
-    with capture_logs() as told, Pipeline(checkpoint, Degrees(), limits) as pipeline:
+    limits = EngineLimits(
+        max_running=4, kv_blocks=32, block_tokens=4, max_step_tokens=32, max_context=64, data=degrees.data
+    )
+    with capture_logs() as told, Pipeline(checkpoint, degrees, limits) as pipeline:
         pipeline.answer([asked("p", 10, 11, POISON, 12, 13)])
     found = [
         (entry["layer"], entry.get("position"), entry["tokens"])
