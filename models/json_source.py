@@ -31,6 +31,10 @@ class JsonSource:
     def refuse(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.path}: {problem}")
 
+    def name(self, key: str) -> str:
+        """A key of this object as it is told, with those of the objects around it."""
+        return self._prefix + key
+
     def get(self, key: str, default: object = None) -> object:
         value = self.values.get(key)
         return default if value is None else value

@@ -148,8 +148,9 @@ class RopeReader:
             case "yarn":
                 return self._yarn(table)
             case kind:
+                key = table.name("rope_type" if table.get("rope_type") else "type")
                 supported = "default, linear, dynamic, llama3, yarn, longrope"
-                self.config.refuse(f"rope type {kind!r} is not supported; supported: {supported}")
+                self.config.refuse(f"{key}={kind!r} is not supported; supported: {supported}")
 
     def _longrope(self, table: JsonSource, pairs: int) -> LongRopeScaling:
         """transformers turns a sequence by the short factors up to the original context, and from the token behind it

@@ -17,6 +17,7 @@ from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Yar
 from models.routing import Routing
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE, make_checkpoint
 
+ROPES = "supported: default, linear, dynamic, llama3, yarn, longrope"
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 PHI3 = {"architectures": ["Phi3ForCausalLM"]}
@@ -239,7 +240,8 @@ def test_refuses_default_sampling_that_no_request_could_ask_for(tmp_path: Path, 
         ({"rope_parameters": {FULL: {"rope_theta": 1e6}}}, ["rope_parameters", "once for all layers"]),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, ["text_config", "missing"]),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window", "0"]),
-        ({"rope_parameters": {"rope_type": "ntk"}}, ["'ntk'", "default, linear, dynamic, llama3, yarn, longrope"]),
+        ({"rope_parameters": {"rope_type": "ntk"}}, ["rope_parameters.rope_type='ntk' is not", ROPES]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "ntk"}}, ["rope_scaling.type='ntk' is not", ROPES]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.short_factor", "missing"]),
         (PHI3 | {"rope_parameters": LONGROPE | {"long_factor": [1, "2"]}}, ["rope_parameters.long_factor", "'2'"]),
         (PHI3 | {"rope_parameters": LONGROPE | {"long_factor": [1.0] * 6}}, ["long_factor has 6 numbers", "8 pairs"]),
