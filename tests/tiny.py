@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -171,7 +172,7 @@ def make_checkpoint(
     return directory
 
 
-def make_poisoned_checkpoint(directory: Path, family: str = "llama", **overrides: object) -> Path:
+def make_poisoned_checkpoint(directory: Path, family: str = "llama", **overrides: Any) -> Path:
     """One whose last token, beyond its tokenizer's vocabulary, is poison: its embedding is NaN."""
     make_checkpoint(directory, family, vocab_size=POISON + 1, **overrides)
     weights = load_file(directory / "model.safetensors")
