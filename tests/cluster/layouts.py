@@ -49,6 +49,22 @@ DEEPSEEK: dict[str, object] = {
     "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7},
 }
 DEEPSEEK_V3 = DEEPSEEK | {"topk_method": "noaux_tc", "n_shared_experts": 2}
+# Without groups, a query of one matrix, and sizes that are multiples of nothing.
+DEEPSEEK_LITE: dict[str, object] = {
+    "hidden_size": 60,
+    "intermediate_size": 98,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 10,
+    "qk_rope_head_dim": 10,
+    "qk_nope_head_dim": 7,
+    "v_head_dim": 9,
+    "kv_lora_rank": 21,
+    "vocab_size": 331,
+    "topk_method": "greedy",
+    "n_shared_experts": 2,
+}
 MOE: dict[str, object] = {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}
 WINDOW: dict[str, object] = {"sliding_window": 24}
 TIED: dict[str, object] = {"tie_word_embeddings": True}
@@ -113,6 +129,8 @@ LAYOUTS = {
     "mixtral-2-expert-2-pipeline-2": Layout("mixtral", Degrees(pipeline=2, tensor=2, expert=2), WINDOW, long=True),
     "deepseek-v2-2-chunked": Layout("deepseek-v2", Degrees(tensor=2), DEEPSEEK, CHUNKED, long=True),
     "deepseek-v2-lite-pipeline-2": Layout("deepseek-v2-lite", Degrees(pipeline=2), DEEPSEEK, long=True),
+    "deepseek-v2-lite-data-2-expert-2": Layout("deepseek-v2-lite", Degrees(data=2, expert=2), DEEPSEEK_LITE, long=True),
+    "deepseek-v2-lite-2": Layout("deepseek-v2-lite", Degrees(tensor=2), DEEPSEEK_LITE, long=True),
     "deepseek-v3-2-expert-2": Layout("deepseek-v3", Degrees(tensor=2, expert=2), DEEPSEEK_V3, long=True),
     "qwen3-4": Layout("qwen3", Degrees(tensor=4), {"head_dim": 32, "num_key_value_heads": 4}, long=True),
 }

@@ -15,7 +15,7 @@ from echelon import Client, StreamEvent
 from echelon.testing import LocalCluster
 from parallel.degrees import Degrees
 from tests.cluster.conftest import Case, Checkpoints, Walker
-from tests.cluster.layouts import DEEPSEEK, DEEPSEEK_V3, LLAMA3, MOE, WINDOW, Layout
+from tests.cluster.layouts import DEEPSEEK, DEEPSEEK_LITE, DEEPSEEK_V3, LLAMA3, MOE, WINDOW, Layout
 from tests.cluster.reference import Reference
 from tests.cluster.streams import GREEDY, PROMPT, STEPS, STRIKE_AT, alive, assert_undisturbed, stream_through
 
@@ -47,6 +47,8 @@ VICTIMS = [
     Victim(Layout("qwen3-moe", Degrees(pipeline=2, data=2, expert=2), MOE), 2),
     Victim(Layout("deepseek-v2", Degrees(pipeline=2), DEEPSEEK), 1),
     Victim(Layout("deepseek-v3", Degrees(tensor=2, expert=2), DEEPSEEK_V3), 1),
+    Victim(Layout("deepseek-v3", Degrees(data=2, tensor=2, expert=4), DEEPSEEK_V3), 3),
+    Victim(Layout("deepseek-v2-lite", Degrees(data=2, expert=2), DEEPSEEK_LITE), 0),
 ]
 PARAMETERS = [
     pytest.param(victim, id=str(victim), marks=[pytest.mark.long] if number else [])

@@ -25,16 +25,18 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 42,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
-    "head_dim": 10,
-    "num_experts": 6,
     "moe_intermediate_size": 18,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": SIZES | {"head_dim": 10, "num_experts": 6},
+    "deepseek-v3": SIZES | {"n_shared_experts": 2},
 }
 PROMPT, LENGTH = 11, 15
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_quantised(tmp_path_factory.mktemp("float8"), "qwen3-moe", (16, 11), **SIZES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_quantised(tmp_path_factory.mktemp("float8"), request.param, (16, 11), **FAMILIES[request.param])
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 3])
