@@ -24,6 +24,7 @@ from torch import Tensor
 from models.mlp import experts_dispatcher
 from models.moe import Experts, MixtureOfExperts
 from models.router import SoftmaxRouter
+from models.routing import Routing
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from parallel.expert import ExpertStep
@@ -50,18 +51,18 @@ def random_layer(arguments: argparse.Namespace, context: ParallelContext) -> tup
     own = slice(place.expert_rank * held, (place.expert_rank + 1) * held)
     split = neurons // degrees.expert_tensor
     part = slice(place.expert_tensor_rank * split, (place.expert_tensor_rank + 1) * split)
-    device = context.device
+    device, routing = context.device, Routing(experts, arguments.chosen, neurons, normalizes=True)
     mine = Experts(
         gate_up[own, :, part].flatten(1, 2).contiguous().to(device), down[own, :, part].contiguous().to(device), F.silu
     )
     layer = MixtureOfExperts(
-        SoftmaxRouter(router.to(device), arguments.chosen, True, True), mine, experts_dispatcher(context, experts)
+        SoftmaxRouter(router.to(device), arguments.chosen, True, True), mine, experts_dispatcher(context, routing)
     )
     alone = ParallelContext(epoch=1, device=torch.device("cpu"), dtype=torch.float64)
     whole = Experts(gate_up.flatten(1, 2).double(), down.double(), F.silu)
     # The router in bfloat16 as on the device: a choice that another rounding changes is not an error of the experts.
     reference = MixtureOfExperts(
-        SoftmaxRouter(router.double(), arguments.chosen, True, False), whole, experts_dispatcher(alone, experts)
+        SoftmaxRouter(router.double(), arguments.chosen, True, False), whole, experts_dispatcher(alone, routing)
     )
     return layer, reference
 

@@ -146,6 +146,7 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
         expert=config.expert,
         pipeline_depth=config.pipeline_depth or config.pipeline,
         rebalance_steps=config.rebalance_steps,
+        redundant_experts=config.redundant_experts,
         speculation_tokens=0 if config.speculation == "off" else config.speculation_tokens,
         trace_dir=str(config.trace_dir or ""),
         block_tokens=plan.block_tokens,

@@ -104,6 +104,7 @@ def degrees_of(config: ServeConfig) -> Degrees:
         data=config.data,
         tensor=config.tensor,
         expert=config.expert,
+        redundant_experts=config.redundant_experts,
     )
 
 

@@ -77,6 +77,9 @@ class ServeConfig(BaseModel):
     speculation_tokens: Annotated[int, Field(ge=1, le=32)] = Field(
         default=4, description="Most ids of an answer that are guessed at once, 32 at most."
     )
+    redundant_experts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Slots of each layer for copies of the experts with the most load; multiple of expert."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto is cuda where there is a GPU.")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."

@@ -33,6 +33,24 @@ def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
         fitting = [expert for expert, split in splits if _expert_problem(config, expert, split) is None]
         remedy = f"expert may be {', '.join(map(str, fitting))}" if fitting else "change data or tensor"
         raise ConfigError(f"{problem}; {remedy} ({degrees})", field="expert")
+    _check_redundancy(config, degrees)
+
+
+def _check_redundancy(config: ModelConfig, degrees: Degrees) -> None:
+    """A group of ranks has no use for a second copy of an expert."""
+    given = f"redundant-experts={degrees.redundant_experts}"
+    keys = config.family.experts
+    if degrees.redundant_experts and keys is None:
+        raise ConfigError(f"{given}: {config.architecture} has no experts; leave it out", field="redundant_experts")
+    for routing in {layer.routing for layer in config.layers if layer.routing is not None}:
+        most = routing.experts * (degrees.expert - 1)
+        if keys is not None and degrees.redundant_experts > most:
+            slots = f"({routing.experts} + {degrees.redundant_experts}) / {degrees.expert} slots"
+            raise ConfigError(
+                f"{given} gives each of expert={degrees.expert} groups of ranks {slots}, more than "
+                f"{keys.experts}={routing.experts}; it may be at most {most} ({degrees})",
+                field="redundant_experts",
+            )
 
 
 def _tensor_problem(config: ModelConfig, tensor: int, exchanges_rows: bool) -> str | None:

@@ -20,13 +20,13 @@ from models.routing import Routing
 from models.tables import (
     correction_name,
     expert_names,
+    expert_placement,
     held_experts,
     mlp_inputs,
     router_name,
     shared_names,
     tensor_name,
 )
-from parallel.balance import ExpertPlacement
 from parallel.comm import Group
 from parallel.context import ParallelContext
 from parallel.expert import Dispatcher, ExchangedExperts, ExpertStep, SplitExperts
@@ -67,7 +67,7 @@ def _experts(
             down.view(slots, config.hidden_size, -1),
             ACTIVATIONS[config.activation],
         ),
-        dispatcher=experts_dispatcher(context, routing.experts),
+        dispatcher=experts_dispatcher(context, routing),
         shared=_shared(config, weights, layer) if routing.shared_neurons else None,
         side=context.beside,
     )
@@ -97,12 +97,10 @@ def _shared(config: ModelConfig, weights: Weights, layer: int) -> GatedMlp:
     )
 
 
-def experts_dispatcher(context: ParallelContext, experts: int) -> Dispatcher:
+def experts_dispatcher(context: ParallelContext, routing: Routing) -> Dispatcher:
     """Rows travel unless every rank has them already, and a part of every expert."""
-    degrees = context.place.degrees
+    degrees, experts = context.place.degrees, routing.experts
     if not degrees.exchanges_rows:
         return SplitExperts(context.tensor, experts, torch.zeros(experts, dtype=torch.int64, device=context.device))
-    held = experts // degrees.expert
-    placement = ExpertPlacement(tuple(tuple(range(rank * held, (rank + 1) * held)) for rank in range(degrees.expert)))
-    expert_map = ExpertMap.of(placement, experts, context.device)
+    expert_map = ExpertMap.of(expert_placement(routing, degrees), experts, context.device)
     return ExchangedExperts(context.stage, context.tensor, degrees.expert_tensor, expert_map)

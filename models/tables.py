@@ -14,6 +14,7 @@ from models.config import DTYPE_BYTES, ModelConfig
 from models.families import ExpertKeys
 from models.latent import latent_tensors
 from models.routing import Routing
+from parallel.balance import ExpertLayout, ExpertPlacement, first_placement
 from parallel.degrees import Degrees, Place
 from parallel.partition import cut
 from parallel.sharding import (
@@ -240,7 +241,7 @@ def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
         outside.add(tensor_name(config, EMBEDDING))
     if place.last_stage:
         outside |= {tensor_name(config, FINAL_NORM), tensor_name(config, HEAD)}
-    experts = {layer: held_experts(config, layer, place) for layer in layers}
+    experts = {layer: frozenset(held_experts(config, layer, place)) for layer in layers}
     return tuple(
         parameter
         for parameter in parameter_table(config)
@@ -249,11 +250,16 @@ def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
     )
 
 
-def held_experts(config: ModelConfig, layer: int, place: Place) -> range:
-    """The experts of a layer that a rank holds, or its part of, before any is moved."""
+def expert_placement(routing: Routing, degrees: Degrees) -> ExpertPlacement:
+    """Where the experts of a layer lie before any is moved."""
+    slots = (routing.experts + degrees.redundant_experts) // degrees.expert
+    return first_placement(ExpertLayout(routing.experts, degrees.expert, slots))
+
+
+def held_experts(config: ModelConfig, layer: int, place: Place) -> tuple[int, ...]:
+    """The experts of a layer that a rank holds, or its part of, by slot, before any is moved."""
     routing = config.layers[layer].routing
-    held = 0 if routing is None else routing.experts // place.degrees.expert
-    return range(place.expert_rank * held, (place.expert_rank + 1) * held)
+    return () if routing is None else expert_placement(routing, place.degrees).slots[place.expert_rank]
 
 
 def parameter_bytes(config: ModelConfig, place: Place, dtype_bytes: int) -> int:

@@ -67,6 +67,18 @@ class ExpertPlacement:
         return tuple(slot for slot, (before, after) in enumerate(pairs) if before != after)
 
 
+def first_placement(layout: ExpertLayout) -> ExpertPlacement:
+    """Before any loads are known: each rank has an equal run of experts, and copies of those that the next begins with.
+
+    layout: whose ranks divide the experts.
+    """
+    held = layout.experts // layout.ranks
+    assert held * layout.ranks == layout.experts, f"{layout.experts} experts on {layout.ranks} ranks"
+    places = range(layout.slots_per_rank)
+    slots = (tuple((rank * held + place) % layout.experts for place in places) for rank in range(layout.ranks))
+    return ExpertPlacement(tuple(slots))
+
+
 def transfers(before: ExpertPlacement, after: ExpertPlacement) -> tuple[tuple[int, int], ...]:
     """(source, target) for each physical slot that is to hold another expert, targets ascending.
 

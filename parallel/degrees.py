@@ -19,7 +19,8 @@ class Degrees:
 
     Each replica cuts the layers into `pipeline` stages. The data * tensor ranks of a stage hold its experts: `expert`
     groups of neighbours have different ones, and the ranks of a group split each of theirs. Attention runs on `data`
-    groups with requests of their own, `tensor` ranks in each split every matrix. Raises ConfigError.
+    groups with requests of their own, `tensor` ranks in each split every matrix. redundant_experts: slots of a layer
+    for copies of experts, beyond one for each expert; an equal part of them in each group. Raises ConfigError.
     """
 
     replicas: int = 1
@@ -27,6 +28,7 @@ class Degrees:
     data: int = 1
     tensor: int = 1
     expert: int = 1
+    redundant_experts: int = 0
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -37,6 +39,12 @@ class Degrees:
                 f"expert={self.expert} does not divide data {self.data} * tensor {self.tensor} = {self.stage_ranks} "
                 f"ranks of a stage; expert may be {', '.join(map(str, divisors(self.stage_ranks)))}",
                 field="expert",
+            )
+        if self.redundant_experts % self.expert:
+            raise ConfigError(
+                f"redundant-experts={self.redundant_experts} is no equal part for each of expert={self.expert} groups "
+                f"of ranks; it may be any multiple of {self.expert}",
+                field="redundant_experts",
             )
 
     def __str__(self) -> str:

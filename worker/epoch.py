@@ -159,7 +159,13 @@ def _meet(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch, device: 
 
 def degrees_of(command: control_pb2.FormEpoch) -> Degrees:
     """The replica's."""
-    return Degrees(pipeline=command.pipeline, data=command.data, tensor=command.tensor, expert=command.expert)
+    return Degrees(
+        pipeline=command.pipeline,
+        data=command.data,
+        tensor=command.tensor,
+        expert=command.expert,
+        redundant_experts=command.redundant_experts,
+    )
 
 
 def private_host(coordinator_address: str) -> str:

@@ -40,6 +40,7 @@ CHANGEABLE = (
     "expert",
     "pipeline_depth",
     "rebalance_steps",
+    "redundant_experts",
     "speculation",
     "speculation_tokens",
     "spares",

@@ -177,10 +177,19 @@ def run(expected: Expected, degrees: Degrees, steps: list[list[Step]]) -> list[F
     return as_ranks(degrees, as_rank)
 
 
-@pytest.mark.parametrize("name", ["tensor-2-expert-2", "data-2-expert-2", "data-2-tensor-2-expert-2"])
-def test_answers_stay_when_experts_move(expected: Expected, name: str) -> None:
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        DEGREES["tensor-2-expert-2"],
+        DEGREES["data-2-expert-2"],
+        DEGREES["data-2-tensor-2-expert-2"],
+        Degrees(data=2, expert=2, redundant_experts=2),
+        Degrees(data=2, tensor=2, expert=2, redundant_experts=2),
+    ],
+    ids=lambda d: f"tensor-{d.tensor}-data-{d.data}-redundant-{d.redundant_experts}",
+)
+def test_answers_stay_when_experts_move(expected: Expected, degrees: Degrees) -> None:
     """After every fourth step; each move lowers the heaviest rank's load of the steps before, or keeps it."""
-    degrees = DEGREES[name]
     steps = steps_of(OWNERS["one-idle"], degrees.data)
 
     def as_rank(context: ParallelContext) -> tuple[dict[int, npt.NDArray[np.float64]], list[Rebalanced]]:
@@ -204,6 +213,10 @@ def test_answers_stay_when_experts_move(expected: Expected, name: str) -> None:
         assert all(layer.after <= layer.before + 1e-9 for layer in done)
     received = sum(layer.received for _, done in ranks for layer in done)
     alike = json.loads((expected.directory / "config.json").read_text())["num_experts_per_tok"] == 1
+    if degrees.redundant_experts:
+        assert received > 0
+        assert not alike or {layer.after for _, done in ranks for layer in done} == {1.0}  # copies share its rows
+        return
     assert (received == 0) == alike  # where one expert has all, no exchange of experts helps
     if not alike:
         assert any(layer.after < layer.before for _, done in ranks for layer in done)

@@ -14,6 +14,7 @@ from parallel.balance import (
     TOLERANCE,
     ExpertLayout,
     ExpertPlacement,
+    first_placement,
     imbalance,
     imbalance_bound,
     place_experts,
@@ -63,6 +64,17 @@ def check(placement: ExpertPlacement, layout: ExpertLayout) -> None:
         size, ranks = layout.experts // layout.groups, layout.ranks // layout.nodes
         homes = {(expert // size, index // ranks) for index, rank in enumerate(placement.slots) for expert in rank}
         assert len(homes) == layout.groups
+
+
+@given(st.data())
+def test_the_first_placement_has_every_expert_in_its_place(data: st.DataObject) -> None:
+    ranks, held = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    layout = ExpertLayout(ranks * held, ranks, data.draw(st.integers(held, ranks * held)))
+    placement = first_placement(layout)
+    check(placement, layout)
+    assert [expert for rank in placement.slots for expert in rank[:held]] == list(range(layout.experts))
+    counts = [len(slots) for slots in placement.physical(layout.experts)]
+    assert max(counts) <= 1 + -(-(layout.slots_per_rank - held) // held)  # copies are of different experts
 
 
 def shifted(loads: list[float], drift: float, chance: Random) -> list[float]:

@@ -54,6 +54,11 @@ def test_tensor_ranks_are_neighbours_and_stages_far_apart() -> None:
             "expert",
             "expert=4 does not divide data 2 * tensor 3 = 6 ranks of a stage; expert may be 1, 2, 3, 6",
         ),
+        (
+            {"data": 4, "expert": 4, "redundant_experts": 6},
+            "redundant_experts",
+            "redundant-experts=6 is no equal part for each of expert=4 groups of ranks; it may be any multiple of 4",
+        ),
     ],
 )
 def test_what_is_no_product_is_refused(given: dict[str, int], field: str, message: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config
 from models.cutting import check_degrees
-from models.tables import held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table
+from models.tables import held_experts, held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table
 from parallel.degrees import Degrees
 from parallel.sharding import Split, SplitVocabulary, held_regions, held_shape, region_shape
 from tests.tiny import make_checkpoint
@@ -168,6 +168,35 @@ def test_degrees_that_experts_forbid(tmp_path: Path) -> None:
     dense = read_model_config(make_checkpoint(tmp_path / "dense"))
     with pytest.raises(ConfigError, match="expert=2: LlamaForCausalLM has no experts; expert may be 1 "):
         check_degrees(dense, Degrees(tensor=2, expert=2))
+
+
+def test_copies_of_experts_that_no_rank_has_a_use_for(tmp_path: Path) -> None:
+    sparse = read_model_config(make_checkpoint(tmp_path / "sparse", "deepseek-v3"))
+    check_degrees(sparse, Degrees(data=2, expert=2, redundant_experts=8))
+    with pytest.raises(ConfigError) as many:
+        check_degrees(sparse, Degrees(data=2, expert=2, redundant_experts=10))
+    assert many.value.field == "redundant_experts" and str(many.value) == (
+        "redundant-experts=10 gives each of expert=2 groups of ranks (8 + 10) / 2 slots, more than n_routed_experts=8; "
+        "it may be at most 8 (replicas 1 * pipeline 1 * data 2 * tensor 1 = 2 ranks)"
+    )
+    with pytest.raises(ConfigError, match="it may be at most 0 "):
+        check_degrees(sparse, Degrees(tensor=2, redundant_experts=1))
+    dense = read_model_config(make_checkpoint(tmp_path / "dense"))
+    with pytest.raises(ConfigError, match="redundant-experts=1: LlamaForCausalLM has no experts; leave it out"):
+        check_degrees(dense, Degrees(redundant_experts=1))
+
+
+def test_copies_of_experts_are_in_the_table(tmp_path: Path) -> None:
+    """Each rank holds its own experts, by slot, and those that the next one begins with; all of it is planned."""
+    config = read_model_config(make_checkpoint(tmp_path, "deepseek-v3"))
+    plain, copied = (Degrees(data=2, tensor=2, expert=4, redundant_experts=count) for count in (0, 4))
+    held = [held_experts(config, 1, copied.place(rank)) for rank in range(4)]
+    assert held == [(0, 1, 2), (2, 3, 4), (4, 5, 6), (6, 7, 0)]
+    assert held_experts(config, 0, copied.place(0)) == ()
+    named = {p.expert for p in held_parameters(config, copied.place(3)) if p.expert is not None}
+    assert named == {6, 7, 0}
+    more = [parameter_bytes(config, d.place(3), 4) for d in (plain, copied)]
+    assert more[1] - more[0] == 3 * 64 * 24 * 4  # three matrices of one expert
 
 
 def test_an_mlp_constrains_where_a_layer_has_one(tmp_path: Path) -> None:

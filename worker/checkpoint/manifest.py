@@ -21,7 +21,7 @@ from parallel.sharding import Region, Shape
 
 FORMAT = 1
 MANIFEST_FILE = "shard.json"
-DEGREES = ("pipeline", "data", "tensor", "expert")
+DEGREES = ("pipeline", "data", "tensor", "expert", "redundant_experts")
 
 Cut = tuple[tuple[tuple[int, int], ...], ...]  # the regions of a tensor, each as [start, stop) by dim
 

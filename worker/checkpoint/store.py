@@ -87,7 +87,7 @@ def _look(folder: Path) -> StoredShard:
             state, problem = State.STALE, str(error)
     if _is_locked(folder):
         state, problem = State.WRITING, ""
-    degrees = {} if manifest is None else {name: count for name, count in manifest.degrees.items() if count != 1}
+    degrees = {} if manifest is None else {name: count for name, count in manifest.degrees.items() if count > 1}
     layout = " ".join(f"{name} {count}" for name, count in degrees.items())
     return StoredShard(
         folder=str(folder),
