@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.long]
 @pytest.fixture
 def case(tmp_path: Path, ray_address: str) -> Iterator[Case]:
     model = make_checkpoint(tmp_path / "model", "mixtral", shards=2)
-    flags: dict[str, Any] = {"expert": 2, "rebalance_steps": 8, "checkpoint_dir": tmp_path / "store"}
+    flags: dict[str, Any] = {"expert": 2, "rebalance_steps": 8, "redundant_experts": 2}
+    flags |= {"checkpoint_dir": tmp_path / "store"}
     with LocalCluster(model, tensor=2, dtype="float64", ray_address=ray_address, **flags) as cluster:
         yield Case("kept", cluster, Reference(model))
 
@@ -37,7 +38,7 @@ def await_shards(cluster: LocalCluster, epoch: int, count: int) -> None:
 
 
 def test_a_killed_rank_comes_back_from_its_shard_with_the_source_gone(case: Case, tmp_path: Path) -> None:
-    """Experts have been moved when its rank is killed; then the other shard rots."""
+    """Experts have been moved and copied when its rank is killed; then the other shard rots."""
     cluster, first = case.cluster, case.cluster.ranks()[0].epoch
     assert [each["origin"] for each in told(cluster, "weights.loaded", first)] == ["source", "source"]
     await_shards(cluster, first, 2)

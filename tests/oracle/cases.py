@@ -163,13 +163,17 @@ CASES: dict[str, Case] = {
     "deepseek-v2-lite": Case("deepseek-v2-lite", DEEPSEEK_ODD | {"n_shared_experts": 2}, (1, 3)),
     "deepseek-v3": Case("deepseek-v3", {"rope_parameters": DEEPSEEK_YARN, "num_hidden_layers": 3}, shards=3),
     "deepseek-v3-halves": Case("deepseek-v3", DEEPSEEK_ODD | {"rope_interleave": False, "rms_norm_eps": 1e-3}, (1, 3)),
+    "deepseek-v3-lite": Case(  # V3's router behind queries of one matrix, all experts in one group, as Moonlight has it
+        "deepseek-v2-lite",
+        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_group": 1, "topk_group": 1},
+    ),
     "deepseek-v3-dense": Case("deepseek-v3", {"first_k_dense_replace": 2, "tie_word_embeddings": True}),
 }
 LAYOUTS = [(name, tensor) for name, case in CASES.items() for tensor in case.tensor]
 # Keys that older files have, and sizes that other cases have too: for the long run.
 LONG = {"llama-5-heads-of-1", "llama-3-heads-of-3", "qwen2-yarn", "qwen3-layer-types", "phi3-one-kv-head", "phi3-short"}
 LONG |= {"phi3-old-keys", "gemma2-one-kv-head", "gemma2-layer-types", "gemma3-old-keys"}
-LONG |= {"deepseek-v2-lite", "deepseek-v3-halves", "deepseek-v3-dense"}
+LONG |= {"deepseek-v2-lite", "deepseek-v3-halves", "deepseek-v3-lite", "deepseek-v3-dense"}
 PARAMETERS = [
     pytest.param(name, tensor, id=f"{name}-{tensor}", marks=[pytest.mark.long] if name in LONG else [])
     for name, tensor in LAYOUTS
