@@ -42,6 +42,11 @@ def _check_redundancy(config: ModelConfig, degrees: Degrees) -> None:
     keys = config.family.experts
     if degrees.redundant_experts and keys is None:
         raise ConfigError(f"{given}: {config.architecture} has no experts; leave it out", field="redundant_experts")
+    if degrees.redundant_experts and degrees.expert == 1:
+        raise ConfigError(
+            f"{given}: with expert=1 all ranks have all experts; leave it out, or raise expert ({degrees})",
+            field="redundant_experts",
+        )
     for routing in {layer.routing for layer in config.layers if layer.routing is not None}:
         most = routing.experts * (degrees.expert - 1)
         if keys is not None and degrees.redundant_experts > most:
