@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import expert_products
 from models.expert_products import can_group, grouped, one_by_one, tiled
+from models.moe import Experts
+from parallel import kernels
+from parallel.expert import Copies
 from tests.reading_back import ForbidReadingBack
 
 HIDDEN, NEURONS = 16, 8
@@ -129,17 +133,42 @@ def test_on_cuda_torch_groups_what_it_has_a_kernel_for(
     dtype: torch.dtype, major: int, groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Elsewhere torch's grouped product is a loop that copies the ends to the host."""
-
-    class OnDevice:
-        is_cuda, device = True, torch.device("cuda", 0)
-
-        def __init__(self) -> None:
-            self.dtype = dtype
-
-        def element_size(self) -> int:
-            return dtype.itemsize
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    rows: Any = OnDevice()
+    rows: Any = OnDevice(dtype)
     assert can_group(rows, torch.zeros(2, HIDDEN, NEURONS)) is groups
     assert not can_group(rows, torch.zeros(2, HIDDEN, NEURONS + 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "major", "copies", "by_kernel"),
+    [
+        (torch.bfloat16, 9, 64, True),
+        (torch.bfloat16, 9, 65, False),
+        (torch.bfloat16, 8, 65, True),
+        (torch.float16, 9, 65, True),
+        (torch.float32, 9, 1, False),
+    ],
+    ids=str,
+)
+def test_the_kernel_takes_few_rows_and_what_torch_would_loop_over(
+    dtype: torch.dtype, major: int, copies: int, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    experts = Experts(torch.zeros(2, 2 * NEURONS, HIDDEN), torch.zeros(2, HIDDEN, NEURONS), F.silu)
+    rows: Any = OnDevice(dtype)
+    chosen = Copies.of(torch.zeros(copies, 1, dtype=torch.int64), torch.ones(copies, 1), 2)
+    monkeypatch.setattr(kernels, "can_run", lambda device: True)
+    assert experts._are_few(rows, chosen) is by_kernel
+    assert not replace(experts, activation=F.gelu)._are_few(rows, chosen)
+
+
+class OnDevice:
+    """What is asked of rows on a CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
