@@ -151,6 +151,7 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
         trace_dir=str(config.trace_dir or ""),
         block_tokens=plan.block_tokens,
         max_running=config.max_running,
+        cuda_graphs=config.cuda_graphs == "auto",
         max_step_tokens=config.max_step_tokens,
         max_context=config.max_context,
         kv_blocks_limit=plan.kv_blocks_limit or 0,

@@ -87,6 +87,9 @@ class ServeConfig(BaseModel):
     address: str = Field(default="127.0.0.1:50051", description="Where clients connect; port 0 takes a free one.")
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
     max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")
+    cuda_graphs: Literal["auto", "off"] = Field(
+        default="off", description="Decode steps in one launch each, on cuda where kernels allow; off: never."
+    )
     max_step_tokens: Count = Field(default=2048, description="Tokens of one step; longer prompts are chunked.")
     gpu_memory_fraction: Fraction = Field(default=0.9, description="Share of free memory for weights and KV cache.")
     kv_cache_tokens: Count | None = Field(
@@ -112,6 +115,12 @@ class ServeConfig(BaseModel):
     @classmethod
     def _is_path_or_hub_id(cls, value: Path | str) -> Path | str:
         return Path(value) if isinstance(value, str) and not HUB_ID.fullmatch(value) else value
+
+    @field_validator("journal", "cuda_graphs", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: object) -> object:
+        """YAML takes a bare off for false."""
+        return "off" if value is False else value
 
     @field_validator("address", "metrics_address", "ray_address")
     @classmethod

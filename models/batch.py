@@ -49,3 +49,8 @@ class ForwardBatch:
     prefill: tuple[PrefillRow, ...]
     sample_index: Tensor
     experts: ExpertStep = PREFILL
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.positions)

@@ -25,11 +25,13 @@ class ExpertStep:
     """How the rows of a step travel, the same on every rank of a stage.
 
     decode: in a fixed shape, which the host knows before and a CUDA graph can hold. rows_per_rank: by data rank, the
-    rows it has in this step, padding included; needed for decode alone.
+    rows it has in this step, padding included; needed for decode alone. padding [T] bool: the rows here that only fill
+    a graph, which want no expert and are not counted; None where there are none.
     """
 
     decode: bool = False
     rows_per_rank: tuple[int, ...] = ()
+    padding: Tensor | None = field(default=None, compare=False)
 
 
 PREFILL = ExpertStep()
@@ -67,7 +69,8 @@ class Dispatcher(Protocol):
 
 @dataclass(slots=True)
 class Traffic:
-    """What a rank has sent to other ranks and got from them, counted on the host as steps are launched."""
+    """What a rank has sent to other ranks and got from them, counted on the host as steps are launched; what a CUDA
+    graph does again is not."""
 
     dispatches: int = 0
     rows_sent: int = 0
@@ -98,7 +101,9 @@ class SplitExperts:
         return hidden
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
-        copies = Copies.of(expert_ids, weights, self.experts)
+        if step.padding is not None:
+            expert_ids = expert_ids.masked_fill(step.padding.unsqueeze(-1), self.experts)
+        copies = Copies.of(expert_ids, weights, self.experts, surplus=step.padding is not None)
         if self.counted is not None:
             self.counted.add_(copies.ends)
 
@@ -138,7 +143,8 @@ class ExchangedExperts:
         return self.tensor.all_gather(padded)[:total]
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
-        slots = self.map.slots_of(expert_ids)
+        padding = None if step.padding is None else self.share(step.padding)
+        slots = self.map.slots_of(expert_ids, padding)
         if step.decode:
             return self._gather(rows, slots, weights, -(-max(step.rows_per_rank) // self.tensor.size))
         return self._send(rows, slots, weights)
@@ -214,9 +220,9 @@ class Copies:
     surplus: bool
 
     @classmethod
-    def of(cls, slots: Tensor, weights: Tensor, held: int) -> Copies:
-        """slots [r, k]: 0 to held - 1."""
-        return cls(weights, *_by_slot(slots, held), surplus=False)
+    def of(cls, slots: Tensor, weights: Tensor, held: int, *, surplus: bool = False) -> Copies:
+        """slots [r, k]: 0 to held - 1, and with surplus `held`, where a choice is not to be computed."""
+        return cls(weights, *_by_slot(slots, held), surplus)
 
     @classmethod
     def of_own(cls, slots: Tensor, weights: Tensor, held: int, total: int | None) -> Copies:

@@ -47,6 +47,15 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The rows of a step that a CUDA graph computes. inputs: [2, rows of the graph] int64, their slots and positions;
+    behind the first `tokens` of them, the padding slot and 0."""
+
+    tokens: int
+    inputs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step on the device. sampling, paths, ruled and logprob_rows are of this rank's share of the S sampled rows.
 
@@ -56,7 +65,7 @@ class StepBatch:
     lanes: what the other data ranks return in this step, where there are any.
     """
 
-    forward: ForwardBatch
+    forward: ForwardBatch | DecodeRows
     slots: Tensor
     positions: Tensor
     sampled_slots: Int64Array
@@ -88,41 +97,51 @@ class _Layout:
 
 
 def apply_and_build(
-    tables: PlanTables, state: SlotState, rank: int, ranks: int, piece_rows: int, samples: bool = True
+    tables: PlanTables,
+    state: SlotState,
+    rank: int,
+    ranks: int,
+    piece_rows: int,
+    samples: bool = True,
+    graph_rows: int = 0,
 ) -> StepBatch:
     """Apply a plan's admits, block changes and ids to the state, then lay out its rows.
 
     piece_rows: how many rows with rules are sampled together at most. samples: whether it is done here, or on the
-    pipeline's last stage, and this rank's share is empty.
+    pipeline's last stage, and this rank's share is empty. graph_rows: of the CUDA graph that computes them, if not 0.
     """
     layout = _layout(tables)
-    share = Share.of(len(layout.wanted) if samples else 0, rank, ranks)
+    tokens, share = len(layout.positions), Share.of(len(layout.wanted) if samples else 0, rank, ranks)
     sampling = state.admit(tables)
     paths, ruled = _ruled(state, layout, share, piece_rows)
-    admit_slots, admits, blocks, token_slots, positions, given, *sampled, plain, truncated, logprob_rows = upload(
-        (
-            tables.admits["slot"].astype(np.int64),
-            sampling,
-            tables.blocks.astype(np.int64),
-            layout.token_slots,
-            layout.positions,
-            layout.given,
-            layout.sample_index,
-            layout.sample_slots,
-            layout.sample_positions,
-            layout.targets,
-            np.flatnonzero(paths == Path.PLAIN),
-            np.flatnonzero(paths == Path.TRUNCATED),
-            np.flatnonzero(layout.wanted[share.rows] >= 0),
-        ),
-        state.history.device,
+    admit_slots, admits, blocks, token_slots, positions, given, inputs, *sampled, plain, truncated, logprob_rows = (
+        upload(
+            (
+                tables.admits["slot"].astype(np.int64),
+                sampling,
+                tables.blocks.astype(np.int64),
+                layout.token_slots,
+                layout.positions,
+                layout.given,
+                _padded(layout, graph_rows, state.padding_slot),
+                layout.sample_index,
+                layout.sample_slots,
+                layout.sample_positions,
+                layout.targets,
+                np.flatnonzero(paths == Path.PLAIN),
+                np.flatnonzero(paths == Path.TRUNCATED),
+                np.flatnonzero(layout.wanted[share.rows] >= 0),
+            ),
+            state.history.device,
+        )
     )
     sample_index, slots, sample_positions, targets = sampled
     state.sampling[admit_slots] = admits
     state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
     _write_known_ids(tables, state, layout.decode_rows, token_slots, positions, given)
+    on_device = token_slots, positions, given, sample_index
     return StepBatch(
-        forward=_forward(tables, layout, state, (token_slots, positions, given, sample_index)),
+        forward=DecodeRows(tokens, inputs) if graph_rows else _forward(tables, layout, state, on_device),
         slots=slots,
         positions=sample_positions,
         sampled_slots=layout.sample_slots,
@@ -173,6 +192,15 @@ def _layout(tables: PlanTables) -> _Layout:
         targets=np.concatenate(targets) if targets else np.empty(0, np.int64),
         scored=scored,
     )
+
+
+def _padded(layout: _Layout, rows: int, padding_slot: int) -> Int64Array:
+    """As DecodeRows has them; [2, 0] without a graph."""
+    padded = np.zeros((2, rows), dtype=np.int64)
+    padded[0] = padding_slot
+    if rows:
+        padded[:, : len(layout.positions)] = layout.token_slots, layout.positions
+    return padded
 
 
 def _spans(slot: Int64Array, first: Int64Array, tokens: Int64Array) -> tuple[Int64Array, Int64Array]:

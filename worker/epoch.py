@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 from llguidance import LLTokenizer
 
@@ -28,11 +29,12 @@ from parallel import mesh
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from worker.checkpoint.held import HeldShard
+from worker.decode_graphs import CudaCapture, experts_wait, graph_sizes, refusal
 from worker.engine import EngineCore, EngineLimits
 from worker.expert_news import ExpertLoadNews
 from worker.kv_cache import KVCache
 from worker.matchers import Matchers
-from worker.memory import settle_kv_blocks
+from worker.memory import free_memory_bytes, settle_kv_blocks
 from worker.op_log import OpLog
 from worker.plan import DRAIN
 from worker.plan_socket import PlanReceiver, PlanServer
@@ -44,6 +46,8 @@ from worker.weights import Loaded, bring_weights
 MEET_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0  # a rank that takes no plan for so long is wedged; two plans always fit its socket
 
+
+log = structlog.get_logger("rank")
 
 SendPlans = Callable[[Sequence[bytes]], None]  # one payload for each data rank, or one for all
 
@@ -111,24 +115,45 @@ def form_epoch(
     laps.end("weights")
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
-    command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers)
+    no_graphs = refusal(command.cuda_graphs, device, context.dtype, experts_wait(model, device))
+    command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers, graphs=not no_graphs)
     laps.end("largest_step")
-    kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens)
+    kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens, padded=not no_graphs)
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
     laps.end("cache")
+    _capture_graphs(runner, command.max_running, context, no_graphs, resources)
+    laps.end("graphs")
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command, resources), None)
     if lead is not None:
         resources.callback(lead.end_plans)
     stage = Stage(runner, context.place, command.pipeline_depth)
-    log = None
+    op_log = None
     if command.trace_dir:
-        log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
-        resources.callback(log.close)
+        op_log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
+        resources.callback(op_log.close)
     resident = model.resident_bytes, kv_cache.resident_bytes
     laps.end("plans")
     loads = ExpertLoadNews(ExpertLoads(model, context, held_layers(config, context.place).start))
-    return Epoch(fence, stage, plans, lead, loaded, *resident, log, loads, command.layout, laps.took_s, resources)
+    return Epoch(fence, stage, plans, lead, loaded, *resident, op_log, loads, command.layout, laps.took_s, resources)
+
+
+def _capture_graphs(
+    runner: Runner, max_running: int, context: ParallelContext, refused: str, resources: ExitStack
+) -> None:
+    """Of all sizes; refused: why none is captured, if none is. Says which, once a replica."""
+    resources.callback(runner.reset_graphs)  # before the groups are closed, which were entered before
+    said = log if context.place.rank == 0 else None
+    if refused:
+        if said is not None:
+            said.info("decode steps run without CUDA graphs", reason=refused)
+        return
+    began_s, before, sizes = time.monotonic(), free_memory_bytes(context.device), graph_sizes(max_running)
+    runner.capture_graphs(CudaCapture(context.device), sizes)
+    taken_bytes = before - free_memory_bytes(context.device)
+    if said is not None:
+        took_s = round(time.monotonic() - began_s, 2)
+        said.info("captured decode steps as CUDA graphs", count=len(sizes), took_s=took_s, bytes=taken_bytes)
 
 
 class Laps:

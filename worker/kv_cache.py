@@ -18,15 +18,19 @@ from parallel.context import ParallelContext
 class KVCache:
     """keys and values of each of the rank's layers: [num_blocks, block_tokens, key/value heads held, head_dim].
 
-    With latent attention keys begin with the values, and there are no others.
+    With latent attention keys begin with the values, and there are no others. padded: one block more, behind the
+    others, which belongs to no request: rows that only fill a CUDA graph write there.
     """
 
-    def __init__(self, config: ModelConfig, context: ParallelContext, num_blocks: int, block_tokens: int) -> None:
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, num_blocks: int, block_tokens: int, padded: bool = False
+    ) -> None:
         assert num_blocks >= 1 and block_tokens >= 1, f"{num_blocks} blocks of {block_tokens} tokens"
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         heads = kv_heads_held(config, context.place.degrees.tensor)
-        shape = (num_blocks, block_tokens, heads, config.key_dim)
+        self.padding_block = num_blocks if padded else None
+        shape = (num_blocks + padded, block_tokens, heads, config.key_dim)
 
         def allocate() -> tuple[Tensor, ...]:
             layers = held_layers(config, context.place)

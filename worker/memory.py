@@ -1,12 +1,13 @@
-"""How many KV blocks a rank can really have: what the plan allows, less what the largest step takes besides.
+"""How many KV blocks a rank can really have: what the plan allows, less what steps and their graphs take besides.
 
 In rank processes, once an epoch, after the weights are loaded. On CUDA the largest step is run over a cache of one
-block and its peak is measured; on a CPU, whose memory is not ours to fill, the plan stands. All ranks settle on the
-smallest answer. Knows no request.
+block and its peak is measured, then what two graphs of decode steps take; on a CPU, whose memory is not ours to fill,
+the plan stands. All ranks settle on the smallest answer. Knows no request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
+from worker.decode_graphs import CudaCapture, graph_sizes
 from worker.kv_cache import KVCache
 from worker.limits import decode_places
 from worker.matchers import Matchers
@@ -41,31 +43,35 @@ def settle_kv_blocks(
     context: ParallelContext,
     command: control_pb2.FormEpoch,
     matchers: Matchers,
+    graphs: bool,
 ) -> int:
-    """Blocks for every rank, up to the limit.
+    """Blocks for every rank, up to the limit. graphs: whether decode steps will be captured.
 
     Raises ConfigError when not one request of max_context tokens has room beside a step.
     """
     block_bytes = kv_bytes_per_block(config, context.place, command.block_tokens, context.dtype.itemsize)
-    step_bytes = 0
+    step_bytes = graphs_bytes = 0
     if context.device.type == "cuda":
         rows = decode_places(command.max_running, command.speculation_tokens)
         limits = RunnerLimits(rows, command.max_context, command.block_tokens)
-        runner = Runner(model, KVCache(config, context, 1, command.block_tokens), context, limits, matchers)
+        cache = KVCache(config, context, 1, command.block_tokens, padded=graphs)
+        runner = Runner(model, cache, context, limits, matchers)
         plan = largest_step(rows, command.max_context, command.max_step_tokens, context.epoch)
         step_bytes = _peak_bytes(runner, plan, context.device)
-        del runner
+        if graphs:
+            graphs_bytes = block_bytes + _graphs_bytes(runner, graph_sizes(rows), context.device)
+        del runner, cache
         torch.cuda.empty_cache()
-    own = torch.tensor([command.kv_blocks - -(-step_bytes // block_bytes)], dtype=torch.int64)
+    own = torch.tensor([command.kv_blocks - -(-(step_bytes + graphs_bytes) // block_bytes)], dtype=torch.int64)
     blocks = int(context.replica.all_gather(own).min())
     needed = -(-command.max_context // command.block_tokens)
     if blocks < needed:
         fitting = max(blocks, 0) * command.block_tokens
         raise ConfigError(
             f"no memory for the KV cache: {command.kv_blocks} blocks fit beside the weights; less {step_bytes} bytes "
-            f"of the largest step {max(blocks, 0)} blocks of {command.block_tokens} tokens are left; one request of "
-            f"max-context {command.max_context} needs {needed}; lower max-context to {fitting} or less, or lower "
-            "max-step-tokens or max-running",
+            f"of the largest step and {graphs_bytes} of CUDA graphs {max(blocks, 0)} blocks of {command.block_tokens} "
+            f"tokens are left; one request of max-context {command.max_context} needs {needed}; lower max-context to "
+            f"{fitting} or less, or lower max-step-tokens or max-running",
             field="max_context",
         )
     return min(blocks, command.kv_blocks_limit or blocks)
@@ -91,3 +97,17 @@ def _peak_bytes(runner: Runner, plan: StepPlan, device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     runner.run(decode(encode(plan)))
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _graphs_bytes(runner: Runner, sizes: Sequence[int], device: torch.device) -> int:
+    """Device bytes of graphs of all these sizes: the largest brings what all share, and each other one as much as the
+    smallest. The runner is of no use afterwards."""
+    capture, taken = CudaCapture(device), []
+    for size in (sizes[-1], sizes[0]):
+        torch.cuda.empty_cache()
+        before = free_memory_bytes(device)
+        runner.capture_graphs(capture, (size,))
+        torch.cuda.empty_cache()
+        taken.append(max(before - free_memory_bytes(device), 0))
+    runner.reset_graphs()
+    return taken[0] + taken[1] * (len(sizes) - 1)

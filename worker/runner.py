@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.batch import ForwardBatch
 from models.decoder import DecoderModel
 from models.expert_balance import rebalance_experts
 from models.tables import held_layers
 from parallel.comm import Channel
 from parallel.context import ParallelContext
 from worker import non_finite, sampler
-from worker.batch import Share, StepBatch, apply_and_build
+from worker.batch import DecodeRows, Share, StepBatch, apply_and_build
+from worker.decode_graphs import Capture, DecodeGraphs
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
 from worker.logit_rules import Allowed
@@ -71,9 +73,25 @@ class Runner:
         self._context = context
         self._matchers = matchers
         self._piece_rows = sampler.piece_rows(model.config.vocab_size)
-        self._state = SlotState(limits.max_running, limits.max_context, limits.block_tokens, context.device)
+        # One slot more than requests have, for rows that fill a graph.
+        self._state = SlotState(limits.max_running + 1, limits.max_context, limits.block_tokens, context.device)
+        self._graphs: DecodeGraphs | None = None
+        self._limits = limits
         self._out: deque[_Out] = deque()
         self.clock = OpClock(context.device)
+
+    def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
+        """From now on a graph computes each step of decode rows that one of these numbers of rows, at most max_running,
+        has room for. Every rank of the stages must do the same, with no step on its way; the cache must be padded."""
+        if self._graphs is None:
+            most_rows = self._limits.max_running
+            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context, most_rows)
+        self._graphs.capture(capture, sizes)
+
+    def reset_graphs(self) -> None:
+        """Before groups are closed; no step is run afterwards."""
+        if self._graphs is not None:
+            self._graphs.reset()
 
     def run(self, tables: PlanTables) -> StepResult:
         """One plan by itself, waited for. Every rank of the stages must do the same."""
@@ -93,13 +111,16 @@ class Runner:
         tensor, last = self._context.tensor, self._context.place.last_stage
         if tables.rebalances:
             rebalance_experts(self.model, self._context)
-        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last)
+        graph_rows = 0 if self._graphs is None else self._graphs.rows_for(tables)
+        batch = apply_and_build(
+            tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last, graph_rows=graph_rows
+        )
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
         following = self._matchers.begin(tables, constrained) if last else None
         hidden = self._receive(batch)
         started = self.clock.mark()
         if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
-            hidden = self.model(batch.forward, self._kv_cache, hidden)
+            hidden = self._compute(batch.forward, hidden)
         if not last:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
         drawn = self._draw(hidden, batch, None if following is None else following.result())
@@ -129,6 +150,13 @@ class Runner:
             first_layer = held_layers(self.model.config, place).start
             non_finite.tell(result.step, pending.own, self._state, self._kv_cache, first_layer)
 
+    def _compute(self, rows: ForwardBatch | DecodeRows, hidden: Tensor | None) -> Tensor:
+        """What DecoderModel makes of them."""
+        if isinstance(rows, ForwardBatch):
+            return self.model(rows, self._kv_cache, hidden)
+        assert self._graphs is not None, "rows of a graph"
+        return self._graphs.replay(rows, hidden)
+
     # Between stages.
 
     def _receive(self, batch: StepBatch) -> Tensor | None:
@@ -136,7 +164,7 @@ class Runner:
         channel = self._context.received
         if channel is None:
             return None
-        shape = len(batch.forward.positions), self.model.config.hidden_size
+        shape = batch.forward.tokens, self.model.config.hidden_size
         if not shape[0]:
             return torch.empty(shape, dtype=self._context.dtype, device=self._context.device)
         return channel.receive(shape, self._context.dtype)

@@ -35,6 +35,11 @@ class SlotState:
         self.paths = np.full(max_running, Path.GREEDY, dtype=np.int8)
         self.rules: dict[int, SlotRules] = {}
 
+    @property
+    def padding_slot(self) -> int:
+        """The last slot, which is kept from requests where steps are padded."""
+        return len(self.history) - 1
+
     def admit(self, tables: PlanTables) -> npt.NDArray[np.int64]:
         """Notes a plan's admits on the host, and returns what belongs into their rows of `sampling`."""
         admits = tables.admits

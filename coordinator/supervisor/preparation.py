@@ -48,6 +48,7 @@ CHANGEABLE = (
     "dtype",
     "max_context",
     "max_running",
+    "cuda_graphs",
     "max_step_tokens",
     "gpu_memory_fraction",
     "kv_cache_tokens",

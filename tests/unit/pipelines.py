@@ -42,7 +42,8 @@ class Rank:
 
 
 class Pipeline:
-    """Use as a context manager. slow(op) is called in a rank's thread after each of its operations."""
+    """Use as a context manager. slow(op) is called in a rank's thread after each of its operations. graphs: numbers of
+    rows that every rank captures."""
 
     def __init__(
         self,
@@ -50,7 +51,9 @@ class Pipeline:
         degrees: Degrees,
         limits: EngineLimits,
         slow: Callable[[Op], None] = lambda op: None,
+        graphs: Sequence[int] = (),
     ) -> None:
+        self._graphs = graphs
         self.core = EngineCore(FENCE, limits)
         self.outcome = Outcome()
         self.plans: list[StepPlan | None] = []  # of the first data rank, as they were sent; None: a drain
@@ -122,7 +125,7 @@ class Pipeline:
         )
         try:
             runner_limits = RunnerLimits(limits.max_running, limits.max_context, limits.block_tokens)
-            runner = new_runner(self._checkpoint, context, runner_limits, limits.kv_blocks)
+            runner = new_runner(self._checkpoint, context, runner_limits, limits.kv_blocks, self._graphs)
             stage, rank.model = Stage(runner, place, limits.depth), runner.model
             while (payload := rank.inbox.get()) is not None:
                 for op, queued in stage.take(None if payload == DRAIN else decode(payload)):

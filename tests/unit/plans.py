@@ -7,7 +7,7 @@ Plans are made ahead of results, as none needs another's; blocks lie scattered, 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from models.registry import build_model
 from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Degrees
 from tests.ranks import as_ranks
+from tests.unit.again import Again
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
 from worker.matchers import Matchers
@@ -120,16 +121,24 @@ def answers_of(asks: list[Ask], plans: list[StepPlan], results: list[StepResult]
 
 
 def new_runner(
-    directory: Path, context: ParallelContext, limits: RunnerLimits = LIMITS, blocks: int = BLOCKS
+    directory: Path,
+    context: ParallelContext,
+    limits: RunnerLimits = LIMITS,
+    blocks: int = BLOCKS,
+    graphs: Sequence[int] = (),
 ) -> Runner:
+    """graphs: numbers of rows that are captured, as far as there is no device."""
     config = read_model_config(directory)
     model = build_model(config, context)
     load_weights(model, config, directory, context, lambda loaded_bytes, total_bytes: None)
-    cache = KVCache(config, context, blocks, limits.block_tokens)
+    cache = KVCache(config, context, blocks, limits.block_tokens, padded=bool(graphs))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # whatever is read without having been written shows
     matchers = Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), threads=1)
-    return Runner(model, cache, context, limits, matchers)
+    runner = Runner(model, cache, context, limits, matchers)
+    if graphs:
+        runner.capture_graphs(Again, graphs)
+    return runner
 
 
 def answer(directory: Path, asks: list[Ask], seed: int = 0) -> list[Answer]:

@@ -24,6 +24,11 @@ def build(state: SlotState, plan: StepPlan, rank: int = 0, ranks: int = 1) -> St
     return apply_and_build(decode(encode(plan)), state, rank, ranks, piece_rows=64)
 
 
+def forward(batch: StepBatch) -> ForwardBatch:
+    assert isinstance(batch.forward, ForwardBatch)
+    return batch.forward
+
+
 def admit(
     slot: int, choice: int = 0, seed: int = 0, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
 ) -> Admit:
@@ -58,7 +63,7 @@ def test_a_mixed_step_is_laid_out_with_decode_rows_first() -> None:
         ),
     )
     batch = build(state, plan)
-    assert lists(batch.forward) == {
+    assert lists(forward(batch)) == {
         "token_ids": [305, 100, 60, 61, 62, 63, 50, 51],
         "positions": [5, 0, 6, 7, 8, 9, 0, 1],
         "slot_mapping": [7 * 4 + 1, 2 * 4, 12 * 4 + 2, 12 * 4 + 3, 13 * 4, 13 * 4 + 1, 0, 1],
@@ -66,9 +71,9 @@ def test_a_mixed_step_is_laid_out_with_decode_rows_first() -> None:
         "decode_context_lens": [6, 1],
         "sample_index": [0, 1, 5],
     }
-    assert batch.forward.num_decode_rows == 2
-    assert batch.forward.experts == ExpertStep(decode=False, rows_per_rank=(8,))
-    first, second = batch.forward.prefill
+    assert forward(batch).num_decode_rows == 2
+    assert forward(batch).experts == ExpertStep(decode=False, rows_per_rank=(8,))
+    first, second = forward(batch).prefill
     assert (first.offset, first.tokens, first.context_len, first.block_table.tolist()) == (2, 4, 10, [11, 12, 13])
     assert (second.offset, second.tokens, second.context_len, len(second.block_table)) == (6, 2, 2, 1)
     assert batch.slots.tolist() == [3, 1, 4]
@@ -80,8 +85,8 @@ def test_blocks_that_a_decode_row_does_not_use_yet_are_padded_with_zero() -> Non
     state.block_tables[:] = 99  # what earlier owners of the slots left
     rows = (decode_row(0, first=3), decode_row(1, first=8))
     batch = build(state, StepPlan(FENCE, 1, blocks=((0, 0, 5), (1, 0, 6), (1, 1, 7), (1, 2, 8)), rows=rows))
-    assert batch.forward.experts == ExpertStep(decode=True, rows_per_rank=(2,))
-    assert batch.forward.decode_block_tables.tolist() == [[5, 0, 0], [6, 7, 8]]
+    assert forward(batch).experts == ExpertStep(decode=True, rows_per_rank=(2,))
+    assert forward(batch).decode_block_tables.tolist() == [[5, 0, 0], [6, 7, 8]]
 
 
 def test_admitted_sampling_arrives_exact_and_stays_until_the_slot_is_taken_again() -> None:
@@ -120,7 +125,7 @@ def test_rows_without_sample_are_left_out_and_logprobs_keep_row_order() -> None:
     )
     batch = build(new_state(), plan)
     assert batch.slots.tolist() == [0, 1, 3]
-    assert batch.forward.sample_index.tolist() == [0, 1, 5]
+    assert forward(batch).sample_index.tolist() == [0, 1, 5]
     assert batch.logprobs == (0, None, 5)
     assert batch.logprob_rows.tolist() == [0, 2]
 
@@ -131,7 +136,7 @@ def test_the_history_holds_every_id_at_its_position() -> None:
     told = (Told(4, 0, (10, 11, 12)), Told(5, 1, (20,)))
     rows = (decode_row(0, 2), chunk(4, 3, 13, 14), chunk(1, 7, 30, sampled=True))
     batch = build(state, StepPlan(FENCE, 1, rows=rows, told=told))
-    assert batch.forward.token_ids.tolist() == [-7, 13, 14, 30]
+    assert forward(batch).token_ids.tolist() == [-7, 13, 14, 30]
     state.write(batch.slots, batch.positions, torch.tensor([40, 41]))  # what the step samples
     written = {
         (slot, place): int(state.history[slot, place]) for slot, place in (state.history != -7).nonzero().tolist()
@@ -143,7 +148,7 @@ def test_the_history_holds_every_id_at_its_position() -> None:
         (0, 3): 40,
         (1, 8): 41,
     }
-    assert build(state, StepPlan(FENCE, 2, rows=(decode_row(1, 8),))).forward.token_ids.tolist() == [41]
+    assert forward(build(state, StepPlan(FENCE, 2, rows=(decode_row(1, 8),)))).token_ids.tolist() == [41]
 
 
 def test_scored_tokens_come_after_the_sampled_ones_with_the_ids_that_follow_them() -> None:
@@ -158,7 +163,7 @@ def test_scored_tokens_come_after_the_sampled_ones_with_the_ids_that_follow_them
         scored(chunk(4, 6, 60, sampled=True), 1, None),
     )
     batch = build(new_state(), StepPlan(FENCE, 1, rows=rows))
-    assert batch.forward.sample_index.tolist() == [0, 7, 8, 1, 2, 3, 6]
+    assert forward(batch).sample_index.tolist() == [0, 7, 8, 1, 2, 3, 6]
     assert batch.targets.tolist() == [31, 32, 33, 51]
     assert batch.scored == ((3, 2), (1, 0), (0, 1))
     assert batch.slots.tolist() == [0, 3, 4]
@@ -168,8 +173,8 @@ def test_a_plan_without_rows_changes_state_alone() -> None:
     state = new_state()
     batch = build(state, StepPlan(FENCE, 1, admits=(admit(2),), blocks=((2, 1, 8),)))
     assert state.block_tables[2].tolist() == [0, 8, 0, 0, 0]
-    assert batch.forward.token_ids.shape == (0,)
-    assert batch.forward.decode_block_tables.shape == (0, 0)
+    assert forward(batch).token_ids.shape == (0,)
+    assert forward(batch).decode_block_tables.shape == (0, 0)
     assert batch.logprobs == ()
 
 

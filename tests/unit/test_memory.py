@@ -64,7 +64,7 @@ def settle(folder: Path, neighbour: int, wanted: int, limit: int = 0) -> int:
         max_step_tokens=32,
         kv_blocks_limit=limit,
     )
-    return settle_kv_blocks(None, config, context, command, None)  # type: ignore[arg-type]
+    return settle_kv_blocks(None, config, context, command, None, graphs=False)  # type: ignore[arg-type]
 
 
 def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:

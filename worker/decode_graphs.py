@@ -1,0 +1,213 @@
+"""Decode steps as CUDA graphs: a stage's layers, collectives included, in one launch, for some numbers of rows.
+
+In every rank's runner, which asks for each step whether there is a graph. Captured once an epoch, largest first, in one
+pool of memory that all share, as they never run side by side. A graph reads slots and positions from a buffer that each
+step fills by one copy, and all else where it lies. Rows that are missing are padding: of a slot that no request has,
+whose block nobody reads, and which want no expert. Head and sampling stay outside, and are launched while it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echelon.errors import ConfigError
+from models.batch import ForwardBatch
+from models.decoder import DecoderModel
+from models.moe import MixtureOfExperts
+from parallel import kernels
+from parallel.comm import of_peer
+from parallel.context import ParallelContext
+from parallel.expert import ExpertStep
+from worker.batch import DecodeRows
+from worker.kv_cache import KVCache
+from worker.plan import NO_SAMPLE, PlanTables
+from worker.slots import SlotState
+
+_FEW = (1, 2, 4)
+_STRIDES = ((64, 8), (256, 16))  # up to so many rows, a graph every so many; beyond, every _LAST_STRIDE
+_LAST_STRIDE = 32
+_GROUPS_ON_DEVICE = (9, 0)  # the least compute capability on which torch's grouped product does not loop on the host
+
+
+class Captured(Protocol):
+    """Work that can be done again over what its buffers hold by then."""
+
+    def replay(self) -> Tensor:
+        """What it makes; the next replay of any work of the same capture overwrites it."""
+
+    def reset(self) -> None:
+        """Lets go of it; it cannot be replayed any more."""
+
+
+Capture = Callable[[Callable[[], Tensor]], Captured]
+
+
+def graph_sizes(most_rows: int) -> tuple[int, ...]:
+    """Numbers of rows that get a graph, ascending: close together where padding would cost most; most_rows the last."""
+    sizes = list(_FEW)
+    for end, stride in _STRIDES:
+        sizes += range(sizes[-1] // stride * stride + stride, end + 1, stride)
+    sizes += range(sizes[-1] + _LAST_STRIDE, most_rows, _LAST_STRIDE)
+    return (*(size for size in sizes if size < most_rows), most_rows)
+
+
+def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, experts_wait: bool) -> str:
+    """Why decode steps of an epoch are launched one kernel at a time; empty if they are captured.
+
+    experts_wait: with some number of rows the host waits for the device.
+    """
+    if not wanted:
+        return "cuda-graphs is off"
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if not kernels.can_run(device):
+        return "Triton is not installed"
+    if dtype not in kernels.DTYPES:
+        return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
+    if experts_wait:
+        return "torch's grouped product of experts does not take this dtype, these sizes or this device"
+    return ""
+
+
+def experts_wait(model: DecoderModel, device: torch.device) -> bool:
+    """As `refusal` asks it."""
+    sparse = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+    if not sparse or device.type != "cuda":
+        return False
+    loops = torch.cuda.get_device_capability(device) < _GROUPS_ON_DEVICE
+    return loops or any(experts.may_wait for experts in sparse)
+
+
+def decode_rows(tables: PlanTables) -> int:
+    """Rows of the busiest data rank, if all rows of every data rank decode and are sampled; else 0.
+
+    The same on all ranks of a replica, which must replay the same graph: their collectives meet inside.
+    """
+    if tables.lanes:
+        alone = all(lane.decodes and len(lane.wanted) == lane.tokens for lane in tables.lanes)
+        return max(lane.tokens for lane in tables.lanes) if alone else 0
+    alone = bool(((tables.rows[:, 3] < 0) & (tables.rows[:, 4] != NO_SAMPLE)).all())
+    return len(tables.rows) if alone else 0
+
+
+class DecodeGraphs:
+    """Of one stage's model over one cache, which is padded, and the slots' state, whose last slot no request has.
+
+    Every rank of the replica must capture the same sizes, in this order, and replay the same ones.
+    """
+
+    def __init__(
+        self, model: DecoderModel, kv_cache: KVCache, state: SlotState, context: ParallelContext, most_rows: int
+    ) -> None:
+        assert kv_cache.padding_block is not None, "rows that pad need a block"
+        self._model = model
+        self._kv_cache = kv_cache
+        self._state = state
+        self._data = context.place.degrees.data
+        self._inputs = torch.zeros(2, most_rows, dtype=torch.int64, device=context.device)
+        self._hidden: Tensor | None = None
+        if model.embedding is None:
+            shape = most_rows, model.config.hidden_size
+            self._hidden = torch.zeros(shape, dtype=context.dtype, device=context.device)
+        self._captured: dict[int, Captured] = {}
+        self._sizes: list[int] = []
+        state.block_tables[state.padding_slot] = kv_cache.padding_block
+
+    @torch.inference_mode()
+    def capture(self, capture: Capture, sizes: Sequence[int]) -> None:
+        """Raises ConfigError where the device refuses."""
+        for rows in sorted(sizes, reverse=True):
+            self._inputs[0], self._inputs[1] = self._state.padding_slot, 0
+            try:
+                self._captured[rows] = capture(functools.partial(self._compute, rows))
+            except RuntimeError as error:  # what torch raises for all that goes wrong on a device
+                if of_peer(error):
+                    raise
+                raise ConfigError(
+                    f"a decode step of {rows} rows could not be captured as a CUDA graph: {error}; serve with "
+                    "cuda-graphs=off, or lower max-running if memory ran out",
+                    field="cuda_graphs",
+                ) from error
+        self._sizes = sorted(self._captured)
+
+    def rows_for(self, tables: PlanTables) -> int:
+        """Rows of the graph that computes a plan's step; 0 if none does."""
+        rows = decode_rows(tables)
+        place = bisect_left(self._sizes, rows)
+        return self._sizes[place] if rows and place < len(self._sizes) else 0
+
+    def replay(self, rows: DecodeRows, hidden: Tensor | None) -> Tensor:
+        """As DecoderModel computes it: [rows, hidden]. hidden: what the stage before has made of these rows.
+
+        The next replay overwrites it, unless it goes to another stage.
+        """
+        size = rows.inputs.shape[1]
+        self._inputs[:, :size].copy_(rows.inputs)
+        if self._hidden is not None:
+            assert hidden is not None, "a stage behind the first computes on what the one before sent"
+            self._hidden[: rows.tokens].copy_(hidden)
+        made = self._captured[size].replay()[: rows.tokens]
+        return made.clone() if self._model.norm is None else made
+
+    def reset(self) -> None:
+        """Must come before their groups are closed, which else wait for graphs that hold their collectives."""
+        for captured in self._captured.values():
+            captured.reset()
+
+    def _compute(self, rows: int) -> Tensor:
+        """What a graph holds: nothing here may wait for the device, or depend on what a buffer says."""
+        state, (slots, positions) = self._state, self._inputs[:, :rows]
+        blocks = state.block_tables[slots, positions // state.block_tokens]
+        batch = ForwardBatch(
+            token_ids=state.history[slots, positions].long(),
+            positions=positions,
+            slot_mapping=blocks * state.block_tokens + positions % state.block_tokens,
+            num_decode_rows=rows,
+            decode_block_tables=state.block_tables[slots],
+            decode_context_lens=positions + 1,
+            prefill=(),
+            sample_index=torch.arange(rows, device=positions.device),
+            experts=ExpertStep(True, (rows,) * self._data, padding=slots == state.padding_slot),
+        )
+        hidden = None if self._hidden is None else self._hidden[:rows]
+        return self._model(batch, self._kv_cache, hidden)
+
+
+class CudaCapture:
+    """Captures CUDA graphs into one pool. Made and called in one thread; graphs may be replayed from another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> Captured:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            work()  # compiles kernels and connects groups, which no capture can hold
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Threads of NCCL and of this process ask the device for things meanwhile, which the strict mode takes amiss.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            made = work()
+        return _CudaGraph(graph, made)
+
+
+class _CudaGraph:
+    """made: kept alive, as what is captured later would else be given its memory."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor) -> None:
+        self._graph = graph
+        self._made = made
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self._made
+
+    def reset(self) -> None:
+        self._graph.reset()
