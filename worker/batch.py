@@ -114,34 +114,17 @@ def apply_and_build(
     tokens, share = len(layout.positions), Share.of(len(layout.wanted) if samples else 0, rank, ranks)
     sampling = state.admit(tables)
     paths, ruled = _ruled(state, layout, share, piece_rows)
-    admit_slots, admits, blocks, token_slots, positions, given, inputs, *sampled, plain, truncated, logprob_rows = (
-        upload(
-            (
-                tables.admits["slot"].astype(np.int64),
-                sampling,
-                tables.blocks.astype(np.int64),
-                layout.token_slots,
-                layout.positions,
-                layout.given,
-                _padded(layout, graph_rows, state.padding_slot),
-                layout.sample_index,
-                layout.sample_slots,
-                layout.sample_positions,
-                layout.targets,
-                np.flatnonzero(paths == Path.PLAIN),
-                np.flatnonzero(paths == Path.TRUNCATED),
-                np.flatnonzero(layout.wanted[share.rows] >= 0),
-            ),
-            state.history.device,
-        )
-    )
-    sample_index, slots, sample_positions, targets = sampled
-    state.sampling[admit_slots] = admits
+    arrays = (*_token_arrays(layout, state.padding_slot, graph_rows), *_sampling_arrays(layout, share, paths))
+    admits = tables.admits["slot"].astype(np.int64), sampling, tables.blocks.astype(np.int64)
+    admit_slots, admitted, blocks, *on_device = upload((*admits, *arrays), state.history.device)
+    token_slots, positions, given, inputs, sample_index, *sampled = on_device
+    slots, sample_positions, targets, plain, truncated, logprob_rows = sampled
+    state.sampling[admit_slots] = admitted
     state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
     _write_known_ids(tables, state, layout.decode_rows, token_slots, positions, given)
-    on_device = token_slots, positions, given, sample_index
+    eager = token_slots, positions, given, sample_index
     return StepBatch(
-        forward=DecodeRows(tokens, inputs) if graph_rows else _forward(tables, layout, state, on_device),
+        forward=DecodeRows(tokens, inputs) if graph_rows else _forward(tables, layout, state, eager),
         slots=slots,
         positions=sample_positions,
         sampled_slots=layout.sample_slots,
@@ -192,6 +175,19 @@ def _layout(tables: PlanTables) -> _Layout:
         targets=np.concatenate(targets) if targets else np.empty(0, np.int64),
         scored=scored,
     )
+
+
+def _token_arrays(layout: _Layout, padding_slot: int, graph_rows: int) -> tuple[Int64Array, ...]:
+    """Of the model: slots, positions and given ids of tokens, DecodeRows.inputs, and which tokens are sampled."""
+    inputs = _padded(layout, graph_rows, padding_slot)
+    return layout.token_slots, layout.positions, layout.given, inputs, layout.sample_index
+
+
+def _sampling_arrays(layout: _Layout, share: Share, paths: npt.NDArray[np.int8]) -> tuple[Int64Array, ...]:
+    """As StepBatch has them: slots, positions, targets, SamplingPaths, logprob_rows."""
+    drawn = np.flatnonzero(paths == Path.PLAIN), np.flatnonzero(paths == Path.TRUNCATED)
+    logprob_rows = np.flatnonzero(layout.wanted[share.rows] >= 0)
+    return layout.sample_slots, layout.sample_positions, layout.targets, *drawn, logprob_rows
 
 
 def _padded(layout: _Layout, rows: int, padding_slot: int) -> Int64Array:
