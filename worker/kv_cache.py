@@ -47,5 +47,5 @@ class KVCache:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of all layers' keys and values."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.keys, *self.values))
+        """Bytes of all layers' keys and values, of which every block is for requests: without the padding."""
+        return sum(tensor[: self.num_blocks].nbytes for tensor in (*self.keys, *self.values))

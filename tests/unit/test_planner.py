@@ -246,6 +246,9 @@ def test_the_cache_takes_what_is_planned(name: str, layers: int, token_bytes: in
     assert kv_bytes_per_block(config, Degrees().place(0), block_tokens, 2) == block_tokens * token_bytes
     cache = KVCache(config, solo_context(torch.device("cpu"), torch.bfloat16), 3, block_tokens)
     assert cache.resident_bytes == 3 * block_tokens * token_bytes
+    padded = KVCache(config, solo_context(torch.device("cpu"), torch.bfloat16), 3, block_tokens, padded=True)
+    assert padded.padding_block == 3 and len(padded.keys[0]) == 4, "one more, which no request can have"
+    assert padded.resident_bytes == cache.resident_bytes
 
 
 def found_for(name: str, degrees: Degrees, case: Case, **machine: int) -> tuple[Load, Forecast]:
