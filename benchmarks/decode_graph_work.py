@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -121,7 +122,7 @@ class Bench:
         self._limits = RunnerLimits(options.max_running, max_context, BLOCK_TOKENS)
         self._matchers = matchers
         width = -(-max_context // BLOCK_TOKENS)
-        self._blocks = max(options.rows) * width
+        self._blocks = max(map(int, options.rows)) * width
         self._cache, self.runner = self._new_runner(self._blocks)
         for stored in (*self._cache.keys, *self._cache.values):
             stored.normal_()
@@ -244,10 +245,10 @@ class Bench:
         routed = [layer.routing for layer in self._config.layers if layer.routing is not None]
         for mlp, routing in zip(self._sparse(), routed, strict=False):
             together = rows * self._context.place.degrees.data
-            untouched = float((1 - routing.experts_per_token / routing.experts) ** together)
+            untouched = math.pow(1 - routing.experts_per_token / routing.experts, together)
             least -= untouched * (mlp.experts.gate_up.nbytes + mlp.experts.down.nbytes)
         stored = self._cache.resident_bytes / self._blocks / BLOCK_TOKENS
-        return least + float(rows * self._options.context) * stored
+        return least + rows * int(self._options.context) * stored
 
     def _us(self, work: Callable[[], object]) -> float:
         """Of one of several that are launched without waiting."""

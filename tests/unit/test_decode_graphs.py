@@ -60,7 +60,7 @@ def results(runner: Runner) -> list[StepResult]:
     for i, (length, setting) in enumerate(zip((23, 7, 1, 14, 40), settings, strict=True)):
         prompt = tuple(draw.randrange(2, 300) for _ in range(length))
         asks.append(
-            Ask(prompt, 8 + 2 * i, slot=6 - i, start=2 * (i % 3), sampling=setting, logprobs=2 if i == 1 else None)
+            Ask(prompt, 8 + 2 * i, slot=7 - i, start=2 * (i % 3), sampling=setting, logprobs=2 if i == 1 else None)
         )
     return [runner.run(decode(encode(plan))) for plan in plans_of(asks)]
 
