@@ -200,10 +200,11 @@ class Bench:
         inputs = DecodeRows(rows, torch.stack((slots, torch.where(slots < rows, position, 0))))
         shape = rows, self._config.hidden_size
         handed = None if place.first_stage else torch.randn(shape, device=device, dtype=self._context.dtype)
+        padded = None if handed is None else torch.nn.functional.pad(handed, (0, 0, 0, size - rows))
         counted = self._counted()
         made = graphs.replay(inputs, handed).clone()
         counted = self._counted() - counted
-        again = graphs._compute(size)[:rows]
+        again = graphs.compute(inputs.inputs, padded)[:rows]
         batch = apply_and_build(tables, state, 0, 1, 1)
         assert isinstance(batch.forward, ForwardBatch)
         plain = self._model(batch.forward, self._cache, handed)
@@ -248,7 +249,7 @@ class Bench:
             untouched = math.pow(1 - routing.experts_per_token / routing.experts, together)
             least -= untouched * (mlp.experts.gate_up.nbytes + mlp.experts.down.nbytes)
         stored = self._cache.resident_bytes / self._blocks / BLOCK_TOKENS
-        return least + rows * int(self._options.context) * stored
+        return float(least + rows * self._options.context * stored)
 
     def _us(self, work: Callable[[], object]) -> float:
         """Of one of several that are launched without waiting."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -102,20 +102,13 @@ class DecodeGraphs:
     Every rank of the replica must capture the same sizes, in this order, and replay the same ones.
     """
 
-    def __init__(
-        self, model: DecoderModel, kv_cache: KVCache, state: SlotState, context: ParallelContext, most_rows: int
-    ) -> None:
+    def __init__(self, model: DecoderModel, kv_cache: KVCache, state: SlotState, context: ParallelContext) -> None:
         assert kv_cache.padding_block is not None, "rows that pad need a block"
         self._model = model
         self._kv_cache = kv_cache
         self._state = state
-        self._data = context.place.degrees.data
-        self._inputs = torch.zeros(2, most_rows, dtype=torch.int64, device=context.device)
-        self._hidden: Tensor | None = None
-        if model.embedding is None:
-            shape = most_rows, model.config.hidden_size
-            self._hidden = torch.zeros(shape, dtype=context.dtype, device=context.device)
-        self._captured: dict[int, Captured] = {}
+        self._context = context
+        self._graphs: dict[int, _Graph] = {}
         self._sizes: list[int] = []
         state.block_tables[state.padding_slot] = kv_cache.padding_block
 
@@ -123,9 +116,9 @@ class DecodeGraphs:
     def capture(self, capture: Capture, sizes: Sequence[int]) -> None:
         """Raises ConfigError where the device refuses."""
         for rows in sorted(sizes, reverse=True):
-            self._inputs[0], self._inputs[1] = self._state.padding_slot, 0
+            inputs, hidden = self._buffers(rows)
             try:
-                self._captured[rows] = capture(functools.partial(self._compute, rows))
+                captured = capture(functools.partial(self.compute, inputs, hidden))
             except RuntimeError as error:  # what torch raises for all that goes wrong on a device
                 if of_peer(error):
                     raise
@@ -134,7 +127,8 @@ class DecodeGraphs:
                     "cuda-graphs=off, or lower max-running if memory ran out",
                     field="cuda_graphs",
                 ) from error
-        self._sizes = sorted(self._captured)
+            self._graphs[rows] = _Graph(inputs, hidden, captured)
+        self._sizes = sorted(self._graphs)
 
     def rows_for(self, tables: PlanTables) -> int:
         """Rows of the graph that computes a plan's step; 0 if none does."""
@@ -147,36 +141,57 @@ class DecodeGraphs:
 
         The next replay overwrites it, unless it goes to another stage.
         """
-        size = rows.inputs.shape[1]
-        self._inputs[:, :size].copy_(rows.inputs)
-        if self._hidden is not None:
+        graph = self._graphs[rows.inputs.shape[1]]
+        graph.inputs.copy_(rows.inputs)
+        if graph.hidden is not None:
             assert hidden is not None, "a stage behind the first computes on what the one before sent"
-            self._hidden[: rows.tokens].copy_(hidden)
-        made = self._captured[size].replay()[: rows.tokens]
+            graph.hidden[: rows.tokens].copy_(hidden)
+        made = graph.captured.replay()[: rows.tokens]
         return made.clone() if self._model.norm is None else made
 
     def reset(self) -> None:
         """Must come before their groups are closed, which else wait for graphs that hold their collectives."""
-        for captured in self._captured.values():
-            captured.reset()
+        for graph in self._graphs.values():
+            graph.captured.reset()
 
-    def _compute(self, rows: int) -> Tensor:
-        """What a graph holds: nothing here may wait for the device, or depend on what a buffer says."""
-        state, (slots, positions) = self._state, self._inputs[:, :rows]
+    def compute(self, inputs: Tensor, hidden: Tensor | None) -> Tensor:
+        """What a graph holds: nothing here may wait for the device, or depend on what a buffer says.
+
+        inputs as in DecodeRows, hidden [rows, hidden].
+        """
+        state, (slots, positions) = self._state, inputs
         blocks = state.block_tables[slots, positions // state.block_tokens]
         batch = ForwardBatch(
             token_ids=state.history[slots, positions].long(),
             positions=positions,
             slot_mapping=blocks * state.block_tokens + positions % state.block_tokens,
-            num_decode_rows=rows,
+            num_decode_rows=len(slots),
             decode_block_tables=state.block_tables[slots],
             decode_context_lens=positions + 1,
             prefill=(),
-            sample_index=torch.arange(rows, device=positions.device),
-            experts=ExpertStep(True, (rows,) * self._data, padding=slots == state.padding_slot),
+            sample_index=torch.arange(len(slots), device=slots.device),
+            experts=ExpertStep(
+                True, (len(slots),) * self._context.place.degrees.data, padding=slots == state.padding_slot
+            ),
         )
-        hidden = None if self._hidden is None else self._hidden[:rows]
         return self._model(batch, self._kv_cache, hidden)
+
+    def _buffers(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Of a graph: its inputs, all padding; and hidden states, where a stage before makes them."""
+        inputs = torch.zeros(2, rows, dtype=torch.int64, device=self._context.device)
+        inputs[0] = self._state.padding_slot
+        if self._model.embedding is not None:
+            return inputs, None
+        shape = rows, self._model.config.hidden_size
+        return inputs, torch.zeros(shape, dtype=self._context.dtype, device=self._context.device)
+
+
+class _Graph(NamedTuple):
+    """Of some number of rows, with the buffers that it reads."""
+
+    inputs: Tensor
+    hidden: Tensor | None
+    captured: Captured
 
 
 class CudaCapture:
@@ -195,10 +210,10 @@ class CudaCapture:
         # Threads of NCCL and of this process ask the device for things meanwhile, which the strict mode takes amiss.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             made = work()
-        return _CudaGraph(graph, made)
+        return _Replayed(graph, made)
 
 
-class _CudaGraph:
+class _Replayed:
     """made: kept alive, as what is captured later would else be given its memory."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor) -> None:

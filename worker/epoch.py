@@ -33,6 +33,7 @@ from worker.decode_graphs import CudaCapture, experts_wait, graph_sizes, refusal
 from worker.engine import EngineCore, EngineLimits
 from worker.expert_news import ExpertLoadNews
 from worker.kv_cache import KVCache
+from worker.limits import decode_places
 from worker.matchers import Matchers
 from worker.memory import free_memory_bytes, settle_kv_blocks
 from worker.op_log import OpLog
@@ -122,7 +123,7 @@ def form_epoch(
     limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
     runner = Runner(model, kv_cache, context, limits, matchers)
     laps.end("cache")
-    _capture_graphs(runner, command.max_running, context, no_graphs, resources)
+    _capture_graphs(runner, command, context, no_graphs, resources)
     laps.end("graphs")
     plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command, resources), None)
     if lead is not None:
@@ -139,7 +140,7 @@ def form_epoch(
 
 
 def _capture_graphs(
-    runner: Runner, max_running: int, context: ParallelContext, refused: str, resources: ExitStack
+    runner: Runner, command: control_pb2.FormEpoch, context: ParallelContext, refused: str, resources: ExitStack
 ) -> None:
     """Of all sizes; refused: why none is captured, if none is. Says which, once a replica."""
     resources.callback(runner.reset_graphs)  # before the groups are closed, which were entered before
@@ -148,7 +149,8 @@ def _capture_graphs(
         if said is not None:
             said.info("decode steps run without CUDA graphs", reason=refused)
         return
-    began_s, before, sizes = time.monotonic(), free_memory_bytes(context.device), graph_sizes(max_running)
+    began_s, before = time.monotonic(), free_memory_bytes(context.device)
+    sizes = graph_sizes(decode_places(command.max_running, command.speculation_tokens))
     runner.capture_graphs(CudaCapture(context.device), sizes)
     taken_bytes = before - free_memory_bytes(context.device)
     if said is not None:

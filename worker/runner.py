@@ -76,16 +76,14 @@ class Runner:
         # One slot more than requests have, for rows that fill a graph.
         self._state = SlotState(limits.max_running + 1, limits.max_context, limits.block_tokens, context.device)
         self._graphs: DecodeGraphs | None = None
-        self._limits = limits
         self._out: deque[_Out] = deque()
         self.clock = OpClock(context.device)
 
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
-        """From now on a graph computes each step of decode rows that one of these numbers of rows, at most max_running,
-        has room for. Every rank of the stages must do the same, with no step on its way; the cache must be padded."""
+        """From now on a graph computes each step of decode rows that one of these numbers of rows has room for. Every
+        rank of the stages must do the same, with no step on its way; the cache must be padded."""
         if self._graphs is None:
-            most_rows = self._limits.max_running
-            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context, most_rows)
+            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context)
         self._graphs.capture(capture, sizes)
 
     def reset_graphs(self) -> None:
