@@ -44,7 +44,7 @@ from parallel.mesh import close, form_context, open_store
 from worker.matchers import Matchers
 
 FAILURES = (RuntimeError, EchelonError, AssertionError, OSError, ValueError, ImportError)
-LEAST_S, CASE_S = 12.0, 60.0  # that a case needs to be worth beginning, and that it may take
+LEAST_S, CASE_S = 12.0, 75.0  # that a case needs to be worth beginning, and that it may take
 AFTER_FAILURE_S = 5.0  # for the others to tell what has become of them
 EPOCH = 1
 
