@@ -50,11 +50,6 @@ class Experts:
         product = grouped if can_group(rows, self.down) else elsewhere
         return product(rows, ends, self.gate_up, self.down, self.activation)
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether some number of rows has the host wait for the device: where torch has no grouped product for them."""
-        return not self._groups(self.down)
-
     def _are_few(self, rows: Tensor, copies: Copies) -> bool:
         """Whether the kernel for few rows takes these: more, too, where torch has no grouped product for them."""
         few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down) or not can_group(rows, self.down)

@@ -19,7 +19,6 @@ from torch import Tensor
 from echelon.errors import ConfigError
 from models.batch import ForwardBatch
 from models.decoder import DecoderModel
-from models.moe import MixtureOfExperts
 from parallel import kernels
 from parallel.comm import of_peer
 from parallel.context import ParallelContext
@@ -32,7 +31,6 @@ from worker.slots import SlotState
 _FEW = (1, 2, 4)
 _STRIDES = ((64, 8), (256, 16))  # up to so many rows, a graph every so many; beyond, every _LAST_STRIDE
 _LAST_STRIDE = 32
-_GROUPS_ON_DEVICE = (9, 0)  # the least compute capability on which torch's grouped product does not loop on the host
 
 
 class Captured(Protocol):
@@ -57,11 +55,8 @@ def graph_sizes(most_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most_rows), most_rows)
 
 
-def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, experts_wait: bool) -> str:
-    """Why decode steps of an epoch are launched one kernel at a time; empty if they are captured.
-
-    experts_wait: with some number of rows the host waits for the device.
-    """
+def refusal(wanted: bool, device: torch.device, dtype: torch.dtype) -> str:
+    """Why decode steps of an epoch are launched one kernel at a time; empty if they are captured."""
     if not wanted:
         return "cuda-graphs is off"
     if device.type != "cuda":
@@ -70,18 +65,7 @@ def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, experts_wait
         return "Triton is not installed"
     if dtype not in kernels.DTYPES:
         return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
-    if experts_wait:
-        return "torch's grouped product of experts does not take this dtype, these sizes or this device"
     return ""
-
-
-def experts_wait(model: DecoderModel, device: torch.device) -> bool:
-    """As `refusal` asks it."""
-    sparse = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
-    if not sparse or device.type != "cuda":
-        return False
-    loops = torch.cuda.get_device_capability(device) < _GROUPS_ON_DEVICE
-    return loops or any(experts.may_wait for experts in sparse)
 
 
 def decode_rows(tables: PlanTables) -> int:

@@ -223,10 +223,9 @@ def test_data_ranks_agree_by_what_all_of_them_know() -> None:
 
 def test_what_is_not_captured_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_triton_is_installed", lambda: True)
-    assert refusal(True, CUDA, torch.bfloat16, experts_wait=False) == ""
-    assert refusal(False, CUDA, torch.bfloat16, experts_wait=False) == "cuda-graphs is off"
-    assert refusal(True, CPU, torch.float32, experts_wait=False) == "the device is cpu"
-    assert refusal(True, CUDA, torch.float32, experts_wait=False) == "there are no kernels for float32"
-    assert "experts" in refusal(True, CUDA, torch.float16, experts_wait=True)
+    assert refusal(True, CUDA, torch.bfloat16) == ""
+    assert refusal(False, CUDA, torch.bfloat16) == "cuda-graphs is off"
+    assert refusal(True, CPU, torch.float32) == "the device is cpu"
+    assert refusal(True, CUDA, torch.float32) == "there are no kernels for float32"
     monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
-    assert refusal(True, CUDA, torch.bfloat16, experts_wait=False) == "Triton is not installed"
+    assert refusal(True, CUDA, torch.bfloat16) == "Triton is not installed"
