@@ -43,8 +43,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "one-expert": {"num_experts_per_tok": 1},  # its router chooses the same for every row
     "deepseek-v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
     "deepseek-v3": {"num_hidden_layers": 3, "n_shared_experts": 1},
+    "every-expert": {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1},  # chosen by every row
 }
-LONG = ("deepseek-v2", "deepseek-v3")
+OF_FAMILY = {"one-expert": "qwen3-moe", "every-expert": "deepseek-v3"}
+LONG = ("deepseek-v2", "deepseek-v3", "every-expert")
 DEGREES = {
     "alone": Degrees(),
     "tensor-2-expert-2": Degrees(tensor=2, expert=2),
@@ -86,8 +88,7 @@ class Found:
 )
 def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Expected:
     directory = tmp_path_factory.mktemp(request.param)
-    family = "qwen3-moe" if request.param == "one-expert" else request.param
-    make_checkpoint(directory, family, **FAMILIES[request.param])
+    make_checkpoint(directory, OF_FAMILY.get(request.param, request.param), **FAMILIES[request.param])
     if request.param == "one-expert":
         weights = load_file(directory / "model.safetensors")
         flat = {name: torch.zeros_like(w) if name.endswith(".gate.weight") else w for name, w in weights.items()}
@@ -212,22 +213,30 @@ def test_answers_stay_when_experts_move(expected: Expected, degrees: Degrees) ->
         assert len(done) == (len(steps[0]) - 1) // 4 * len(expected.choices)
         assert all(layer.after <= layer.before + 1e-9 for layer in done)
     received = sum(layer.received for _, done in ranks for layer in done)
-    alike = json.loads((expected.directory / "config.json").read_text())["num_experts_per_tok"] == 1
-    if degrees.redundant_experts:
+    chosen = json.loads((expected.directory / "config.json").read_text())["num_experts_per_tok"]
+    every = chosen == len(expected_experts(expected))
+    after = {layer.after for _, done in ranks for layer in done}
+    if degrees.redundant_experts:  # copies share the rows of one expert that has all of them
+        assert (received > 0) == (not every)
+        assert after == {1.0} or not (chosen == 1 or every)
+    elif chosen == 1 or every:  # no exchange of experts helps
+        assert received == 0
+    else:
         assert received > 0
-        assert not alike or {layer.after for _, done in ranks for layer in done} == {1.0}  # copies share its rows
-        return
-    assert (received == 0) == alike  # where one expert has all, no exchange of experts helps
-    if not alike:
         assert any(layer.after < layer.before for _, done in ranks for layer in done)
+
+
+def expected_experts(expected: Expected) -> range:
+    """Of a layer that has some."""
+    config = read_model_config(expected.directory)
+    return range(next(found.routing.experts for found in config.layers if found.routing is not None))
 
 
 def rows_sent(expected: Expected, degrees: Degrees, rank: int, steps: Sequence[Step]) -> int:
     """To other ranks: once to each that holds a chosen expert, and in decode to every one, padding included."""
     place, sent = degrees.place(rank), 0
-    config = read_model_config(expected.directory)
+    experts = len(expected_experts(expected))
     for layer in expected.choices:
-        experts = next(found.routing.experts for found in config.layers if found.routing is not None)
         for pieces, step in steps:
             pieces = sorted(pieces, key=lambda piece: not piece.decodes)
             tokens = [(piece.sequence, piece.first + i) for piece in pieces for i in range(piece.tokens)]
@@ -267,8 +276,7 @@ def _check_holdings(expected: Expected, degrees: Degrees, found: Sequence[Found]
     """Each rank has its share of the experts: numbers by the config, divided by the ranks of the stage."""
     keys = json.loads((expected.directory / "config.json").read_text())
     neurons = keys.get("moe_intermediate_size", keys["intermediate_size"])
-    experts = next(keys[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in keys)
-    numbers = len(expected.choices) * experts * 3 * neurons * keys["hidden_size"]
+    numbers = len(expected.choices) * len(expected_experts(expected)) * 3 * neurons * keys["hidden_size"]
     for rank, held in enumerate(found):
         assert held.expert_bytes == numbers * FLOAT64_BYTES // degrees.stage_ranks
         place = degrees.place(rank)
