@@ -4,7 +4,7 @@ In rank processes. All compute down(activation(gate(x)) * up(x)); they differ in
 Rows behind the last end belong to nobody, and what they become is of no use. They know no router and no rank.
 
     grouped     torch's grouped product: in bfloat16 on Hopper and Blackwell one kernel for all slots; on a CPU a loop
-                inside torch, for what is no wider than float32
+                inside torch, over all slots, for what is no wider than float32
     tiled       anywhere without waiting for the device: tiles of rows, each with a copy of its slot's weights
     one_by_one  slot by slot, as the formula says: the reference, which reads the ends on the host
 """
@@ -26,10 +26,13 @@ _WEIGHT_BYTES = 1 << 28  # that are copied at once, if a tile needs no more
 
 
 def can_group(rows: Tensor, down: Tensor) -> bool:
-    """Whether torch's grouped product takes these without waiting for a device. down: [slots, hidden, neurons]."""
+    """Whether torch's grouped product is for these: it waits for no device, and on a CPU most of its turns have rows.
+
+    rows: [copies, hidden], down: [slots, hidden, neurons].
+    """
     aligned = all(width * rows.element_size() % _GROUPED_MM_BYTES == 0 for width in down.shape[1:])
     if not rows.is_cuda:
-        return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and len(rows) >= len(down)
     major, _ = torch.cuda.get_device_capability(rows.device)
     return aligned and rows.dtype == torch.bfloat16 and major in _GROUPED_MM_MAJORS
 

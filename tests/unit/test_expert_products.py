@@ -108,6 +108,7 @@ def test_each_row_is_written_once() -> None:
 def test_on_a_cpu_torch_groups_all_but_float64(dtype: torch.dtype) -> None:
     rows, ends, gate_up, down = problem([3, 0, 5], 2, dtype)
     assert can_group(rows, down) and not can_group(rows.double(), down)
+    assert not can_group(rows[:2], down), "torch would go through slots without rows too"
     found = grouped(rows, ends, gate_up, down, F.silu)[:8]
     assert torch.equal(found, one_by_one(rows, ends, gate_up, down, F.silu)[:8])
 
