@@ -30,7 +30,7 @@ from coordinator.tokenizer import Tokenizer
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError
 from echelon.internal.v1 import control_pb2
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_model_config, with_prediction
 from worker.checkpoint.manifest import ShardAddress
 from worker.spec import RankSpec
 
@@ -97,6 +97,8 @@ class Layout:
 def read_layout(config: CoordinatorConfig) -> Layout:
     """Reads the model's files, the weights excepted. Raises ConfigError."""
     model = read_model_config(config.model)
+    if config.speculation == "mtp":
+        model = with_prediction(model)
     plan = plan_replica(config, model)
     facts = ModelFacts.of(config.served_model_name, config.max_context, model)
     served = Served(facts, Tokenizer.from_directory(config.model), Grammars(config.model, facts))
@@ -147,6 +149,7 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
         pipeline_depth=config.pipeline_depth or config.pipeline,
         rebalance_steps=config.rebalance_steps,
         redundant_experts=config.redundant_experts,
+        predicts=config.speculation == "mtp",
         speculation_tokens=0 if config.speculation == "off" else config.speculation_tokens,
         trace_dir=str(config.trace_dir or ""),
         block_tokens=plan.block_tokens,

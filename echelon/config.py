@@ -71,8 +71,9 @@ class ServeConfig(BaseModel):
     rebalance_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Experts move between ranks, by their loads, every so many steps; 0: never."
     )
-    speculation: Literal["off", "ngram"] = Field(
-        default="off", description="ngram: guess next ids from what stood there before, and verify several at once."
+    speculation: Literal["off", "ngram", "mtp"] = Field(
+        default="off",
+        description="Guess next ids and verify them at once; ngram: from what stood there before, mtp: by the model.",
     )
     speculation_tokens: Annotated[int, Field(ge=1, le=32)] = Field(
         default=4, description="Most ids of an answer that are guessed at once, 32 at most."

@@ -6,9 +6,10 @@ them. It knows no torch and no transformers; anything that Echelon does not comp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from echelon.errors import ConfigError
 from models.families import FAMILIES, FULL, SLIDING, Family, Windows
 from models.json_source import JsonSource
 from models.latent import LatentAttention, read_latent
@@ -50,7 +51,7 @@ class ModelConfig:
     attention_scale: what the products of queries and keys are multiplied by. A cap c bends numbers x to
     c * tanh(x / c), those products in attention_cap, the logits in logit_cap. With latent attention all heads read the
     same keys, which begin with the values: num_key_value_heads is 1, head_dim that of queries. prediction_layers: for
-    multi-token prediction, behind the others in the checkpoint; they are not computed.
+    multi-token prediction, behind the others in the checkpoint. prediction: the first of these, where it is computed.
     """
 
     architecture: str
@@ -76,6 +77,14 @@ class ModelConfig:
     latent: LatentAttention | None = None
     quantization: Quantization | None = None
     prediction_layers: int = 0
+    prediction: LayerConfig | None = None
+
+    def layer(self, number: int) -> LayerConfig:
+        """Of a layer by its number in the checkpoint, where that of prediction stands behind the others."""
+        if number < len(self.layers):
+            return self.layers[number]
+        assert self.prediction is not None, f"layer {number} is not computed"
+        return self.prediction
 
     @property
     def family(self) -> Family:
@@ -144,6 +153,20 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
         quantization=None if planning else read_quantization(outer),
         prediction_layers=source.count("num_nextn_predict_layers", 0, minimum=0),
     )
+
+
+def with_prediction(config: ModelConfig) -> ModelConfig:
+    """The same with its first layer for multi-token prediction, which is like the last of the others.
+
+    Raises ConfigError where the model has none.
+    """
+    if not config.prediction_layers:
+        raise ConfigError(
+            f"speculation=mtp: {config.architecture} has num_nextn_predict_layers=0, no layer for multi-token "
+            "prediction; use speculation=ngram, or a checkpoint that has one",
+            field="speculation",
+        )
+    return replace(config, prediction=config.layers[-1])
 
 
 def _architecture(source: JsonSource) -> tuple[str, Family]:

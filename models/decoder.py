@@ -28,6 +28,7 @@ from models.layers import (
     rotary_frequencies,
 )
 from models.mlp import Mlp, build_mlp
+from models.prediction import Prediction, build_prediction
 from models.rope import Rope
 from models.tables import (
     EMBEDDING,
@@ -78,6 +79,7 @@ class DecoderModel:
     layers: Sequence[DecoderLayer]
     norm: RMSNorm | None
     head: VocabularyHead | None
+    prediction: Prediction | None
     shards: Mapping[str, Tensor]
 
     def __call__(self, batch: ForwardBatch, kv_cache: PagedCache, hidden: Tensor | None = None) -> Tensor:
@@ -86,6 +88,11 @@ class DecoderModel:
         The last stage returns normalized hidden states of the sampled tokens, [S, hidden], any other those of all
         tokens, [T, hidden]. Keys and values of all tokens are stored.
         """
+        hidden = self.through(batch, kv_cache, hidden)
+        return hidden if self.norm is None else self.sampled(batch, hidden)
+
+    def through(self, batch: ForwardBatch, kv_cache: PagedCache, hidden: Tensor | None = None) -> Tensor:
+        """The same on any stage for all tokens, [T, hidden], not normalized."""
         if self.embedding is not None:
             hidden = self.embedding(batch.token_ids)
             if self.embedding_scale is not None:
@@ -95,7 +102,22 @@ class DecoderModel:
         attend = PagedAttention(batch, kv_cache, {layer.attention.rule.window for layer in self.layers})
         for layer in self.layers:
             hidden = layer(hidden, rotations[layer.rope], attend, batch.experts)
-        return hidden if self.norm is None else self.norm(hidden.index_select(0, batch.sample_index))
+        return hidden
+
+    def sampled(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
+        """[T, hidden] from the last layer -> those of the sampled tokens, normalized: [S, hidden]."""
+        assert self.norm is not None, "the last stage has the norm"
+        return self.norm(hidden.index_select(0, batch.sample_index))
+
+    def predict(self, batch: ForwardBatch, kv_cache: PagedCache, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """hidden [T, hidden] from the last layer, next_ids [T] that follow the batch's -> of what follows the sampled
+        tokens' next ids, normalized: [S, hidden]. Keys of all tokens are stored, behind those of the stage's layers."""
+        assert self.norm is not None and self.prediction is not None, "the last stage predicts, where that is asked for"
+        rule = self.layers[-1].attention.rule
+        rotation = self.rotations(batch.positions, hidden.dtype)[self.layers[-1].rope]
+        attend = PagedAttention(batch, kv_cache, {rule.window})
+        made = self.prediction(next_ids, self.norm(hidden), rotation, attend, batch.experts)
+        return self.prediction.norm(made.index_select(0, batch.sample_index))
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[Rope, Rotation]:
         """Of these positions, [T], by each rope of the stage; dtype: of what is turned."""
@@ -123,19 +145,25 @@ def build_decoder(config: ModelConfig, context: ParallelContext) -> DecoderModel
     place, held = context.place, held_layers(config, context.place)
     weights = Weights(held_parameters(config, place), context)
     tied = place.last_stage and config.tie_word_embeddings
-    table = weights.take(tensor_name(config, EMBEDDING)) if place.first_stage or tied else None
+    predicts = place.last_stage and config.prediction is not None
+    table = weights.take(tensor_name(config, EMBEDDING)) if place.first_stage or tied or predicts else None
     layers = tuple(_build_layer(config, context, weights, layer, layer - held.start) for layer in held)
     norm = weights.take(tensor_name(config, FINAL_NORM)) if place.last_stage else None
     head = table if tied else weights.take(tensor_name(config, HEAD)) if place.last_stage else None
-    embedding = table if place.first_stage else None
+    embedding = None if table is None else VocabularyEmbedding(table, context.tensor)
+    prediction = None
+    if predicts and embedding is not None:
+        layer = _build_layer(config, context, weights, config.num_hidden_layers, len(held))
+        prediction = build_prediction(config, weights, embedding, layer)
     return DecoderModel(
         config=config,
-        embedding=None if embedding is None else VocabularyEmbedding(embedding, context.tensor),
+        embedding=embedding if place.first_stage else None,
         embedding_scale=_embedding_scale(config, context.dtype),
         rotaries={rope: _rotary(config, rope, context.device) for rope in {config.layers[n].rope for n in held}},
         layers=layers,
         norm=None if norm is None else RMSNorm(norm, config.rms_norm_eps, config.family.norms_from_one),
         head=None if head is None else VocabularyHead(head, config.vocab_size, context.tensor),
+        prediction=prediction,
         shards=weights.shards(),
     )
 
@@ -166,7 +194,7 @@ def _build_layer(
 
     build_attention = _build_attention if config.latent is None else build_latent_attention
     return DecoderLayer(
-        rope=config.layers[layer].rope,
+        rope=config.layer(layer).rope,
         before_attention=norm(norms.before_attention),
         attention=build_attention(config, context, weights, layer, cached_layer),
         after_attention=norm_if_any(norms.after_attention),
@@ -193,7 +221,7 @@ def _build_attention(
     heads, kv_heads = config.num_attention_heads // context.tensor.size, kv_heads_held(config, context.tensor.size)
     return SelfAttention(
         layer=cached_layer,
-        rule=AttentionRule(config.layers[layer].window, config.attention_scale, config.attention_cap),
+        rule=AttentionRule(config.layer(layer).window, config.attention_scale, config.attention_cap),
         head_dim=config.head_dim,
         head_counts=[heads, kv_heads, kv_heads],
         qkv=ColumnLinear(take(*inputs), bias(config.qkv_bias, *inputs)),

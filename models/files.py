@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from echelon.errors import ConfigError
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_model_config, with_prediction
 from models.json_source import read_json_object
 from models.stored import ELEMENT_BYTES, FLOAT8, StoredTensor
 from models.tables import expert_names, parameter_table
@@ -29,12 +29,15 @@ _REMEDY = "the weights are not those of this config.json: download both again"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-def check_model_directory(directory: Path) -> None:
-    """Raises ConfigError, naming file and cause, unless the directory can be served."""
+def check_model_directory(directory: Path, *, predicts: bool = False) -> None:
+    """Raises ConfigError, naming file and cause, unless the directory can be served, its layer for multi-token
+    prediction too if it predicts."""
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise ConfigError(f"model directory {directory} {what}; give a directory in Hugging Face format", field="model")
     config = read_model_config(directory)
+    if predicts:
+        config = with_prediction(config)
     read_json_object(directory / "tokenizer.json")
     index = checkpoint_index(directory)
     for parameter in parameter_table(config):

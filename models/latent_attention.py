@@ -140,7 +140,7 @@ def build_latent_attention(
     compresses = latent.query_rank is not None
     return LatentSelfAttention(
         layer=cached_layer,
-        rule=AttentionRule(config.layers[layer].window, config.attention_scale, config.attention_cap),
+        rule=AttentionRule(config.layer(layer).window, config.attention_scale, config.attention_cap),
         shape=latent,
         queries=Queries(
             compress=ColumnLinear(take("q_a_proj")) if compresses else None,

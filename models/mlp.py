@@ -20,13 +20,13 @@ from models.routing import Routing
 from models.tables import (
     correction_name,
     expert_names,
-    expert_placement,
     held_experts,
     mlp_inputs,
     router_name,
     shared_names,
     tensor_name,
 )
+from parallel.balance import placement_of
 from parallel.comm import Group
 from parallel.context import ParallelContext
 from parallel.expert import Dispatcher, ExchangedExperts, ExpertStep, SplitExperts
@@ -42,7 +42,7 @@ class Mlp(Protocol):
 
 def build_mlp(config: ModelConfig, context: ParallelContext, weights: Weights, layer: int) -> Mlp:
     """The layer's MLP or experts, taken from the weights."""
-    routing = config.layers[layer].routing
+    routing = config.layer(layer).routing
     if routing is not None:
         return _experts(config, context, weights, layer, routing)
     inputs = (tensor_name(config, part, layer) for part in mlp_inputs(config))
@@ -102,5 +102,5 @@ def experts_dispatcher(context: ParallelContext, routing: Routing) -> Dispatcher
     degrees, experts = context.place.degrees, routing.experts
     if not degrees.exchanges_rows:
         return SplitExperts(context.tensor, experts, torch.zeros(experts, dtype=torch.int64, device=context.device))
-    expert_map = ExpertMap.of(expert_placement(routing, degrees), experts, context.device)
+    expert_map = ExpertMap.of(placement_of(experts, degrees), experts, context.device)
     return ExchangedExperts(context.stage, context.tensor, degrees.expert_tensor, expert_map)

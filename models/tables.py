@@ -14,7 +14,7 @@ from models.config import DTYPE_BYTES, ModelConfig
 from models.families import ExpertKeys
 from models.latent import latent_tensors
 from models.routing import Routing
-from parallel.balance import ExpertLayout, ExpertPlacement, first_placement
+from parallel.balance import placement_of
 from parallel.degrees import Degrees, Place
 from parallel.partition import cut
 from parallel.sharding import (
@@ -30,6 +30,8 @@ from parallel.sharding import (
 )
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+# Of a layer for multi-token prediction, beside a decoder layer's; its embedding and its head are the model's own.
+PREDICTION_NORMS, PREDICTION_INPUT = ("enorm", "hnorm", "shared_head.norm"), "eh_proj"
 WIDE_BYTES = DTYPE_BYTES["float32"]
 
 
@@ -146,6 +148,8 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     parameters = [Parameter(tensor_name(config, EMBEDDING), vocabulary, SplitVocabulary())]
     for layer in range(config.num_hidden_layers):
         parameters.extend(_layer(config, layer))
+    if config.prediction is not None:
+        parameters.extend(_prediction(config, config.num_hidden_layers))
     parameters.append(Parameter(tensor_name(config, FINAL_NORM), (config.hidden_size,), Replicated()))
     if not config.tie_word_embeddings:
         parameters.append(Parameter(tensor_name(config, HEAD), vocabulary, SplitVocabulary()))
@@ -153,9 +157,17 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def is_of_prediction(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor of a checkpoint is of its layers for multi-token prediction, which are not in the table."""
+    """Whether a tensor of a checkpoint is of its layers for multi-token prediction, in the table or not."""
     layers = range(config.num_hidden_layers, config.num_hidden_layers + config.prediction_layers)
     return name.startswith(tuple(f"{config.family.prefix}model.layers.{layer}." for layer in layers))
+
+
+def _prediction(config: ModelConfig, layer: int) -> Iterator[Parameter]:
+    hidden = config.hidden_size
+    for part in PREDICTION_NORMS:
+        yield Parameter(tensor_name(config, part, layer), (hidden,), Replicated(), layer)
+    yield Parameter(tensor_name(config, PREDICTION_INPUT, layer), (hidden, 2 * hidden), Replicated(), layer)
+    yield from _layer(config, layer)
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
@@ -168,7 +180,7 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
             yield Parameter(tensor_name(config, f"self_attn.{part}", layer), shape, placement, layer)
     else:
         yield from _attention(config, layer)
-    routing = config.layers[layer].routing
+    routing = config.layer(layer).routing
     yield from _mlp(config, layer) if routing is None else _experts(config, layer, routing)
 
 
@@ -216,28 +228,35 @@ def _experts(config: ModelConfig, layer: int, routing: Routing) -> Iterator[Para
 
 
 def stage_layers(config: ModelConfig, pipeline: int) -> tuple[range, ...]:
-    """The decoder layers of each stage, cut so that the stages read alike many numbers, the head's among them."""
-    numbers = [0.0] * config.num_hidden_layers
+    """The decoder layers of each stage, cut so that stages read alike many numbers, head and prediction included."""
+    numbers = [0.0] * (config.num_hidden_layers + 1)
     head = config.vocab_size * config.hidden_size
     for parameter in parameter_table(config):
         if parameter.layer is not None:
             numbers[parameter.layer] += math.prod(parameter.shape)
-    return cut(numbers, pipeline, last=head)
+    *layers, prediction = numbers
+    return cut(layers, pipeline, last=head + prediction)
 
 
 def held_layers(config: ModelConfig, place: Place) -> range:
-    """The decoder layers that a rank computes."""
+    """The decoder layers that a rank computes, that of prediction left out."""
     return stage_layers(config, place.degrees.pipeline)[place.pipeline_rank]
+
+
+def cached_layers(config: ModelConfig, place: Place) -> range:
+    """The layers whose keys and values a rank caches: what it computes, and on the last stage that of prediction."""
+    held = held_layers(config, place)
+    return range(held.start, held.stop + (place.last_stage and config.prediction is not None))
 
 
 def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
     """What a rank holds a part of: its stage's layers, and what comes before the first or after the last layer.
 
-    A tied head is the embedding, so the last stage holds that too.
+    A tied head is the embedding, so the last stage holds that too, as it does where it predicts.
     """
-    layers = held_layers(config, place)
+    layers = cached_layers(config, place)
     outside = set()
-    if place.first_stage or (place.last_stage and config.tie_word_embeddings):
+    if place.first_stage or (place.last_stage and (config.tie_word_embeddings or config.prediction is not None)):
         outside.add(tensor_name(config, EMBEDDING))
     if place.last_stage:
         outside |= {tensor_name(config, FINAL_NORM), tensor_name(config, HEAD)}
@@ -250,16 +269,10 @@ def held_parameters(config: ModelConfig, place: Place) -> tuple[Parameter, ...]:
     )
 
 
-def expert_placement(routing: Routing, degrees: Degrees) -> ExpertPlacement:
-    """Where the experts of a layer lie before any is moved."""
-    slots = (routing.experts + degrees.redundant_experts) // degrees.expert
-    return first_placement(ExpertLayout(routing.experts, degrees.expert, slots))
-
-
 def held_experts(config: ModelConfig, layer: int, place: Place) -> tuple[int, ...]:
     """The experts of a layer that a rank holds, or its part of, by slot, before any is moved."""
-    routing = config.layers[layer].routing
-    return () if routing is None else expert_placement(routing, place.degrees).slots[place.expert_rank]
+    routing = config.layer(layer).routing
+    return () if routing is None else placement_of(routing.experts, place.degrees).slots[place.expert_rank]
 
 
 def parameter_bytes(config: ModelConfig, place: Place, dtype_bytes: int) -> int:
@@ -284,4 +297,4 @@ def cached_numbers(config: ModelConfig, tensor_size: int) -> int:
 
 def kv_bytes_per_block(config: ModelConfig, place: Place, block_tokens: int, dtype_bytes: int) -> int:
     """Bytes that one block of keys and values takes on a rank, over all its layers."""
-    return block_tokens * len(held_layers(config, place)) * cached_numbers(config, place.degrees.tensor) * dtype_bytes
+    return block_tokens * len(cached_layers(config, place)) * cached_numbers(config, place.degrees.tensor) * dtype_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from parallel.degrees import Degrees
 from parallel.packing import Bins, heaviest, pack, recounted, renumbered, replicate, swapped
 
 TOLERANCE = 0.02  # of the heaviest rank's load: what fewer moves may cost
@@ -77,6 +78,13 @@ def first_placement(layout: ExpertLayout) -> ExpertPlacement:
     places = range(layout.slots_per_rank)
     slots = (tuple((rank * held + place) % layout.experts for place in places) for rank in range(layout.ranks))
     return ExpertPlacement(tuple(slots))
+
+
+def placement_of(experts: int, degrees: Degrees) -> ExpertPlacement:
+    """Where the experts of a layer lie before any is moved."""
+    return first_placement(
+        ExpertLayout(experts, degrees.expert, (experts + degrees.redundant_experts) // degrees.expert)
+    )
 
 
 def transfers(before: ExpertPlacement, after: ExpertPlacement) -> tuple[tuple[int, int], ...]:

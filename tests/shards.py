@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echelon.internal.v1 import control_pb2
-from models.config import read_model_config
+from models.config import read_model_config, with_prediction
 from models.files import model_digest
 from models.registry import build_model
 from parallel.context import ParallelContext
@@ -22,13 +22,15 @@ from worker.weights import Loaded, bring_weights
 
 @dataclass(slots=True)
 class KeepingRank:
-    """One rank of a layout over a model and a store. digest: of the model as the coordinator knows it."""
+    """One rank of a layout over a model and a store. digest: of the model as the coordinator knows it. predicts: with
+    its layer for multi-token prediction."""
 
     model: Path
     store: Path | None
     place: Place = field(default_factory=lambda: Degrees(tensor=2).place(1))
     dtype: str = "float32"
     digest: str = ""
+    predicts: bool = False
 
     def __post_init__(self) -> None:
         self.digest = self.digest or model_digest(self.model)
@@ -50,6 +52,8 @@ class KeepingRank:
         held: what a spare has made ready.
         """
         config = read_model_config(self.model)
+        if self.predicts:
+            config = with_prediction(config)
         dtype = getattr(torch, self.dtype)
         context = ParallelContext(epoch=1, device=torch.device("cpu"), dtype=dtype, place=self.place)
         model = build_model(config, context)

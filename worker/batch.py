@@ -59,13 +59,14 @@ class DecodeRows:
 class StepBatch:
     """One step on the device. sampling, paths, ruled and logprob_rows are of this rank's share of the S sampled rows.
 
-    slots and positions [S]: where the sampled ids go; sampled_slots [S]: those slots, on the host. logprobs: for every
-    sampled row, None or how many alternatives were asked. forward.sample_index [S + C] ends with the scored tokens,
-    targets [C] are the ids that follow them; scored: of each scored row, how many these are, and how many alternatives.
-    lanes: what the other data ranks return in this step, where there are any.
+    token_slots [T]: of every token. slots and positions [S]: where the sampled ids go; sampled_slots [S]: those slots,
+    on the host. logprobs: for every sampled row, None or how many alternatives were asked. forward.sample_index [S + C]
+    ends with the scored tokens, targets [C] are the ids that follow them; scored: of each scored row, how many these
+    are, and how many alternatives. lanes: what the other data ranks return in this step, where there are any.
     """
 
     forward: ForwardBatch | DecodeRows
+    token_slots: Tensor
     slots: Tensor
     positions: Tensor
     sampled_slots: Int64Array
@@ -125,6 +126,7 @@ def apply_and_build(
     eager = token_slots, positions, given, sample_index
     return StepBatch(
         forward=DecodeRows(tokens, inputs) if graph_rows else _forward(tables, layout, state, eager),
+        token_slots=token_slots,
         slots=slots,
         positions=sample_positions,
         sampled_slots=layout.sample_slots,

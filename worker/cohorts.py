@@ -68,7 +68,10 @@ class Cohorts:
             sequence.cohort = cohort
 
     def pace(self, draft: Draft, running: Sequence[Choice], prompts: Sequence[Choice]) -> None:
-        """The step is one slot of the pipeline: these prompts get the time in it that makes the next ones alike."""
+        """The step is one slot of the pipeline: these prompts get the time in it that makes the next ones alike. Where
+        there is one cohort they get what is left."""
+        if not self.several:
+            return
         self.balance(running)
         draft.work = decode_work(row.first + 1 for row in draft.rows)
         if not prompts:

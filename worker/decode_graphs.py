@@ -55,7 +55,7 @@ def graph_sizes(most_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most_rows), most_rows)
 
 
-def refusal(wanted: bool, device: torch.device, dtype: torch.dtype) -> str:
+def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, predicts: bool) -> str:
     """Why decode steps of an epoch are launched one kernel at a time; empty if they are captured."""
     if not wanted:
         return "cuda-graphs is off"
@@ -65,6 +65,8 @@ def refusal(wanted: bool, device: torch.device, dtype: torch.dtype) -> str:
         return "Triton is not installed"
     if dtype not in kernels.DTYPES:
         return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
+    if predicts:
+        return "speculation is mtp, whose layer is computed behind the ids that a step has drawn"
     return ""
 
 

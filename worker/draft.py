@@ -65,10 +65,11 @@ class Flight(NamedTuple):
 
 @dataclass(slots=True)
 class Draft:
-    """Budgets are tokens that the step can still compute."""
+    """Budgets are tokens that the step can still compute. predicts: the model reads the id behind each token, too."""
 
     step: int
     budget: int
+    predicts: bool = False
     scored_budget: int = SCORED_STEP_TOKENS
     admits: list[Admit] = field(default_factory=list)
     blocks: list[tuple[int, int, int]] = field(default_factory=list)
@@ -154,6 +155,8 @@ class Draft:
         self.budget -= tokens
         self.work += chunk_work(first, tokens)
         self.prefilled.append(sequence)
+        if not sampled and self.predicts and sequence.speculation is not None:
+            self.told.append(Told(sequence.slot, end, (ids[end],)))
         if sampled:
             sequence.drawn_step = self.step
             self.sampled.append(sequence)

@@ -20,7 +20,7 @@ from llguidance import LLTokenizer
 
 from echelon.internal.link import Fence
 from echelon.internal.v1 import control_pb2
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_model_config, with_prediction
 from models.constraints import constraint_tokenizer
 from models.expert_load import ExpertLoads
 from models.registry import build_model
@@ -102,7 +102,7 @@ def form_epoch(
     holds the interpreter for long while the epoch serves.
     """
     laps = Laps()
-    config = read_model_config(Path(command.model_path), command.max_context)
+    config = _model_config(command)
     laps.end("config")
     context = _meet(spec, fence, command, device)
     resources = ExitStack()
@@ -116,7 +116,7 @@ def form_epoch(
     laps.end("weights")
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
-    no_graphs = refusal(command.cuda_graphs, device, context.dtype)
+    no_graphs = refusal(command.cuda_graphs, device, context.dtype, command.predicts)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers, graphs=not no_graphs)
     laps.end("largest_step")
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens, padded=not no_graphs)
@@ -169,6 +169,11 @@ class Laps:
         now_s = time.monotonic()
         self.took_s[part] = now_s - self._began_s
         self._began_s = now_s
+
+
+def _model_config(command: control_pb2.FormEpoch) -> ModelConfig:
+    config = read_model_config(Path(command.model_path), command.max_context)
+    return with_prediction(config) if command.predicts else config
 
 
 def _meet(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch, device: torch.device) -> ParallelContext:
@@ -243,6 +248,7 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         data=command.data,
         rebalance_steps=command.rebalance_steps,
         speculation_tokens=command.speculation_tokens,
+        predicts=command.predicts,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 

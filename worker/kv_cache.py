@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
-from models.tables import held_layers, kv_bytes_per_block, kv_heads_held
+from models.tables import cached_layers, kv_bytes_per_block, kv_heads_held
 from parallel.context import ParallelContext
 
 
@@ -33,7 +33,7 @@ class KVCache:
         shape = (num_blocks + padded, block_tokens, heads, config.key_dim)
 
         def allocate() -> tuple[Tensor, ...]:
-            layers = held_layers(config, context.place)
+            layers = cached_layers(config, context.place)
             return tuple(torch.zeros(shape, device=context.device, dtype=context.dtype) for _ in layers)
 
         try:

@@ -140,5 +140,13 @@ def choose(lanes: Sequence[Scheduler], assign: Assign) -> Scheduler:
 def _part(result: StepResult, sampled: slice, scored: slice) -> StepResult:
     faults = ((row - sampled.start, why) for row, why in result.faults if sampled.start <= row < sampled.stop)
     spoilt = (row - sampled.start for row in result.non_finite if sampled.start <= row < sampled.stop)
-    ids, logprobs, scores = result.ids[sampled], result.logprobs[sampled], result.scores[scored]
-    return replace(result, ids=ids, logprobs=logprobs, scores=scores, faults=tuple(faults), non_finite=tuple(spoilt))
+    ids, logprobs, drafts = result.ids[sampled], result.logprobs[sampled], result.drafts[sampled]
+    return replace(
+        result,
+        ids=ids,
+        logprobs=logprobs,
+        drafts=drafts,
+        scores=result.scores[scored],
+        faults=tuple(faults),
+        non_finite=tuple(spoilt),
+    )

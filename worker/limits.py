@@ -16,7 +16,7 @@ class EngineLimits:
 
     stages: of its pipeline; depth: how many steps pass through it at once. data: its data ranks, each of which has
     slots, blocks and tokens of its own. rebalance_steps: experts move every so many steps, never if 0.
-    speculation_tokens: the most drafts of a row, none if 0.
+    speculation_tokens: the most drafts of a row, none if 0. predicts: they come with results, from the model.
     """
 
     max_running: int
@@ -30,10 +30,11 @@ class EngineLimits:
     data: int = 1
     rebalance_steps: int = 0
     speculation_tokens: int = 0
+    predicts: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            least = 0 if name in ("rebalance_steps", "speculation_tokens") else 1
+            least = 0 if name in ("rebalance_steps", "speculation_tokens", "predicts") else 1
             assert getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}"
 
 

@@ -18,7 +18,7 @@ from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import checkpoint_index
 from models.stored import ELEMENT_BYTES, FLOAT8
-from models.tables import Parameter, held_parameters, is_of_prediction
+from models.tables import Parameter, held_parameters, is_of_prediction, parameter_table
 from parallel.context import ParallelContext
 from parallel.degrees import Place
 from parallel.sharding import region_shape
@@ -90,10 +90,14 @@ class SourceShare:
 
 
 def left_in_files(config: ModelConfig, directory: Path) -> str:
-    """What is known there and not read by any rank, in words for the event log; nothing where nothing is."""
+    """What is known there and not read by any rank, in words for the event log; nothing where nothing is.
+
+    Of layers for multi-token prediction: those that are not computed, and copies of the embedding and of the head.
+    """
     if not config.prediction_layers:
         return ""
-    left = sum(is_of_prediction(config, name) for name in checkpoint_index(directory))
+    unread = checkpoint_index(directory).keys() - {parameter.name for parameter in parameter_table(config)}
+    left = sum(is_of_prediction(config, name) for name in unread)
     return f"{left} tensors of {config.prediction_layers} layers for multi-token prediction" if left else ""
 
 

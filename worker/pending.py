@@ -1,8 +1,8 @@
 """PendingStep: a step whose work is queued on the device, and the packing in which its outcome travels to the host.
 
 In every rank's runner. One float64 tensor has a row for each sampled row, so that one gather and one copy to the host
-carry it: its id (exact below 2^53) and, if any row of the step asked for log-probabilities, its own, the likeliest
-ids and theirs. Scored tokens make a second one, without the id. Knows no plan and no model.
+carry it: its id (exact below 2^53), what is predicted behind it and, if any row of the step asked for them, its own
+log-probability, the likeliest ids and theirs. Scored tokens make a second one, without ids. Knows no plan and no model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from worker.op_clock import Span
 from worker.plan import NO_ID, NON_FINITE, StepResult
 from worker.sampler import logprobs_width
 
+ID, DRAFT, SCORES = 0, 1, 2  # where they begin in a row
+NO_DRAFT = -1
+
 
 def outcome_width(logprobs: Sequence[int | None], vocabulary: int) -> int:
-    """Numbers a sampled row has: its id alone, unless a row of the step asks for log-probabilities."""
-    return 1 if all(wanted is None for wanted in logprobs) else 1 + scores_width(vocabulary)
+    """Numbers a sampled row has: its ids alone, unless a row of the step asks for log-probabilities."""
+    return SCORES if all(wanted is None for wanted in logprobs) else SCORES + scores_width(vocabulary)
 
 
 def scores_width(vocabulary: int) -> int:
@@ -55,7 +58,7 @@ def unpack(packed: Tensor, wanted: Sequence[int | None]) -> list[Logprob | None]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a step has drawn: outcome [sampled rows, 1 or more] and scores [scored tokens, ...], as packed above.
+    """What a step has drawn: outcome [sampled rows, 2 or more] and scores [scored tokens, ...], as packed above.
 
     logprobs: of every sampled row, None or how many alternatives it wants. scored: of every scored row, how many of
     the scores are its, and how many alternatives it wants.
@@ -69,7 +72,7 @@ class Drawn:
 
 def nothing_drawn(device: torch.device) -> Drawn:
     """By a stage that samples nothing."""
-    return Drawn(torch.empty(0, 1, dtype=torch.float64, device=device))
+    return Drawn(torch.empty(0, SCORES, dtype=torch.float64, device=device))
 
 
 class PendingStep:
@@ -107,15 +110,16 @@ class PendingStep:
     def result(self) -> StepResult:
         """Waits for the device to reach the end of the step."""
         self._wait()
-        ids = tuple(int(token) for token in self._outcome[:, 0].tolist())
-        packed = self._outcome.shape[1] > 1
+        ids, drafts = (tuple(map(int, self._outcome[:, column].tolist())) for column in (ID, DRAFT))
+        packed = self._outcome.shape[1] > SCORES
         return StepResult(
             step=self._step,
             ids=ids,
-            logprobs=tuple(unpack(self._outcome[:, 1:], self._logprobs)) if packed else (None,) * len(ids),
+            logprobs=tuple(unpack(self._outcome[:, SCORES:], self._logprobs)) if packed else (None,) * len(ids),
             scores=self._unpacked_scores(),
             faults=tuple((row, self._reason(row)) for row, token in enumerate(ids) if token == NO_ID),
             non_finite=tuple(row for row, token in enumerate(ids) if token == NON_FINITE),
+            drafts=() if NO_DRAFT in drafts else drafts,
             slot_s=0.0 if self._span is None else self._span.seconds,
         )
 

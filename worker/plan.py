@@ -64,7 +64,7 @@ class Admit:
 
 class Told(NamedTuple):
     """Ids of positions first .. of a slot: of a cached prefix, whose keys and values are in its blocks already, or
-    drafts, each the one token of a decode row of the plan."""
+    drafts, each the one token of a decode row of the plan, or what a prompt goes on with, where models predict."""
 
     slot: int
     first: int
@@ -130,6 +130,7 @@ class StepResult:
     faults: (index among the sampled rows, why) of rows that no id could be drawn for, because the matcher of their
     constraint broke: it exceeded its limits, or the ids to go on from do not follow the grammar. Their id is NO_ID.
     non_finite: indices of sampled rows whose scores were NaN or infinite. Their id is NON_FINITE.
+    drafts: of each sampled row, what the model predicts behind its id; empty where it does not.
     slot_s: what the leader's stage took for it, 0 where that was not measured.
     """
 
@@ -139,6 +140,7 @@ class StepResult:
     scores: tuple[tuple[Logprob, ...], ...] = ()
     faults: tuple[tuple[int, str], ...] = ()
     non_finite: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = ()
     slot_s: float = field(default=0.0, compare=False)
 
 

@@ -31,7 +31,19 @@ from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
 from worker.non_finite import Sampled
 from worker.op_clock import OpClock, Span
-from worker.pending import Drawn, PendingStep, Queued, nothing_drawn, outcome_width, pack, scores_width
+from worker.pending import (
+    DRAFT,
+    ID,
+    NO_DRAFT,
+    SCORES,
+    Drawn,
+    PendingStep,
+    Queued,
+    nothing_drawn,
+    outcome_width,
+    pack,
+    scores_width,
+)
 from worker.plan import NO_ID, NON_FINITE, PlanTables, StepResult
 from worker.sampler import RuledRows
 from worker.slots import SlotState
@@ -151,7 +163,7 @@ class Runner:
     def _compute(self, rows: ForwardBatch | DecodeRows, hidden: Tensor | None) -> Tensor:
         """What DecoderModel makes of them."""
         if isinstance(rows, ForwardBatch):
-            return self.model(rows, self._kv_cache, hidden)
+            return self.model.through(rows, self._kv_cache, hidden)
         assert self._graphs is not None, "rows of a graph"
         return self._graphs.replay(rows, hidden)
 
@@ -180,7 +192,7 @@ class Runner:
         """At least one row, so that the first stage knows when the step has passed them all."""
         started = self.clock.mark()
         assert out.drawn is not None, "the last stage has sampled"
-        nothing = torch.zeros(1, 1, dtype=torch.float64, device=self._context.device)
+        nothing = torch.zeros(1, SCORES, dtype=torch.float64, device=self._context.device)
         channel.send(out.drawn.outcome if len(out.drawn.outcome) else nothing)
         if out.drawn.scores is not None:
             channel.send(out.drawn.scores)
@@ -196,7 +208,7 @@ class Runner:
         started = self.clock.mark()
         # A slot may have a new owner by now. What is written here is the id that its next decode row reads, and steps
         # come back in order, so what an earlier owner still had on the way is overwritten before it is read.
-        self._state.write(batch.slots, batch.positions, outcome[:, 0])
+        self._state.write(batch.slots, batch.positions, outcome[:, ID])
         drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
         own = Sampled(outcome, batch.slots, batch.positions)
         pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span, own=own)
@@ -208,15 +220,37 @@ class Runner:
     # Sampling, on the last stage.
 
     def _draw(self, hidden: Tensor | None, batch: StepBatch, masks: Masks | None) -> Drawn:
-        """Ids of the sampled rows, which go into the history too, and scores. hidden [S + C, hidden]."""
+        """Ids of the sampled rows, which go into the history too, and scores. hidden [T, hidden]."""
         drawn, scores = nothing_drawn(self._context.device).outcome, None
         sampled, scored = len(batch.logprobs), len(batch.targets)
-        if hidden is not None and sampled:
-            drawn = self._sample(hidden[:sampled], batch, masks)
-            self._state.write(batch.slots, batch.positions, drawn[:, 0])
-        if hidden is not None and scored:
-            scores = self._score(hidden[sampled:], batch.targets)
+        whole = batch.forward if isinstance(batch.forward, ForwardBatch) else None  # a graph has made sampled rows
+        rows = hidden if hidden is None or whole is None else self.model.sampled(whole, hidden)
+        if rows is not None and sampled:
+            drawn = self._sample(rows[:sampled], batch, masks)
+            self._state.write(batch.slots, batch.positions, drawn[:, ID])
+        if rows is not None and scored:
+            scores = self._score(rows[sampled:], batch.targets)
+        if hidden is not None and self.model.prediction is not None:
+            assert whole is not None, "what predicts has no graphs"
+            drawn[:, DRAFT] = self._predict(hidden, whole, batch)
         return Drawn(drawn, batch.logprobs, scores, batch.scored)
+
+    def _predict(self, hidden: Tensor, forward: ForwardBatch, batch: StepBatch) -> Tensor:
+        """What may be drawn behind the sampled rows' ids, on the noise that will be there, though without rules: [S].
+
+        Every rank of the stage takes part, whether it has rows or not. hidden [T, hidden].
+        """
+        next_ids = self._state.history[batch.token_slots, forward.positions + 1].long()
+        predicted = self.model.predict(forward, self._kv_cache, hidden, next_ids)
+        share, sampled = batch.share, len(batch.logprobs)
+        if not sampled:
+            return predicted.new_empty(0)
+        logits = self.model.row_logits(predicted[:sampled])[: share.size]
+        later = replace(batch.sampling, position=batch.sampling.position + 1)
+        unruled = [replace(part, rules=()) for part in batch.ruled]
+        drafts = torch.zeros(share.padded // self._context.tensor.size, dtype=torch.float64, device=logits.device)
+        drafts[: share.size] = sampler.sample(logits, later, batch.paths, unruled)
+        return self._context.tensor.all_gather(drafts, dim=0)[:sampled]
 
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
@@ -225,14 +259,15 @@ class Runner:
         ids = sampler.sample(logits, batch.sampling, batch.paths, _masked(batch.ruled, masks, logits.device))
         width = outcome_width(batch.logprobs, logits.shape[-1])
         outcome = torch.zeros(share.padded // self._context.tensor.size, width, dtype=torch.float64, device=ids.device)
-        outcome[: share.size, 0] = ids
+        outcome[:, DRAFT] = NO_DRAFT
+        outcome[: share.size, ID] = ids
         if len(batch.logprob_rows):
-            outcome[batch.logprob_rows, 1:] = pack(*sampler.logprobs(logits, ids, batch.logprob_rows))
-        outcome[: share.size, 0].masked_fill_(~sampler.finite(logits), NON_FINITE)
+            outcome[batch.logprob_rows, SCORES:] = pack(*sampler.logprobs(logits, ids, batch.logprob_rows))
+        outcome[: share.size, ID].masked_fill_(~sampler.finite(logits), NON_FINITE)
         if masks is not None and masks.failed:
             constrained = [row.row for part in batch.ruled for row in part.constrained]
             failed = np.array([constrained[row] for row in masks.failed])
-            outcome[upload_one(failed, outcome.device), 0] = NO_ID
+            outcome[upload_one(failed, outcome.device), ID] = NO_ID
         return self._context.tensor.all_gather(outcome, dim=0)[: len(batch.logprobs)]
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:

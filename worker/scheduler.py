@@ -45,7 +45,7 @@ class Scheduler:
         self._in_flight: deque[Flight] = deque()
         self._step, self._arrivals = 0, itertools.count()
         self.counters = dict.fromkeys(counters.NAMES, 0)
-        self._speculator = Speculator(limits, self._cache, self.counters, new_drafter)
+        self._speculator = Speculator(limits, self._cache, self._running, self.counters, new_drafter)
 
     def __iter__(self) -> Iterator[Assign]:
         return (request.assign for request in self._held.values())
@@ -107,10 +107,11 @@ class Scheduler:
 
     def schedule(self, fence: Fence) -> StepPlan | None:
         """The next step, or None if there is nothing to compute before another result."""
-        draft = Draft(self._step + 1, self._limits.max_step_tokens)
+        if self._speculator.holds():
+            return None
+        draft = Draft(self._step + 1, self._limits.max_step_tokens, self._limits.predicts)
         prefilling = self._decode_next(draft, draft.step - self._limits.depth)
-        if self._cohorts.several:
-            self._cohorts.pace(draft, self._running, prefilling + self._waiting[: len(self._free_slots)])
+        self._cohorts.pace(draft, self._running, prefilling + self._waiting[: len(self._free_slots)])
         self._prefill(draft, prefilling)
         if not draft.rows:  # whatever could run reads ids that are still on their way
             self._decode_next(draft, draft.step)
@@ -168,13 +169,12 @@ class Scheduler:
             if sequence.planned < sequence.given:
                 prefilling.append(sequence)
                 continue
-            elsewhere = sequence.cohort != cohort or sequence.drawn_step > drawn_by
-            if elsewhere or self._speculator.awaits_id(sequence, len(self._running)):
+            if sequence.cohort != cohort or sequence.drawn_step > drawn_by or self._speculator.awaits_id(sequence):
                 continue
             full = sequence.planned == len(sequence.blocks) * self._limits.block_tokens
             if not draft.budget or (full and not self._grow(draft, sequence)):
                 break
-            self._speculator.add_rows(draft, sequence, len(self._running))
+            self._speculator.add_rows(draft, sequence)
         self.counters["decode_rows"] += len(draft.rows) - len(draft.drafted)
         return prefilling
 

@@ -69,11 +69,12 @@ class Speculation:
     """Of one choice. A row with drafts, and the row behind it, are planned when all ids before them are known.
 
     Where others fill steps meanwhile, the choice has no row in these: so it pays if more drafts come true than that.
-    Where fewer do, or none, it pauses, for ever more rows until it pays again.
+    Where fewer do, or none, it pauses, for ever more rows until it pays again. Without a drafter it is told guesses.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self._drafter = drafter
+    def __init__(self, drafter: Drafter | None) -> None:
+        self._drafter = drafter or self._predicted
+        self._prediction = (0, 0)  # the place, and the id for it
         self._verifying = False
         self._verified = False  # the last row's drafts, and they are not judged yet
         self._came_true = 0
@@ -81,10 +82,18 @@ class Speculation:
         self._pause = 0  # rows
         self._next_pause = 1
 
+    def keen(self, ids: Ids) -> bool:
+        """Whether there is something to guess behind what is known."""
+        return not self._pause and bool(self._drafter(ids, 1))
+
     def waits(self, ids: Ids, room: bool) -> bool:
         """Whether the next row is not to be planned before the ids in flight are known: what they depend on, or what
         is to be guessed from them, if there is room for it. ids: all that are known."""
-        return self._verifying or (room and not self._pause and bool(self._drafter(ids, 1)))
+        return self._verifying or (room and self.keen(ids))
+
+    def predict(self, place: int, token_id: int) -> None:
+        """What may follow what is known: the id for a place, which is the only guess from now on."""
+        self._prediction = place, token_id
 
     def ahead(self) -> None:
         """A row is planned whose id is in flight."""
@@ -106,8 +115,10 @@ class Speculation:
         drafts = tuple(takewhile(lambda token_id: token_id not in ends, found))
         if drafts:
             self._verifying, self._came_true, self._cost = True, 0, 0 if verified else without
-        else:
+        elif without:
             self._missed()
+        else:
+            self._pause = _LOOK_EVERY
         return drafts
 
     def came_true(self) -> None:
@@ -124,6 +135,10 @@ class Speculation:
             self._next_pause = 1
         elif self._came_true < max(cost, 1):
             self._missed()
+
+    def _predicted(self, ids: Ids, most: int) -> tuple[int, ...]:
+        place, token_id = self._prediction
+        return (token_id,) if place == len(ids) and most > 0 else ()
 
     def _missed(self) -> None:
         self._pause = self._next_pause

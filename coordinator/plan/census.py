@@ -64,7 +64,8 @@ class Numbers:
 class Census:
     """A model's kinds of tensors: outside its layers, and by patterns that layers share; patterns[of_layer[i]] is i's.
 
-    weight_bytes: of a weight; number_bytes: of a key, a value or an activation.
+    The layer of prediction, where there is one, stands behind the others. weight_bytes: of a weight; number_bytes: of a
+    key, a value or an activation.
     """
 
     config: ModelConfig
@@ -98,19 +99,26 @@ class Census:
     def cut(self, pipeline: int) -> tuple[range, ...]:
         """The layers of each stage: those of `models.tables.stage_layers`, without making the table again."""
         numbers = [_numbers(self.patterns[pattern]) for pattern in self.of_layer]
-        return cut(numbers, pipeline, last=self.config.vocab_size * self.config.hidden_size)
+        count, head = self.config.num_hidden_layers, self.config.vocab_size * self.config.hidden_size
+        return cut(numbers[:count], pipeline, last=head + sum(numbers[count:]))
+
+    def computed(self, layers: range) -> range:
+        """Of a stage with these layers, that of prediction included on the last."""
+        last = layers.stop == self.config.num_hidden_layers
+        return range(layers.start, len(self.of_layer) if last else layers.stop)
 
     def held(self, degrees: Degrees, layers: range, stage: int) -> Numbers:
         """What each rank of a stage holds. Ranks of a stage hold alike many: padding makes them equal."""
         counts: Counter[Part] = Counter()
         wide = shared = 0
-        for pattern, times in Counter(self.of_layer[layer] for layer in layers).items():
+        for pattern, times in Counter(self.of_layer[layer] for layer in self.computed(layers)).items():
             for kind, count in self.patterns[pattern]:
                 held = times * _held(kind, count, degrees)
                 counts[kind.part] += held
                 wide += held * kind.wide
                 shared += held * kind.shared
         first, last = stage == 0, stage == degrees.pipeline - 1
+        embeds = first or (last and self.config.prediction is not None)
         for kind, count in self.outside:
             held = _held(kind, count, degrees)
             if kind.part is not Part.EMBEDDING:
@@ -118,7 +126,7 @@ class Census:
             elif last and self.config.tie_word_embeddings:  # the head, whether the first stage has it too or not
                 counts[Part.HEAD] += held
             else:
-                counts[kind.part] += held if first else 0
+                counts[kind.part] += held if embeds else 0
         return Numbers(**{part.value: count for part, count in counts.items()}, wide=wide, shared=shared)
 
     def bytes_of(self, numbers: Numbers) -> int:
@@ -127,7 +135,7 @@ class Census:
 
     def kv_bytes_per_token(self, degrees: Degrees, layers: range) -> int:
         """Of keys and values on a rank that computes these layers."""
-        return len(layers) * cached_numbers(self.config, degrees.tensor) * self.number_bytes
+        return len(self.computed(layers)) * cached_numbers(self.config, degrees.tensor) * self.number_bytes
 
     def pair_flop(self, decode: bool) -> int:
         """Of a head, for a query and a key: their product, and the value's share in the sum.
@@ -151,7 +159,8 @@ def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Ce
         part = Part.EXPERT if parameter.expert is not None else parts.get(parameter.name, Part.EVERY_TOKEN)
         kind = Kind(part, parameter.shape, parameter.placement, parameter.shared, parameter.wide)
         counts[parameter.layer][kind] += 1
-    by_layer = [tuple(counts[layer].items()) for layer in range(config.num_hidden_layers)]
+    layers = config.num_hidden_layers + (config.prediction is not None)
+    by_layer = [tuple(counts[layer].items()) for layer in range(layers)]
     patterns = tuple(dict.fromkeys(by_layer))
     of_layer = tuple(map(patterns.index, by_layer))
     return Census(config, tuple(counts[None].items()), patterns, of_layer, weight_bytes, number_bytes)

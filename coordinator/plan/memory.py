@@ -90,7 +90,7 @@ def load(census: Census, degrees: Degrees, cut: tuple[range, ...], machines: Mac
     stages = []
     for stage, layers in enumerate(cut):
         numbers = census.held(degrees, layers, stage)
-        routed = routing is not None and any(config.layers[layer].routing for layer in layers)
+        routed = routing is not None and any(config.layer(layer).routing for layer in census.computed(layers))
         stages.append(
             StageLoad(
                 stage=stage,

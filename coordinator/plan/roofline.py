@@ -78,13 +78,18 @@ class Roofline:
             weights=self._seconds(numbers.every_token * size, 2 * self._products(numbers) * batch.tokens),
             experts=experts,
             attention=self._attention_s(load, batch),
-            head=self._seconds(numbers.head * size, 2 * numbers.head * batch.sampled) if batch.sampled else 0.0,
+            head=self._head_s(numbers, batch.sampled) if batch.sampled else 0.0,
             exchange=self._exchange_s(load, batch),
         )
 
     def way_s(self, batch: Batch) -> float:
         """From one stage to the next: the hidden states of a micro-batch."""
         return self.edge.send_s(self._hidden_bytes(batch)) if self.degrees.pipeline > 1 else 0.0
+
+    def _head_s(self, numbers: Numbers, sampled: int) -> float:
+        """The head, and where ids are predicted behind those that are drawn, the head once more."""
+        once_s = self._seconds(numbers.head * self.census.weight_bytes, 2 * numbers.head * sampled)
+        return once_s if self.census.config.prediction is None else 2 * once_s
 
     def _products(self, numbers: Numbers) -> float:
         """Of each token; where rows travel, each rank takes its own of them to what is shared beside the experts."""
@@ -97,18 +102,20 @@ class Roofline:
     def _attention_s(self, load: StageLoad, batch: Batch) -> float:
         """Keys and values read, or products of queries with them: those run in 16 bit whatever the weights are."""
         config, flops = self.census.config, self.machines.flops(self.census.number_bytes)
-        per_token = load.kv_bytes_per_token / len(load.layers)
+        layers = self.census.computed(load.layers)
+        per_token = load.kv_bytes_per_token / len(layers)
         seconds = 0.0
-        for layer in load.layers:
-            seen = batch.windowed(config.layers[layer].window)
+        for layer in layers:
+            seen = batch.windowed(config.layer(layer).window)
             read_s = seen.rows * seen.read_tokens * per_token / self.machines.read_bytes_s
             seconds += max(read_s, self.census.pair_flop(batch.decode) * load.heads * seen.rows * seen.pairs / flops)
         return seconds
 
     def _exchange_s(self, load: StageLoad, batch: Batch) -> float:
         """An all-reduce behind attention and behind an MLP; rows of experts go to their ranks and back."""
-        routed = sum(self.census.config.layers[layer].routing is not None for layer in load.layers)
-        reduces = 2 * len(load.layers) - routed
+        layers = self.census.computed(load.layers)
+        routed = sum(self.census.config.layer(layer).routing is not None for layer in layers)
+        reduces = 2 * len(layers) - routed
         return reduces * self.tensor.all_reduce_s(self._hidden_bytes(batch)) + routed * self._experts_exchange_s(batch)
 
     def _experts_exchange_s(self, batch: Batch) -> float:

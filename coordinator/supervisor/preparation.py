@@ -25,7 +25,7 @@ from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_model_config, with_prediction
 from models.files import check_model_directory, model_digest
 from models.json_source import read_json_object
 
@@ -133,9 +133,10 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
 
 def _checked_model(config: ServeConfig) -> tuple[Path, ModelConfig]:
     directory = model_directory(config.model).resolve()
-    check_model_directory(directory)
+    check_model_directory(directory, predicts=config.speculation == "mtp")
     _check_tokenizer(directory)
-    return directory, read_model_config(directory)
+    model = read_model_config(directory)
+    return directory, with_prediction(model) if config.speculation == "mtp" else model
 
 
 def _check_tokenizer(directory: Path) -> None:

@@ -125,7 +125,9 @@ class Pipeline:
         )
         try:
             runner_limits = RunnerLimits(limits.max_running, limits.max_context, limits.block_tokens)
-            runner = new_runner(self._checkpoint, context, runner_limits, limits.kv_blocks, self._graphs)
+            runner = new_runner(
+                self._checkpoint, context, runner_limits, limits.kv_blocks, self._graphs, limits.predicts
+            )
             stage, rank.model = Stage(runner, place, limits.depth), runner.model
             while (payload := rank.inbox.get()) is not None:
                 for op, queued in stage.take(None if payload == DRAIN else decode(payload)):

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from echelon.internal.link import Fence, Logprob, Sampling
-from models.config import read_model_config
+from models.config import read_model_config, with_prediction
 from models.constraints import constraint_tokenizer
 from models.registry import build_model
 from parallel.context import ParallelContext, solo_context
@@ -126,9 +126,12 @@ def new_runner(
     limits: RunnerLimits = LIMITS,
     blocks: int = BLOCKS,
     graphs: Sequence[int] = (),
+    predicts: bool = False,
 ) -> Runner:
     """graphs: numbers of rows that are captured, as far as there is no device."""
     config = read_model_config(directory)
+    if predicts:
+        config = with_prediction(config)
     model = build_model(config, context)
     load_weights(model, config, directory, context, lambda loaded_bytes, total_bytes: None)
     cache = KVCache(config, context, blocks, limits.block_tokens, padded=bool(graphs))

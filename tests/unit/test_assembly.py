@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.assembly import Layout, read_layout
 from echelon.config import CoordinatorConfig
+from tests.predicting import make_circle
 from tests.tiny import make_checkpoint
 
 
@@ -35,7 +36,16 @@ def test_each_rank_of_the_layout_has_a_shard_and_a_spare_beyond_it_none(tmp_path
 def test_ranks_are_told_of_drafts_only_where_something_is_guessed(
     tmp_path: Path, changes: dict[str, object], told: int
 ) -> None:
-    assert layout(tmp_path, **changes).settings.speculation_tokens == told
+    settings = layout(tmp_path, **changes).settings
+    assert (settings.speculation_tokens, settings.predicts) == (told, False)
+
+
+def test_a_layer_for_prediction_is_planned_and_told_where_it_is_asked_for(tmp_path: Path) -> None:
+    directory = make_circle(tmp_path / "circle")
+    plain, predicting = (layout(tmp_path, model=directory, speculation=how) for how in ("off", "mtp"))
+    assert predicting.settings.predicts and predicting.model.prediction is not None
+    assert min(predicting.plan.parameter_bytes) > max(plain.plan.parameter_bytes)
+    assert predicting.plan.block_bytes[0] * 3 == plain.plan.block_bytes[0] * 4, "of three layers and one more"
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_dir": None}, {"device": "cpu"}], ids=["no store", "no device"])

@@ -29,7 +29,7 @@ def test_the_environment_is_read_only_when_given() -> None:
         ({"model": "m", "tensor": "0"}, "", "--tensor: .*greater than or equal to 1.*'0'"),
         ({"model": "m", "tensor": "two"}, "", "--tensor: .*'two'"),
         ({"model": "m", "pipeline_depth": "2"}, "", "pipeline-depth=2 with pipeline=1: one stage has one micro-batch"),
-        ({"model": "m", "speculation": "mtp"}, "", "--speculation: .*'off' or 'ngram'.*'mtp'"),
+        ({"model": "m", "speculation": "eagle"}, "", "--speculation: .*'off', 'ngram' or 'mtp'.*'eagle'"),
         ({"model": "m", "speculation_tokens": "0"}, "", "--speculation-tokens: .*greater than or equal to 1.*'0'"),
         ({"model": "m", "speculation_tokens": "33"}, "", "--speculation-tokens: .*less than or equal to 32.*'33'"),
         ({"model": "m", "heartbeat_s": "nan"}, "", "--heartbeat-s: "),

@@ -64,12 +64,15 @@ class Replica:
         max_step_tokens: int = 9,
         speculation_tokens: int = 0,
         new_drafter: Callable[[], Drafter] | None = None,
+        predicts: bool = False,
     ) -> None:
         limits = RunnerLimits(max_running, MAX_CONTEXT, BLOCK_TOKENS)
         context = solo_context(CPU, torch.float64, FENCE.epoch)
-        self.runner: Runner = new_runner(checkpoint, context, limits, kv_blocks)
+        self.runner: Runner = new_runner(checkpoint, context, limits, kv_blocks, predicts=predicts)
         sizes = EngineLimits(max_running, kv_blocks, BLOCK_TOKENS, max_step_tokens, MAX_CONTEXT)
-        self.scheduler = Scheduler(replace(sizes, speculation_tokens=speculation_tokens), new_drafter)
+        self.scheduler = Scheduler(
+            replace(sizes, speculation_tokens=speculation_tokens, predicts=predicts), new_drafter
+        )
         self.answers = Answers()
 
     def answer(self, assigns: Iterable[Assign]) -> Answers:
@@ -136,19 +139,19 @@ def alone(checkpoint: Path, assigns: list[Assign]) -> Answers:
     return answers
 
 
-def check_same(found: Answers, expected: Answers, name: str = "") -> None:
+def check_same(found: Answers, expected: Answers, name: str = "", within: float = 1e-9) -> None:
     """name stands before the names of the expected requests."""
     for (asked, choice), ids in expected.ids.items():
         assert found.ids[name + asked, choice] == ids, (asked, choice)
-        check_logprobs(found.logprobs[name + asked, choice], expected.logprobs[asked, choice])
+        check_logprobs(found.logprobs[name + asked, choice], expected.logprobs[asked, choice], within)
     for asked, prompt in expected.prompts.items():
-        check_logprobs(found.prompts[name + asked], prompt)
+        check_logprobs(found.prompts[name + asked], prompt, within)
 
 
-def check_logprobs(found: Iterable[Logprob], expected: Iterable[Logprob]) -> None:
+def check_logprobs(found: Iterable[Logprob], expected: Iterable[Logprob], within: float = 1e-9) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.top_ids == other.top_ids
-        assert (one.logprob, *one.top_logprobs) == pytest.approx((other.logprob, *other.top_logprobs), abs=1e-9)
+        assert (one.logprob, *one.top_logprobs) == pytest.approx((other.logprob, *other.top_logprobs), abs=within)
 
 
 def renamed(assigns: Iterable[Assign], name: str, salt: str = "") -> list[Assign]:

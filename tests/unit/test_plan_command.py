@@ -91,6 +91,18 @@ def test_fewer_bytes_a_weight_leave_more_cache() -> None:
     assert any("float8 is planned" in note for note in half["notes"])
 
 
+def test_a_layer_of_prediction_takes_room_on_the_last_stage() -> None:
+    layout = ("--model", "deepseek-r1", "--gpus", "16", "--gpu", "h200", "--pipeline", "2", "--data", "8")
+    plain = planned(*layout, "--expert", "8")
+    found = planned(*layout, "--expert", "8", "--speculation", "mtp")
+    assert planned(*layout, "--expert", "8", "--speculation", "ngram")["stages"] == plain["stages"]
+    assert found["stages"][0] == plain["stages"][0]
+    for part in ("weight_bytes", "kv_bytes_per_token"):
+        assert found["stages"][1][part] > plain["stages"][1][part]
+    assert found["kv_tokens"] < plain["kv_tokens"] and found["forecast"]["round_s"] > plain["forecast"]["round_s"]
+    assert any("no guess that comes true" in note for note in found["notes"])
+
+
 def test_gpus_without_work_are_told() -> None:
     assert "14 of 16 GPUs are not used" in plan("--model", "qwen3-8b", "--gpus", "16", "--tensor", "2").stdout
 
@@ -118,6 +130,8 @@ def test_gpus_without_work_are_told() -> None:
         (("--dtype", "int4"), "--dtype int4 is not one of float8, float32, bfloat16, float16"),
         (("--for", "speed"), "--for"),
         (("--gpus", "0"), "--gpus"),
+        (("--speculation", "mtp"), "Qwen3ForCausalLM has num_nextn_predict_layers=0"),
+        (("--speculation", "guess"), "'guess' is not one of 'off', 'ngram', 'mtp'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -32,7 +32,7 @@ from coordinator.plan.memory import Limits, Load, load
 from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
 from echelon.errors import ConfigError
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, read_model_config, with_prediction
 from models.tables import (
     Parameter,
     held_parameters,
@@ -105,9 +105,11 @@ def small_models(draw: st.DrawFn) -> ModelConfig:
             "norm_topk_prob": False,
             "n_group": 2,
             "topk_group": 1,
+            "num_nextn_predict_layers": draw(st.integers(0, 1)),
         }
     with tempfile.TemporaryDirectory() as folder:
-        return read_model_config(write_config(Path(folder), values), planning=True)
+        config = read_model_config(write_config(Path(folder), values), planning=True)
+    return with_prediction(config) if config.prediction_layers else config
 
 
 @st.composite
@@ -152,14 +154,14 @@ def test_ranks_hold_every_parameter_as_often_as_the_rules_say(layout: tuple[Mode
     for place in places(degrees):
         for parameter in held_parameters(config, place):
             holders.setdefault(parameter.name, []).append(place)
-    tied = config.tie_word_embeddings and degrees.pipeline > 1
+    twice = (config.tie_word_embeddings or config.prediction is not None) and degrees.pipeline > 1
     for parameter in parameter_table(config):
         found = np.zeros(parameter.shape, dtype=int)
         for place in holders[parameter.name]:
             for region in parameter.held_regions(place):
                 found[region] += 1
         stages = {place.pipeline_rank for place in holders[parameter.name]}
-        assert len(stages) == (2 if tied and "embed_tokens" in parameter.name else 1), parameter.name
+        assert len(stages) == (2 if twice and "embed_tokens" in parameter.name else 1), parameter.name
         if isinstance(parameter.placement, Split) and len(parameter.placement.sections) > 1:
             assert found.min() >= degrees.data * len(stages), parameter.name  # each section by a rule of its own
         else:
@@ -213,6 +215,13 @@ def test_a_published_model_has_as_many_parameters_as_published(
 ) -> None:
     assert census(name).parameters == pytest.approx(parameters, rel=1e-4)
     assert census(name).parameters_per_token == pytest.approx(for_each_token, rel=0.01)
+
+
+def test_the_layer_of_prediction_has_as_many_parameters_as_published() -> None:
+    """DeepSeek-V3 (2024): 14 B, copies of embedding and head included."""
+    config = published("deepseek-r1")
+    more = take_census(with_prediction(config), 2, 2).parameters - census("deepseek-r1").parameters
+    assert more + 2 * config.vocab_size * config.hidden_size == pytest.approx(14e9, rel=0.05)
 
 
 def test_latent_attention_caches_the_same_on_every_tensor_rank() -> None:

@@ -23,11 +23,19 @@ from echelon.cli.plan.report import as_json as report_json
 from echelon.cli.plan.report import print_plan
 from echelon.cli.plan.units import byte_count, case_numbers, flop_rate
 from echelon.errors import ConfigError
-from models.config import DTYPE_BYTES, ModelConfig, read_model_config
+from models.config import DTYPE_BYTES, ModelConfig, read_model_config, with_prediction
 from parallel.degrees import Degrees
 
 FLOAT8 = "float8"  # of weights alone: keys, values and activations stay in 16 bit
 DTYPES = {FLOAT8: 1} | {name: size for name, size in DTYPE_BYTES.items() if name != "float64"}
+
+
+class Speculation(StrEnum):
+    """As of `echelon serve`; n-grams need nothing of a GPU."""
+
+    OFF = "off"
+    NGRAM = "ngram"
+    MTP = "mtp"
 
 
 class Goal(StrEnum):
@@ -58,13 +66,14 @@ def plan(
     max_step_tokens: Annotated[int, typer.Option(min=16, help="Tokens of one step of a data rank.")] = 2048,
     gpu_memory_fraction: Annotated[float, typer.Option(min=0.1, max=1, help="Share for weights and KV cache.")] = 0.9,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; default: the model's.")] = "",
+    speculation: Annotated[Speculation, typer.Option(help="As of serve: mtp holds one layer more.")] = Speculation.OFF,
     as_json: output.AsJson = False,
 ) -> None:
     """Plan a model over GPUs from its config.json alone: bytes, KV cache and lower bounds of time for each stage.
 
     Example: echelon plan --model DIR --gpus 16 --gpu-memory 141GB --auto --for throughput
     """
-    config = read_model_config(model, max_context, planning=True)
+    config = _config(model, max_context, speculation)
     machines = Machines(
         gpu=_gpu(gpu, gpu_memory, gpu_bandwidth, gpu_flops),
         gpus=gpus,
@@ -79,13 +88,18 @@ def plan(
     planner = Planner(take_census(config, weight_bytes, max(weight_bytes, 2)), machines, limits, load)
     degrees = {"replicas": replicas, "pipeline": pipeline, "data": data, "tensor": tensor, "expert": expert}
     fixed = {name: degree for name, degree in degrees.items() if degree is not None}
-    notes = _notes(planner, dtype, named=bool(gpu))
+    notes = _notes(planner, dtype, speculation, named=bool(gpu))
     ranking = planner.rank(fixed, goal is Goal.LATENCY) if auto or not fixed else None
     chosen = ranking.plans[0] if ranking else planner.plan(Degrees(**fixed))
     if as_json:
         output.json_line(report_json(planner, chosen, ranking, goal is Goal.LATENCY, notes))
     else:
         print_plan(planner, chosen, ranking, goal is Goal.LATENCY, notes)
+
+
+def _config(model: Path, max_context: int | None, speculation: Speculation) -> ModelConfig:
+    config = read_model_config(model, max_context, planning=True)
+    return with_prediction(config) if speculation is Speculation.MTP else config
 
 
 def _gpu(name: str, memory: str, bandwidth: str, flops: str) -> Gpu:
@@ -135,7 +149,7 @@ def _dtype(name: str, config: ModelConfig) -> str:
     return chosen
 
 
-def _notes(planner: Planner, dtype: str, named: bool) -> list[str]:
+def _notes(planner: Planner, dtype: str, speculation: Speculation, named: bool) -> list[str]:
     """What the numbers leave out, and what was assumed."""
     machines = planner.machines
     notes = ["times are lower bounds: bytes over bandwidth, FLOP over rate, exchange; no launches, no idle hosts"]
@@ -145,4 +159,7 @@ def _notes(planner: Planner, dtype: str, named: bool) -> list[str]:
         notes.append(f"between nodes: {machines.network_bytes_s / 1e9:g} GB/s a GPU, by data sheet and not measured")
     if dtype == FLOAT8:
         notes.append("float8 is planned, of weights alone, and not computed yet: served checkpoints of it take 16 bit")
+    if speculation is not Speculation.OFF:
+        counted = ": what it needs is counted" if speculation is Speculation.MTP else ""
+        notes.append(f"speculation={speculation}{counted}, and no guess that comes true")
     return notes

@@ -22,7 +22,7 @@ def print_plan(planner: Planner, plan: Plan, ranking: Ranking | None, latency: b
     """Everything, for people."""
     for line in _head(planner, plan.degrees):
         typer.echo(line)
-    output.table("", STAGE_COLUMNS, _stage_rows(plan))
+    output.table("", STAGE_COLUMNS, _stage_rows(planner, plan))
     typer.echo("")
     for line in _body(planner, plan):
         typer.echo(line)
@@ -64,14 +64,14 @@ def _head(planner: Planner, degrees: Degrees) -> Iterator[str]:
     yield "each rank holds"
 
 
-def _stage_rows(plan: Plan) -> Iterator[tuple[object, ...]]:
+def _stage_rows(planner: Planner, plan: Plan) -> Iterator[tuple[object, ...]]:
     """Numbers of one rank of the stage; its times are of one micro-batch."""
     found = plan.forecast
     for stage, decode, prefill in zip(plan.load.stages, found.slots, found.prefill_slots, strict=True):
         yield (
             stage.stage,
             plan.degrees.stage_ranks,
-            f"{stage.layers.start}-{stage.layers.stop - 1} ({len(stage.layers)})",
+            f"{stage.layers.start}-{stage.layers.stop - 1} ({_count(planner, stage.layers)})",
             stage.heads,
             stage.key_value_heads,
             stage.experts or "-",
@@ -82,6 +82,12 @@ def _stage_rows(plan: Plan) -> Iterator[tuple[object, ...]]:
             _time(decode.total),
             _time(prefill.total),
         )
+
+
+def _count(planner: Planner, layers: range) -> str:
+    """How many; the layer of prediction apart."""
+    more = len(planner.census.computed(layers)) - len(layers)
+    return f"{len(layers)} + {more}" if more else str(len(layers))
 
 
 def _body(planner: Planner, plan: Plan) -> Iterator[str]:
