@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Literal, Self, Unpack, overload
 
 from echelon.errors import EchelonError
@@ -154,6 +154,14 @@ class AsyncClient:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def tokenize(self, text: str, *, model: str = "") -> tuple[int, ...]:
+        """The ids that a generation would be given for this text."""
+        return await self._transport.finish(calls.tokenize(self._settings, text, model))
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """The text of these ids, special tokens left out."""
+        return await self._transport.finish(calls.detokenize(self._settings, token_ids, model))
 
     async def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""

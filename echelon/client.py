@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal, Self, Unpack, overload
 
@@ -161,6 +161,14 @@ class Client:
             if not sys.is_finalizing():  # then the threads stand still, and may hold what this would wait for
                 scope.close()
                 workers.close(2 * CANCEL_TIMEOUT_S)
+
+    def tokenize(self, text: str, *, model: str = "") -> tuple[int, ...]:
+        """The ids that a generation would be given for this text."""
+        return self._transport.finish(calls.tokenize(self._settings, text, model))
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """The text of these ids, special tokens left out."""
+        return self._transport.finish(calls.detokenize(self._settings, token_ids, model))
 
     def cancel(self, *request_ids: str) -> tuple[str, ...]:
         """End requests by id; answers those that were running."""

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from echelon.cli import batch, chaos, chat, checkpoint, cluster, doctor, generate
+from echelon.cli import batch, chaos, chat, checkpoint, cluster, doctor, evaluate, generate
 from echelon.cli.experts.command import experts
 from echelon.cli.output import error_line, exit_code, forget_output, retry_notices
 from echelon.cli.plan.command import plan
@@ -63,6 +63,7 @@ app.command("status")(cluster.status)
 app.command("events")(cluster.events)
 app.command("experts")(experts)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(evaluate.app, name="eval")
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan)
 app.command("trace")(trace)

@@ -19,6 +19,7 @@ from echelon import convert_cluster, convert_jobs
 from echelon.errors import InvalidRequestError
 from echelon.internal.channel import MAX_MESSAGE_BYTES
 from echelon.profiles import Settings
+from echelon.sampling import check_text, shown
 from echelon.session import Broken, CallSession, FeedSession, Session
 from echelon.types import (
     Cluster,
@@ -74,6 +75,24 @@ def cancel(settings: Settings, request_ids: Sequence[str]) -> Unary[tuple[str, .
         generation_pb2.CancelGenerationResponse,
         lambda answer: tuple(answer.cancelled_request_ids),
     )
+
+
+def tokenize(settings: Settings, text: str, model: str) -> Unary[tuple[int, ...]]:
+    """The ids that a generation would be given for this text."""
+    request = generation_pb2.TokenizeRequest(text=check_text("text", text, "text"), model=model)
+    size = request.ByteSize()
+    if size > MAX_INPUT_BYTES:
+        message = f"the text is {size} bytes, one call takes at most {MAX_INPUT_BYTES}: send it in parts"
+        raise InvalidRequestError(message, field="text")
+    method, response = "echelon.v1.GenerationService/Tokenize", generation_pb2.TokenizeResponse
+    return _unary(settings, method, request, response, lambda answer: tuple(answer.token_ids))
+
+
+def detokenize(settings: Settings, token_ids: Sequence[int], model: str) -> Unary[str]:
+    """The text of these ids, special tokens left out."""
+    request = generation_pb2.DetokenizeRequest(token_ids=check_ids(token_ids), model=model)
+    method, response = "echelon.v1.GenerationService/Detokenize", generation_pb2.DetokenizeResponse
+    return _unary(settings, method, request, response, lambda answer: str(answer.text))
 
 
 def list_models(settings: Settings) -> Unary[list[Model]]:
@@ -202,3 +221,12 @@ def check_timeout(timeout_s: float) -> None:
     """A deadline must be a time ahead, and finite: everything ends."""
     if not 0 < timeout_s < math.inf:
         raise InvalidRequestError(f"timeout_s must be a finite number > 0, got {timeout_s!r}", field="timeout_s")
+
+
+def check_ids(token_ids: Sequence[int]) -> Sequence[int]:
+    """The ids, unless one of them is none."""
+    for index, token_id in enumerate(token_ids):
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < 2**31:
+            message = f"token_ids[{index}] must be an integer >= 0, got {shown(token_id)}"
+            raise InvalidRequestError(message, field="token_ids")
+    return token_ids

@@ -146,11 +146,7 @@ def _with_input(
     if text is not None:
         request.text = check_text("prompt", text, "prompt")
     elif token_ids is not None:
-        for index, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < 2**31:
-                message = f"token_ids[{index}] must be an integer >= 0, got {shown(token_id)}"
-                raise InvalidRequestError(message, field="token_ids")
-        request.token_ids.ids.extend(token_ids)
+        request.token_ids.ids.extend(calls.check_ids(token_ids))
         request.token_ids.SetInParent()
     elif messages is not None:
         request.chat.CopyFrom(convert.chat_to_proto(_chat(messages, chat)))
