@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.make_checkpoint import BEGIN, END
-from examples.tiny.sources import PYTHON, Document, documents, licences
+from examples.tiny.sources import Document, documents, licences
 
 HELD_OUT_SHARE = 0.02
 CHARACTERS = range(200, 200_000)  # of a document
@@ -36,11 +36,6 @@ class Corpus:
     manifest: Mapping[str, object]
     training: tuple[Document, ...]
     held_out: tuple[Document, ...]
-
-    @property
-    def shipped(self) -> tuple[Document, ...]:
-        """Held-out documents of Python itself, which one licence covers."""
-        return tuple(document for document in self.held_out if document.source == PYTHON)
 
 
 def is_held_out(text: str) -> bool:
