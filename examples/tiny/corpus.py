@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.make_checkpoint import BEGIN, END
 from examples.tiny.sources import Document, documents, licences
@@ -33,7 +34,7 @@ PRESET = 6
 class Corpus:
     """What was packed; manifest: licences, counts and the digest."""
 
-    manifest: Mapping[str, object]
+    manifest: Mapping[str, Any]
     training: tuple[Document, ...]
     held_out: tuple[Document, ...]
 
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     output: Path = parser.parse_args().output
     named = [{"source": entry.source, "version": entry.version, "licence": entry.licence} for entry in licences()]
+    output.parent.mkdir(parents=True, exist_ok=True)
     manifest = write_corpus(output, all_documents(entry["source"] for entry in named), named)
     print(json.dumps(manifest, indent=2))
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")

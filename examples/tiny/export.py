@@ -89,6 +89,7 @@ def write_model(model: TinyModel, tokenizer: Tokenizer, directory: Path) -> int:
     """Config, tokenizer and weights; their bytes. Raises ValueError where they are more than the repository takes."""
     directory.mkdir(parents=True, exist_ok=True)
     begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+    assert begin is not None and end is not None, "they are its special tokens"
     write_json(directory / "config.json", model.shape.config(begin, end))
     write_json(directory / "generation_config.json", {"bos_token_id": begin, "eos_token_id": end})
     write_tokenizer(tokenizer, directory, model.shape.context)

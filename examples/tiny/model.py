@@ -108,7 +108,8 @@ class TinyModel(nn.Module):
 
     def hidden(self, tokens: Tensor, rotation: Tensor) -> tuple[Tensor, list[Tensor]]:
         """tokens [B, T] -> hidden states behind the last norm [B, T, hidden], and choices by layer."""
-        x, choices = self.embedding(tokens), list[Tensor]()
+        x: Tensor = self.embedding(tokens)
+        choices: list[Tensor] = []
         for layer in self.layers:
             x, chosen = layer(x, rotation)
             choices += chosen

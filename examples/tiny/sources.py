@@ -65,12 +65,12 @@ def licences() -> list[Licence]:
 
 def declared_licence(package: Distribution) -> str:
     """The licence of a package's metadata, on one line. Raises ValueError unless it permits what is done here."""
-    metadata = package.metadata
-    classifiers = [line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier", []) if "License" in line]
-    stated = metadata.get("License-Expression") or metadata.get("License") or " AND ".join(classifiers)
+    classifiers = [line.rpartition(" :: ")[2] for line in _metadata(package, "Classifier") if "License" in line]
+    expressions = _metadata(package, "License-Expression") or _metadata(package, "License")
+    stated = expressions[0] if expressions else " AND ".join(classifiers)
     line = " ".join(stated.splitlines()[:1]).strip()
     if REFUSED.search(stated) or not PERMITTED.search(line):
-        raise ValueError(f"{metadata['Name']}: its licence is {line!r}, which is not known to permit this")
+        raise ValueError(f"{_metadata(package, 'Name')[0]}: its licence is {line!r}, which is not known to permit this")
     return line
 
 
@@ -85,9 +85,13 @@ def documents(source: str) -> Iterator[Document]:
     package = distribution(source)
     paths = [Path(str(file.locate())) for file in package.files or () if file.suffix == ".py"]
     yield from _files(source, Path(str(package.locate_file(""))), sorted(path for path in paths if path.is_file()))
-    description = package.metadata.get_payload()
-    if isinstance(description, str) and description.strip():
+    for description in _metadata(package, "Description"):
         yield Document(source, "README", description)
+
+
+def _metadata(package: Distribution, field: str) -> list[str]:
+    """A field's values; a description is what stands behind all fields."""
+    return [str(value) for value in package.metadata.get_all(field, [])]
 
 
 def _files(source: str, root: Path, paths: list[Path]) -> Iterator[Document]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from echelon.cli.app import app
 from echelon.evaluation import Score, windows
@@ -74,7 +74,7 @@ def test_perplexity_is_that_of_transformers(
 ) -> None:
     path = tmp_path / "held_out.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    flags = {"max_step_tokens": 64, "max_running": 8, **degrees}
+    flags: dict[str, Any] = {"max_step_tokens": 64, "max_running": 8, **degrees}
     with LocalCluster(model=model, dtype="float64", ray_address=ray_address, **flags) as cluster:
         result = evaluated(cluster, path)
         assert result.exit_code == 0, result.output

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from echelon import AsyncClient, Client, ConfigError, InvalidRequestError, convert, convert_cluster
 from echelon.cli.app import app

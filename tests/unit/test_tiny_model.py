@@ -22,8 +22,9 @@ from examples.tiny.train import SHAPES
 from models.config import read_model_config
 from models.files import check_model_directory
 from models.registry import build_model
-from models.tables import parameter_table, stage_layers
+from models.tables import parameter_bytes, parameter_table, stage_layers
 from parallel.context import solo_context
+from parallel.degrees import Degrees
 from tests.oracle.harness import BLOCK_TOKENS, NUM_BLOCKS, Driver, whole_steps
 from worker.kv_cache import KVCache
 from worker.loader import load_weights
@@ -96,10 +97,10 @@ def test_the_shape_can_be_split_in_two_in_every_way(shape: Shape, tmp_path: Path
     transformers.DeepseekV3Config(**shape.config(0, 1)).save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
     assert config.prediction_layers == 1
-    first, last = stage_layers(config, 2)
-    assert first and last
-    sizes = [shape.attention_parameters, shape.expert_parameters]
-    assert all(size > 0 for size in sizes) and shape.active_parameters < shape.parameters
+    assert stage_layers(config, 2) == ((range(4), range(4, 6)) if shape.layers == 6 else (range(2), range(2, 3)))
+    for degrees in (Degrees(tensor=2, expert=2, pipeline=2), Degrees(data=2, expert=2)):
+        held = [parameter_bytes(config, degrees.place(rank), 2) for rank in range(degrees.replica_ranks)]
+        assert max(held) < 0.85 * parameter_bytes(config, Degrees().place(0), 2)
 
 
 def test_transformers_computes_the_same(directory: Path, tokens: Tensor, logits: tuple[Tensor, Tensor]) -> None:

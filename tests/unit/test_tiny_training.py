@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.tiny import corpus, train, training
+from echelon.cli.trace.drawing import Line
+from examples.tiny import corpus, train
 from examples.tiny.corpus import is_held_out, read_corpus, without_duplicates, write_corpus
 from examples.tiny.curve import MOST_POINTS, draw_curve, thinned
 from examples.tiny.evaluate import compressed_bits_per_byte, expert_load, score
@@ -68,10 +69,18 @@ def test_it_learns(tmp_path: Path) -> None:
     assert trainer.tokens_seen == 40 * 4 * 16
 
 
+@pytest.mark.long
+def test_torch_compiles_both_losses_into_one_graph() -> None:
+    model, tokens = model_of(), torch.from_numpy(ids_of(36).astype(np.int64)).view(2, 18)
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(tokens)
+        assert all(torch.equal(one, other) for one, other in zip(compiled, model(tokens), strict=True))
+
+
 def test_a_run_that_paused_ends_as_one_that_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is a second: three steps, then the rest from the state."""
     clock = iter(range(1000))
-    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = Trainer(model_of(), ids_of(900), settings_of(8), tmp_path / "whole")
@@ -251,7 +260,7 @@ def test_the_curve_is_thinned_and_within_its_frame() -> None:
     curve = [(20 * step, 9 * math.exp(-step / 300) + 2, 9 * math.exp(-step / 300) + 3) for step in range(1, 1001)]
     assert len(thinned(curve)) <= MOST_POINTS and thinned(curve[:3]) == curve[:3]
     picture = draw_curve(curve, 2.5)
-    lines = [shape for shape in picture.shapes if hasattr(shape, "x1")]
+    lines = [shape for shape in picture.shapes if isinstance(shape, Line)]
     assert all(0 <= line.x1 <= 760 and 0 <= line.y2 <= 420 for line in lines) and len(lines) > 400
 
 
@@ -259,14 +268,15 @@ def test_the_script_trains_pauses_goes_on_and_ships(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(SHAPES, "small", MICRO)
     monkeypatch.setattr(corpus, "HELD_OUT_SHARE", 0.3)
     monkeypatch.setattr(train, "to_png", lambda picture: b"")
+    monkeypatch.setattr("examples.tiny.training.LOGGED_STEPS", 2)
     path, output = tmp_path / "corpus.jsonl.xz", tmp_path / "out"
     named = [{"source": "pluggy", "version": "1", "licence": "MIT"}]
-    write_corpus(path, [document for document in documents("pluggy") if len(document.text) > 200], named)
+    write_corpus(path, [document for document in documents("pluggy") if len(document.text) < 6000], named)
     flags = ["--corpus", str(path), "--output", str(output), "--shape", "small", "--device", "cpu", "--batch", "2"]
-    assert train.train(train.parser().parse_args([*flags, "--steps", "20", "--pause-after", "0"])) is None
+    assert train.train(train.parser().parse_args([*flags, "--steps", "6", "--pause-after", "0"])) is None
     assert not (output / "model").exists()
-    report = train.train(train.parser().parse_args([*flags, "--steps", "20"]))
-    assert report is not None and report["steps"] == 20 and report["tokens_seen"] == 20 * 2 * 16
+    report = train.train(train.parser().parse_args([*flags, "--steps", "6"]))
+    assert report is not None and report["steps"] == 6 and report["tokens_seen"] == 6 * 2 * 16
     assert json.loads((output / "model/report.json").read_text()) == report
     card = (output / "model/README.md").read_text()
     assert f"| perplexity per token | {report['perplexity']:.3f} |" in card and "| pluggy 1 | MIT |" in card
