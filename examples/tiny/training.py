@@ -89,9 +89,9 @@ class Trainer:
 
     def run(self, told: Callable[[str], None], call_s: float = math.inf) -> Progress:
         """Trains to the end, or until this call has trained for call_s. told: is given a line now and then."""
+        self.model.train()
         if self.settings.compiles:
             self._compile(told)
-        self.model.train()
         saved = last = time.monotonic()
         until_s = self.progress.seconds + call_s
         while (done := self.progress.done(self.settings)) < 1 and self.progress.seconds < until_s:
@@ -169,8 +169,9 @@ class Trainer:
         except RuntimeError as error:
             self._losses = self.model
             told(f"not compiled: {str(error).splitlines()[0]}")
+        else:
+            told(f"compiled in {time.monotonic() - start:.0f} s")
         self._optimizer.zero_grad(set_to_none=True)
-        told(f"compiled in {time.monotonic() - start:.0f} s")
 
     def _line(self) -> str:
         step, following, second = self.progress.curve[-1]
