@@ -61,7 +61,11 @@ def settings_of(steps: int) -> Settings:
 
 def test_it_learns(tmp_path: Path) -> None:
     trainer = Trainer(model_of(), ids_of(3000), settings_of(40), tmp_path)
+    seen: set[tuple[int, ...]] = set()
+    trainer.model.register_forward_pre_hook(lambda _, given: seen.update(map(tuple, given[0].tolist())))
     curve = trainer.run(lambda line: None).curve
+    assert len(seen) > 0.9 * 40 * 4, "each step draws other windows"
+    assert all(len(window) == MICRO.context + 2 for window in seen)
     assert [entry[0] for entry in curve] == [20, 40]
     guessing = math.log(MICRO.vocab_size)
     assert all(last < first < guessing for first, last in zip(curve[0][1:], curve[1][1:], strict=True))
