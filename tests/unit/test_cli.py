@@ -309,13 +309,13 @@ def test_batch_results_are_openai_lines(server: ScriptedServer, tmp_path: Path) 
 
 def test_help_names_every_verb() -> None:
     shown = echelon("--help").stdout
-    for verb in ("serve", "generate", "chat", "batch", "checkpoint", "status", "events", "doctor"):
+    for verb in ("serve", "generate", "chat", "batch", "checkpoint", "eval", "status", "events", "doctor"):
         assert verb in shown
 
 
 def test_every_command_that_prints_data_speaks_json() -> None:
     root: Any = typer.main.get_command(app)
-    groups = [root, root.commands["batch"], root.commands["checkpoint"]]
+    groups = [root, *(root.commands[name] for name in ("batch", "checkpoint", "eval"))]
     commands = [command for group in groups for command in group.commands.values() if command not in groups]
     assert {command.name for command in commands} >= {
         "generate",
@@ -324,6 +324,7 @@ def test_every_command_that_prints_data_speaks_json() -> None:
         "events",
         "doctor",
         "results",
+        "perplexity",
         "prune",
     }
     flags = {command.name: {flag for option in command.params for flag in option.opts} for command in commands}
