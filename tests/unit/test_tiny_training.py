@@ -23,6 +23,7 @@ from examples.tiny import corpus, train
 from examples.tiny.corpus import is_held_out, read_corpus, without_duplicates, write_corpus
 from examples.tiny.curve import MOST_POINTS, draw_curve, thinned
 from examples.tiny.evaluate import compressed_bits_per_byte, expert_load, score
+from examples.tiny.export import read_weights
 from examples.tiny.held_out import chosen, write_held_out
 from examples.tiny.layers import Mixture
 from examples.tiny.model import TinyModel
@@ -279,7 +280,8 @@ def test_the_script_trains_pauses_goes_on_and_ships(tmp_path: Path, monkeypatch:
     flags = ["--corpus", str(path), "--output", str(output), "--shape", "small", "--device", "cpu", "--batch", "2"]
     assert train.train(train.parser().parse_args([*flags, "--steps", "6", "--pause-after", "0"])) is None
     assert not (output / "model").exists()
-    report = train.train(train.parser().parse_args([*flags, "--steps", "6"]))
+    options = train.parser().parse_args([*flags, "--steps", "6"])
+    report = train.train(options)
     assert report is not None and report["steps"] == 6 and report["tokens_seen"] == 6 * 2 * 16
     assert json.loads((output / "model/report.json").read_text()) == report
     card = (output / "model/README.md").read_text()
@@ -288,3 +290,7 @@ def test_the_script_trains_pauses_goes_on_and_ships(tmp_path: Path, monkeypatch:
         path.name for path in (output / "model").iterdir()
     }
     train.show(report)
+    shipped, prepared = TinyModel(MICRO), train.prepare(options)
+    read_weights(shipped, output / "model")
+    again = score(shipped, prepared.corpus.held_out, prepared.held_out)[0]
+    assert again.nats_per_token == pytest.approx(report["held_out_loss"], rel=1e-9), "what was measured is what ships"
