@@ -6,11 +6,13 @@ Only numbers that were measured stand in it. It knows no model.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.tiny.shape import Shape
 
+WIDTH = 120
 FRONT = """---
 license: apache-2.0
 library_name: transformers
@@ -33,7 +35,9 @@ twice.
 TEXT = """Source files and READMEs of the packages below, and of Python itself also the pages of its reference that
 `help()` shows and the documentation strings of built-in modules; without vendored copies, tables of numbers, and files
 of which much stands in others. {rule}: held out. Of the held-out text's longer lines {known:.0f} % occur somewhere in
-the training text too. `examples/tiny/corpus.py` makes it; its digest is `{digest}`.
+the training text too. `examples/tiny/corpus.py` makes it; its digest is `{digest}`. `held_out.jsonl`, which
+`examples/tiny/held_out.py` writes beside a model, has some of Python's own held-out documents, under
+`LICENSE-PYTHON.txt`.
 """
 LICENCES = """
 The licences are those that the packages declare. The weights hold no file of them; where the model repeats a line, its
@@ -45,7 +49,6 @@ next token and 0.3 of that of the one behind it, by `examples/tiny/train.py`.
 """
 RESULTS = """{held_out_documents} documents, {held_out_bytes:,} bytes, in windows of {window} tokens, each but the first
 {stride} further; in float32, with the weights as they are here.
-
 """
 
 
@@ -54,9 +57,11 @@ def model_card(shape: Shape, manifest: Mapping[str, Any], report: Mapping[str, A
     return "\n".join(
         [
             FRONT + "# Echelon's tiny model",
-            f"A DeepSeek-V3-style language model of {shape.parameters / 1e6:.2f} million parameters "
-            f"({shape.active_parameters / 1e6:.2f} million for each token), trained in {report['minutes']:.1f} minutes "
-            f"on {report['device']}.\n",
+            filled(
+                f"A DeepSeek-V3-style language model of {shape.parameters / 1e6:.2f} million parameters "
+                f"({shape.active_parameters / 1e6:.2f} million for each token), trained in {report['minutes']:.1f} "
+                f"minutes on {report['device']}."
+            ),
             USES,
             "## Shape",
             _shape_table(shape),
@@ -70,6 +75,11 @@ def model_card(shape: Shape, manifest: Mapping[str, Any], report: Mapping[str, A
             _results(report),
         ]
     )
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines of the page's width."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -100,12 +110,12 @@ def _text(manifest: Mapping[str, Any]) -> str:
         sizes = (f"{trained['documents']:,}", f"{trained['bytes'] / 1e6:.2f}", f"{kept['bytes'] / 1e3:.0f}")
         rows.append((f"{entry['source']} {entry['version']}", entry["licence"], *sizes))
     known, digest = 100 * manifest["held_out_lines_known"], manifest["digest"][:16]
-    text = TEXT.format(rule=manifest["held_out_rule"], known=known, digest=digest)
+    text = filled(TEXT.format(rule=manifest["held_out_rule"], known=known, digest=digest))
     return text + "\n" + table(("source", "licence", "documents", "MB", "held out, kB"), rows) + LICENCES
 
 
 def _training(report: Mapping[str, Any]) -> str:
-    return TRAINING.format(millions=report["tokens_seen"] / 1e6, **report)
+    return filled(TRAINING.format(millions=report["tokens_seen"] / 1e6, **report))
 
 
 def _results(report: Mapping[str, Any]) -> str:
@@ -117,7 +127,7 @@ def _results(report: Mapping[str, Any]) -> str:
         ("drafts of the next but one that the model agrees with", f"{100 * report['drafts_accepted']:.1f} %"),
         ("busiest expert over the mean, worst layer", f"{report['expert_max_over_mean']:.2f}"),
     ]
-    return RESULTS.format(**report) + table(("measure", "value"), rows)
+    return filled(RESULTS.format(**report)) + "\n" + table(("measure", "value"), rows)
 
 
 def report_json(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 from examples.tiny.corpus import read_corpus
 from examples.tiny.sources import PYTHON, Document
 
-MOST_BYTES = 256 << 10
+MOST_BYTES = 192 << 10
+LONGEST_BYTES = 40_000  # of a document, so that no single one decides
 TEXT, LICENCE = "held_out.jsonl", "LICENSE-PYTHON.txt"
 
 
@@ -27,7 +28,7 @@ def chosen(documents: Iterable[Document], most_bytes: int = MOST_BYTES) -> list[
     kept: list[Document] = []
     for document in documents:
         size = len(document.text.encode())
-        if document.source == PYTHON and size <= most_bytes:
+        if document.source == PYTHON and size <= min(LONGEST_BYTES, most_bytes):
             kept.append(document)
             most_bytes -= size
     return kept

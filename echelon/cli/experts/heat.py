@@ -69,11 +69,11 @@ def strips(loads: Sequence[ExpertLoad]) -> Text:
     for load in loads:
         text.append(f"\n{load.replica}/{load.layer:<4}")
         for heat in pooled(heats(load.rows), STRIP):
-            text.append(_letter(heat), Style(color="black", bgcolor=Color.from_rgb(*colour(heat))))
+            text.append(letter(heat), Style(color="black", bgcolor=Color.from_rgb(*colour(heat))))
     return text
 
 
-def _letter(heat: float) -> str:
+def letter(heat: float) -> str:
     """So that it can be read without colours too: how often the mean, none a point."""
     return "." if heat == 0 else " " if heat < 2 else str(min(9, int(heat)))
 
