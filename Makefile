@@ -1,5 +1,5 @@
 # Every target sets up .venv first, when it is missing or older than setup.cfg or constraints.txt.
-#   make demo   a cluster of two CPU ranks answers a batch job, loses a rank in the middle, and finishes
+#   make demo   two CPU ranks of a trained model answer a batch job, lose a rank in the middle, and show what it learnt
 #   make test   the whole suite but the tests marked long
 # PYTHON=... names another interpreter (3.11 or later).
 

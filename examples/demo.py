@@ -1,8 +1,9 @@
 """The demo behind `make demo`: a batch job on a cluster of two CPU ranks, one of which is killed in the middle.
 
-Makes a small random model in .demo/model, serves it with `--tensor 2`, submits prompts.jsonl as a batch job, sends
-SIGKILL to a rank, and waits until every item has its answer (kept in .demo/results.jsonl). `--json` prints two
-lines for programs: what serves, then what happened. Ends with 0 only if nothing was lost; leaves no process behind.
+Serves the tiny trained model that lies beside this file, `--tensor 2 --expert 2 --speculation mtp`; submits beginnings
+of held-out code as a batch job, sends SIGKILL to a rank, and waits until every item has its answer. Then it shows what
+the model has learnt. Job, answers and heat map are kept in .demo. `--json` prints two lines for programs: what serves,
+then what happened. Ends with 0 only if nothing was lost and all is exact; leaves no process behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,13 +23,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from echelon import EchelonError
 from echelon.testing import LocalCluster
 from echelon.types import ItemResult, JobState, JobStatus, Rank
-from examples.make_checkpoint import PROMPTS, small_config, write_checkpoint
+from examples.tiny.measuring import HEARTBEAT_S
+from examples.tiny.show import show, show_text
+from examples.tiny.texts import MODEL, code_prompts, job
 
 FOLDER = Path(__file__).resolve().parents[1] / ".demo"
 KILL_AT = 0.25  # of the items finished
 JOB_TIMEOUT_S = 180.0
 POLL_S = 0.05
-SHOWN_RESULTS = 5
+# In float64 no batch's shape changes an answer, so that tokens can be compared.
+FLAGS: Mapping[str, Any] = {
+    "tensor": 2,
+    "expert": 2,
+    "speculation": "mtp",
+    "dtype": "float64",
+    "served_model_name": "tiny",
+    "heartbeat_s": HEARTBEAT_S,
+    "drain_timeout_s": 1,
+}
+ITEMS, PROMPT_LINES = 212, 5  # beside the readable ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +80,21 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(stderr=options.json, highlight=False, soft_wrap=True)
     try:
-        model = make_model(console, options.folder / "model")
-        console.print("Starting Ray, a coordinator and two ranks ...")
-        with LocalCluster(model=model, tensor=2, dtype="float32", drain_timeout_s=1) as cluster:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        batch = options.folder / "job.jsonl"
+        batch.write_text(job(code_prompts(ITEMS, PROMPT_LINES)), encoding="utf-8")
+        console.print("Starting Ray, a coordinator and two ranks of a small trained model ...")
+        with LocalCluster(model=MODEL, **FLAGS) as cluster:
             pids = [rank.pid for rank in cluster.ranks()]
             serving = {"target": cluster.target, "coordinator_pid": cluster.coordinator_pid, "rank_pids": pids}
             console.print("  serving: " + ", ".join(f"{name} {value}" for name, value in serving.items()))
             if options.json:
                 print(json.dumps(serving), flush=True)
-            summary, results = run_job(console, cluster)
+            summary, results = run_job(console, cluster, batch)
+            write_results(options.folder / "results.jsonl", results)
+            print_summary(console, summary)
+            show_text(console, results)
+            shown = show(console, cluster, options.folder)
         console.print("Stopped the cluster.")
     except KeyboardInterrupt:
         console.print("Interrupted; everything is stopped.")
@@ -82,30 +102,24 @@ def main() -> int:
     except (EchelonError, RuntimeError, TimeoutError) as error:
         console.print(f"[red]The demo failed:[/] {escape(str(error))}")
         return 1
-    write_results(options.folder / "results.jsonl", results)
-    print_summary(console, summary, results)
+    problems = [*summary.problems(), *shown.problems()]
+    for problem in problems:
+        console.print(f"[red]Not as it should be:[/] {escape(problem)}")
     if options.json:
-        print(json.dumps(dataclasses.asdict(summary)), flush=True)
-    return 1 if summary.problems() else 0
+        print(json.dumps(dataclasses.asdict(summary) | dataclasses.asdict(shown)), flush=True)
+    return 1 if problems else 0
 
 
-def make_model(console: Console, folder: Path) -> Path:
-    """A random Llama of five million parameters, and a tokenizer trained on the prompts."""
-    console.print("Making a small random model ...")
-    write_checkpoint(folder, small_config("llama", hidden_size=256, num_layers=4, dtype="float32"))
-    return folder
-
-
-def run_job(console: Console, cluster: LocalCluster) -> tuple[Summary, Sequence[ItemResult]]:
-    """Submits the job, kills a rank in its middle, and waits for its end."""
+def run_job(console: Console, cluster: LocalCluster, batch: Path) -> tuple[Summary, Sequence[ItemResult]]:
+    """Submits the job, kills a rank in its middle, and waits for its end; its results in the order of its items."""
     epoch_before = cluster.status().replicas[0].epoch
     victim = next(rank for rank in cluster.ranks() if not rank.leader)
     start = time.monotonic()
-    job = cluster.client().jobs.submit(PROMPTS)
+    submitted = cluster.client().jobs.submit(batch)
     killed = False
     with progress_bar(console) as progress:
         task = progress.add_task("job", total=None)
-        while not (status := job.status()).state.ended:
+        while not (status := submitted.status()).state.ended:
             done = status.counts.succeeded + status.counts.failed
             progress.update(task, completed=done, total=status.counts.total or None)
             if not killed and done >= KILL_AT * status.counts.total > 0:
@@ -120,7 +134,8 @@ def run_job(console: Console, cluster: LocalCluster) -> tuple[Summary, Sequence[
     if status.state is not JobState.SUCCEEDED:
         raise TimeoutError(f"the job ended as {status.state.value}: {status.counts}")
     epoch_after = cluster.status().replicas[0].epoch
-    return summarise(status, seconds, (epoch_before, epoch_after), victim), list(job.results())
+    results = sorted(submitted.results(), key=lambda item: item.index)
+    return summarise(status, seconds, (epoch_before, epoch_after), victim), results
 
 
 def summarise(status: JobStatus, seconds: float, epochs: tuple[int, int], victim: Rank) -> Summary:
@@ -149,8 +164,8 @@ def progress_bar(console: Console) -> Progress:
 
 
 def write_results(path: Path, results: Sequence[ItemResult]) -> None:
-    """One line per item, in the order of the input."""
-    lines = (json.dumps(as_record(item), ensure_ascii=False) for item in sorted(results, key=lambda item: item.index))
+    """One line per item."""
+    lines = (json.dumps(as_record(item), ensure_ascii=False) for item in results)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -165,20 +180,15 @@ def as_record(item: ItemResult) -> Mapping[str, object]:
     }
 
 
-def print_summary(console: Console, summary: Summary, results: Sequence[ItemResult]) -> None:
-    """The figures, some results, and what went wrong if anything did."""
+def print_summary(console: Console, summary: Summary) -> None:
+    """The figures of the job."""
     console.print(
         f"\n{summary.succeeded} of {summary.items} items succeeded, {summary.failed} failed; {summary.interrupted} were"
         f" interrupted by the kill and taken up again\n{summary.completion_tokens} tokens in {summary.seconds:.1f} s,"
         f" recovery included: {summary.tokens_per_s:.0f} tokens/s; {summary.recomputed_tokens} tokens were prefilled"
         f" again\nepoch {summary.epoch_before} -> {summary.epoch_after}; process {summary.victim_pid} is"
-        f" {'gone' if summary.victim_gone else 'STILL THERE'}\n"
+        f" {'gone' if summary.victim_gone else 'STILL THERE'}"
     )
-    console.print("Some results (the weights are random, so they mean nothing):")
-    for item in sorted(results, key=lambda item: item.index)[:SHOWN_RESULTS]:
-        console.print(f"  [bold]{escape(item.custom_id)}[/]  {escape(repr(item.text))}")
-    for problem in summary.problems():
-        console.print(f"[red]Not as it should be:[/] {problem}")
 
 
 if __name__ == "__main__":
