@@ -138,6 +138,7 @@ def test_drafts_are_those_of_the_reference_and_the_answer_is_the_one_without(
         Degrees(pipeline=2),
         pytest.param(Degrees(tensor=2, expert=2), marks=pytest.mark.long),
         pytest.param(Degrees(pipeline=2, data=2, expert=2), marks=pytest.mark.long),
+        pytest.param(Degrees(tensor=2, expert=2, redundant_experts=2), marks=pytest.mark.long),
     ],
     ids=str,
 )
