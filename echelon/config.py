@@ -89,7 +89,7 @@ class ServeConfig(BaseModel):
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
     max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")
     cuda_graphs: Literal["auto", "off"] = Field(
-        default="auto", description="Decode steps in one launch each, on cuda where kernels allow; off: never."
+        default="auto", description="The layers of decode steps in one launch, on cuda where kernels allow."
     )
     max_step_tokens: Count = Field(default=2048, description="Tokens of one step; longer prompts are chunked.")
     gpu_memory_fraction: Fraction = Field(default=0.9, description="Share of free memory for weights and KV cache.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.families import FULL, SLIDING
 from parallel.degrees import Degrees, divisors
+from tests.oracle.cases import DEEPSEEK_ODD
 from tests.tiny import LLAMA3_ROPE, YARN_ROPE
 
 # Odd on purpose: head_dim is not hidden / heads, the vocabulary is a multiple of nothing, layers are three.
@@ -50,21 +51,7 @@ DEEPSEEK: dict[str, object] = {
 }
 DEEPSEEK_V3 = DEEPSEEK | {"topk_method": "noaux_tc", "n_shared_experts": 2}
 # Without groups, a query of one matrix, and sizes that are multiples of nothing.
-DEEPSEEK_LITE: dict[str, object] = {
-    "hidden_size": 60,
-    "intermediate_size": 98,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "head_dim": 10,
-    "qk_rope_head_dim": 10,
-    "qk_nope_head_dim": 7,
-    "v_head_dim": 9,
-    "kv_lora_rank": 21,
-    "vocab_size": 331,
-    "topk_method": "greedy",
-    "n_shared_experts": 2,
-}
+DEEPSEEK_LITE = DEEPSEEK_ODD | {"intermediate_size": 98, "topk_method": "greedy", "n_shared_experts": 2}
 MOE: dict[str, object] = {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True}
 WINDOW: dict[str, object] = {"sliding_window": 24}
 TIED: dict[str, object] = {"tie_word_embeddings": True}

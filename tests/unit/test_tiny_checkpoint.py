@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import lzma
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,12 +35,7 @@ REPORT = json.loads((MODEL / "report.json").read_text(encoding="utf-8"))
 CARD = " ".join((MODEL / "README.md").read_text(encoding="utf-8").split())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

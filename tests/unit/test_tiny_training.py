@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from email.message import Message
 from importlib.metadata import Distribution
@@ -36,12 +35,7 @@ MICRO = replace(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(seed: int = 0) -> TinyModel:
