@@ -41,6 +41,13 @@ class Experts:
             return experts_of_few_rows(rows, self.gate_up, self.down, copies)
         return copies.sums(self.outputs(copies.taken(rows), copies.ends))
 
+    def try_kernels(self, rows: Tensor, copies: Copies) -> None:
+        """Compiles what later rows may need, however many they are: nobody's step is to wait for it."""
+        if self._are_few(rows, copies):
+            from models.kernels.few_rows import try_row_tiles
+
+            try_row_tiles(rows, self.gate_up, self.down, copies)
+
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
         of no use behind the last end. Waits for no device."""
@@ -79,3 +86,10 @@ class MixtureOfExperts:
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
         sums = self.experts(dispatched.rows, dispatched.copies)
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0])
+
+    def try_kernels(self) -> None:
+        """Those of its experts, on a row of zeros that goes nowhere."""
+        slots, width, _ = self.experts.down.shape
+        row = self.experts.down.new_zeros(1, width)
+        ids, shares = self.router(row)
+        self.experts.try_kernels(row, Copies.of_own(ids, shares, slots, None))

@@ -2,12 +2,13 @@
 
 In rank processes, once an epoch, after the weights are loaded. On CUDA the largest step is run over a cache of one
 block and its peak is measured, then what two graphs of decode steps take; on a CPU, whose memory is not ours to fill,
-the plan stands. All ranks settle on the smallest answer. Knows no request.
+the plan stands. All ranks settle on the smallest answer. What is run here compiles all kernels while nobody waits for
+a step. Knows no request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from echelon.internal.link import Fence, Sampling
 from echelon.internal.v1 import control_pb2
 from models.config import ModelConfig
 from models.decoder import DecoderModel
+from models.moe import MixtureOfExperts
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
 from worker.decode_graphs import CudaCapture, graph_sizes
@@ -56,8 +58,10 @@ def settle_kv_blocks(
         limits = RunnerLimits(rows, command.max_context, command.block_tokens)
         cache = KVCache(config, context, 1, command.block_tokens, padded=graphs)
         runner = Runner(model, cache, context, limits, matchers)
-        plan = largest_step(rows, command.max_context, command.max_step_tokens, context.epoch)
-        step_bytes = _peak_bytes(runner, plan, context.device)
+        plans = [largest_step(rows, command.max_context, command.max_step_tokens, context.epoch)]
+        if not graphs:  # the graph of one row, over the widest table, compiles what a lone step would
+            plans.append(lone_step(command.max_context, context.epoch))
+        step_bytes = _peak_bytes(runner, plans, context.device)
         if graphs:
             graphs_bytes = block_bytes + _graphs_bytes(runner, graph_sizes(rows), context.device)
         del runner, cache
@@ -77,6 +81,19 @@ def settle_kv_blocks(
     return min(blocks, command.kv_blocks_limit or blocks)
 
 
+def rehearse(runner: Runner, plans: Iterable[StepPlan]) -> None:
+    """Run these, and what no plan is sure to meet: kernels of experts are cut by how many rows choose them.
+
+    A kernel is compiled when it is first launched, for seconds. Here the rank loads; in a step that others of its kind
+    have been faster than, it would count as one that stands still.
+    """
+    for layer in runner.model.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.try_kernels()
+    for plan in plans:
+        runner.run(decode(encode(plan)))
+
+
 def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch: int) -> StepPlan:
     """Every slot but one decodes at the end of its context, by the costliest rules; the last one prefills the rest."""
     sampling = Sampling(
@@ -91,11 +108,18 @@ def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch
     return StepPlan(Fence(0, 0, epoch), 1, admits, (), tuple(rows))
 
 
-def _peak_bytes(runner: Runner, plan: StepPlan, device: torch.device) -> int:
-    """Device bytes that a step takes at its peak. Block tables start as zeros, so that all rows read block 0."""
+def lone_step(max_context: int, epoch: int) -> StepPlan:
+    """One slot decodes at the end of its context: no other row is cut into as many pieces, which are then joined."""
+    last = max(max_context - 2, 0)
+    row, sampling = Row(0, last, 1, None, True), Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0)
+    return StepPlan(Fence(0, 0, epoch), 2, (Admit(0, 0, 1, sampling),), (), (row,))
+
+
+def _peak_bytes(runner: Runner, plans: Iterable[StepPlan], device: torch.device) -> int:
+    """Device bytes that the steps take at their peak. Block tables start as zeros, so that all rows read block 0."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    runner.run(decode(encode(plan)))
+    rehearse(runner, plans)
     return torch.cuda.max_memory_allocated(device) - before
 
 

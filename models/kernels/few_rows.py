@@ -8,7 +8,7 @@ the rows of tensor cores, which few rows would leave empty. The reference is mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -30,6 +30,7 @@ class Tiling:
 
 GATE_UP = Tiling(neurons=64, inputs=64, warps=4, stages=4)
 DOWN = Tiling(neurons=128, inputs=64, warps=4, stages=4)
+ROW_TILES = (16, 32, 64)  # each of them is compiled anew, so they are few
 
 
 def experts_of_few_rows(
@@ -42,7 +43,7 @@ def experts_of_few_rows(
     inner = rows.new_empty(taken, neurons)
     spread = copies.spread(rows.dtype, hidden)
     if taken:
-        fitting = min(64, max(16, triton.next_power_of_2(triton.cdiv(3 * taken, 2 * slots))))
+        fitting = next((tile for tile in ROW_TILES if 2 * slots * tile >= 3 * taken), ROW_TILES[-1])
         places = (copies.order, copies.ends)
         _gate_up[triton.cdiv(neurons, first.neurons), slots](
             *(rows.contiguous(), gate_up, inner, *places, hidden, neurons, chosen),
@@ -57,6 +58,13 @@ def experts_of_few_rows(
             num_stages=second.stages,
         )
     return spread.sum(1)
+
+
+def try_row_tiles(rows: Tensor, gate_up: Tensor, down: Tensor, copies: Copies) -> None:
+    """Launches all that any number of rows may ask for."""
+    for tile in ROW_TILES:
+        first, second = replace(GATE_UP, rows=tile), replace(DOWN, rows=tile)
+        experts_of_few_rows(rows, gate_up, down, copies, first, second)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ sums of exponentials. models/decode_attention.py is the plain reference.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,7 +23,9 @@ from models.decode_attention import begin_keys
 _NO_WINDOW = 2**31 - 1
 _MOST_PIECES = 128  # a power of two
 _FIXED_TILES = 2  # what a piece costs besides the tiles that it reads: its start, its end, and its part of joining
+_MOST_PARTIAL_BYTES = 256 << 20  # what pieces leave to be joined: memory that no cache of blocks can have
 _LEAST_HEADS = 16  # that tensor cores take
+_ROOMY_BYTES = 228 << 10  # of shared memory, which a processor of Hopper has
 _UNSPECIALIZED = ["window", "width", "pieces"]  # numbers that change between steps; each must not be compiled anew
 
 
@@ -46,26 +48,30 @@ class Tiling:
 HEADS = Tiling(tokens=64, heads=16, warps=4, stages=5, resident=2)
 LATENT = Tiling(tokens=32, heads=16, warps=4, stages=5, resident=2)
 LATENT_MANY_HEADS = Tiling(tokens=32, heads=64, warps=8, stages=5, resident=1)
+_CRAMPED_STAGES = 3  # where there is less shared memory; heads of 256 numbers then fit in 99 KiB
 
 
 @dataclass(frozen=True, slots=True)
 class PagedDecode:
     """A DecodeAttention. tables [D, W] and context_lens [D] int64; a length of 0, which pads a graph, counts as 1.
 
-    processors: streaming multiprocessors of the device. tiling: None for what was found best.
+    processors: streaming multiprocessors of the device. tiling: None for what was found best. roomy: whether the device
+    has the shared memory that this was found with.
     """
 
     tables: Tensor
     context_lens: Tensor
     processors: int
     tiling: Tiling | None = None
+    roomy: bool = True
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> PagedDecode:
         """Of a batch on CUDA."""
         tables = batch.decode_block_tables
-        processors = torch.cuda.get_device_properties(tables.device).multi_processor_count
-        return cls(tables.contiguous(), batch.decode_context_lens, processors)
+        device = torch.cuda.get_device_properties(tables.device)
+        roomy = device.shared_memory_per_multiprocessor >= _ROOMY_BYTES
+        return cls(tables.contiguous(), batch.decode_context_lens, device.multi_processor_count, roomy=roomy)
 
     def __call__(self, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As DecodeAttention has it: query [D, heads, key_dim] -> [D, heads, value_dim]."""
@@ -78,12 +84,13 @@ class PagedDecode:
         output = query.new_empty(rows, heads, value_dim)
         if not rows:
             return output
-        tiling = self.tiling or _best_tiling(shared, heads // kv_heads)
+        tiling = self.tiling or best_tiling(shared, heads // kv_heads, self.roomy)
         at_once = min(max(triton.next_power_of_2(heads // kv_heads), _LEAST_HEADS), tiling.heads)
         parts = kv_heads * triton.cdiv(heads // kv_heads, at_once)
         window, width = rule.window or _NO_WINDOW, self.tables.shape[1]
         tiles = triton.cdiv(min(width * block_tokens, window), tiling.tokens)
-        pieces = pieces_of(rows * parts, tiles, self.processors * tiling.resident, tiling.least_tiles)
+        most = max(1, min(_MOST_PIECES, _MOST_PARTIAL_BYTES // (output.numel() * 4)))
+        pieces = pieces_of(rows * parts, tiles, self.processors * tiling.resident, tiling.least_tiles, most)
         partial = query.new_empty((rows, heads, pieces, value_dim) if pieces > 1 else 1, dtype=torch.float32)
         logs = query.new_empty((rows, heads, pieces), dtype=torch.float32)
         first = value_dim if shared else key_dim
@@ -102,16 +109,18 @@ class PagedDecode:
         return output
 
 
-def _best_tiling(shared: bool, sharing: int) -> Tiling:
+def best_tiling(shared: bool, sharing: int, roomy: bool) -> Tiling:
     """sharing: query heads of a key/value head."""
+    if not roomy:
+        return replace(LATENT if shared else HEADS, stages=_CRAMPED_STAGES)
     if not shared:
         return HEADS
     return LATENT if sharing <= LATENT.heads else LATENT_MANY_HEADS
 
 
 @functools.lru_cache(maxsize=4096)  # every layer of a step asks the same
-def pieces_of(programs: int, tiles: int, room: int, least_tiles: int) -> int:
-    """How many pieces each context is cut into: the fewest that are read soonest.
+def pieces_of(programs: int, tiles: int, room: int, least_tiles: int, most: int = _MOST_PIECES) -> int:
+    """How many pieces each context is cut into: the fewest that are read soonest, and no more than `most`.
 
     programs: of one piece each, of which the device runs `room` at once; tiles: of the longest context.
     """
@@ -119,7 +128,7 @@ def pieces_of(programs: int, tiles: int, room: int, least_tiles: int) -> int:
     def rounds(pieces: int) -> int:
         return -(-programs * pieces // room) * (-(-tiles // pieces) + _FIXED_TILES)
 
-    return min(range(1, max(1, min(_MOST_PIECES, tiles // least_tiles)) + 1), key=rounds)
+    return min(range(1, max(1, min(most, tiles // least_tiles)) + 1), key=rounds)
 
 
 @triton.jit
@@ -181,14 +190,15 @@ def _read_piece(
         return
     member = part % PARTS * AT_ONCE + tl.arange(0, AT_ONCE)
     head = row * HEADS + part // PARTS * SHARING + member
-    number, rest = tl.arange(0, triton.next_power_of_2(FIRST)), tl.arange(0, triton.next_power_of_2(max(REST, 16)))
-    value_number = tl.arange(0, triton.next_power_of_2(VALUE))
+    number = tl.arange(0, triton.next_power_of_2(max(FIRST, 16)))  # tensor cores take no fewer
+    rest = tl.arange(0, triton.next_power_of_2(max(REST, 16)))
+    value_number = tl.arange(0, triton.next_power_of_2(max(VALUE, 16)))
     asks = query + head[:, None] * (FIRST + REST)
     asks_rest = tl.load(asks + FIRST + rest, mask=(member < SHARING)[:, None] & (rest < REST), other=0.0)
     asks = tl.load(asks + number, mask=(member < SHARING)[:, None] & (number < FIRST), other=0.0)
     highest = tl.full([AT_ONCE], float("-inf"), tl.float32)
     total = tl.zeros([TILE, AT_ONCE], tl.float32)  # by token of a tile, to be summed up once
-    sums = tl.zeros([triton.next_power_of_2(VALUE), AT_ONCE], tl.float32)
+    sums = tl.zeros([triton.next_power_of_2(max(VALUE, 16)), AT_ONCE], tl.float32)
     for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)
         seen = (token < end)[:, None]
@@ -213,7 +223,7 @@ def _read_piece(
 @triton.jit
 def _store(means, log, output, partial, logs, head, held, pieces, VALUE: tl.constexpr):
     """means [VALUE, heads]: the output, where a row's context is one piece."""
-    number, where = tl.arange(0, triton.next_power_of_2(VALUE))[:, None], head * pieces + tl.program_id(1)
+    number, where = tl.arange(0, triton.next_power_of_2(max(VALUE, 16)))[:, None], head * pieces + tl.program_id(1)
     numbered, stored = where[None, :] * VALUE + number, held[None, :] & (number < VALUE)
     if pieces == 1:
         tl.store(output + numbered, means.to(output.dtype.element_ty), mask=stored)

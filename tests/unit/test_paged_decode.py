@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tests.kernel_device import DEVICE, DTYPES
 from models.attention_rule import AttentionRule
 from models.batch import ForwardBatch
 from models.decode_attention import GatheredDecode
-from models.kernels.paged_decode import PagedDecode, Tiling, pieces_of
+from models.kernels import paged_decode
+from models.kernels.paged_decode import PagedDecode, Tiling, best_tiling, pieces_of
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SMALL = Tiling(tokens=16, heads=16, warps=4, stages=2, resident=1, least_tiles=1)
@@ -136,6 +138,32 @@ def test_any_shape_is_the_reference(
         processors=processors,
     )
     assert error(case) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+@pytest.mark.parametrize("sharing", [1, 7, 128])
+@pytest.mark.parametrize("shared", [True, False])
+def test_where_shared_memory_is_short_kernels_take_less_of_it(shared: bool, sharing: int, roomy: bool) -> None:
+    tiling = best_tiling(shared, sharing, roomy)
+    assert tiling.stages == (5 if roomy else 3)
+    assert tiling.heads == (64 if roomy and shared and sharing > 16 else 16)
+
+
+def test_pieces_take_no_more_memory_than_is_spared_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((100, 2), tiling=SMALL, processors=64)
+    made: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def watched(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        fresh = new_empty(self, *shape, **options)
+        made.append(fresh.nbytes if fresh.dim() == 4 else 0)
+        return fresh
+
+    monkeypatch.setattr(Tensor, "new_empty", watched)
+    assert error(case) < TOLERANCE[case.dtype] and max(made) == 2 * 4 * 7 * 16 * 4
+    made.clear()
+    monkeypatch.setattr(paged_decode, "_MOST_PARTIAL_BYTES", 3 * 2 * 4 * 16 * 4)
+    assert error(case) < TOLERANCE[case.dtype] and 0 < max(made) <= 3 * 2 * 4 * 16 * 4
 
 
 def test_a_row_that_pads_a_graph_reads_one_token() -> None:
