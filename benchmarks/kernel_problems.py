@@ -141,7 +141,7 @@ class Maker:
 
         if sizes not in self.layers:
             self.layers.clear()
-            self.layers[sizes] = [self._layer(sizes) for _ in range(2)]
+            self.layers[sizes] = [self.layer(sizes) for _ in range(2)]
         layers = self.layers[sizes]
 
         def choice_of_rows() -> Copies:
@@ -169,7 +169,8 @@ class Maker:
         read = touched * 3 * sizes.hidden * sizes.neurons * self.dtype.itemsize // sets
         return Problem(name, read, sets, kernel, today, exact, choices)
 
-    def _layer(self, sizes: Sizes) -> Experts:
+    def layer(self, sizes: Sizes) -> Experts:
+        """Random weights, scaled as a model's are."""
         gate_up = self.random(sizes.slots, 2 * sizes.neurons, sizes.hidden).mul_(sizes.hidden**-0.5)
         down = self.random(sizes.slots, sizes.hidden, sizes.neurons).mul_(sizes.neurons**-0.5)
         return Experts(gate_up, down, F.silu)
@@ -191,9 +192,11 @@ class Maker:
 
         return Problem(name, ids.nbytes, 1, kernel, today, lambda: today(0).double())
 
-    def norm(self, name: str, *shape: int) -> Problem:
-        """Of rows, or of parts of heads."""
+    def norm(self, name: str, *shape: int, part: bool = False) -> Problem:
+        """Of rows, or of heads. part: they lie in wider rows, and begin anywhere there."""
         x, layer = self.random(*shape), RMSNorm(self.random(shape[-1]), 1e-6, False)
+        if part:
+            x = self.random(shape[0], shape[1] + 2, shape[2] + 3)[:, 1:-1, 3:]
         wide = RMSNorm(layer.weight.double(), 1e-6, False)
         return Problem(
             name, x.nbytes, 1, lambda index: layer(x), lambda index: layer.plain(x), lambda: wide.plain(x.double())
@@ -248,12 +251,14 @@ def odd(maker: Maker, family: str) -> Iterator[Problem]:
     """To be checked alone."""
     lengths = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 300, 1025]
     if family == "heads":
-        for heads in (Heads(12, 4, 96, 96), Heads(3, 3, 64, 64), Heads(40, 2, 128, 128), Heads(8, 4, 256, 256)):
+        narrow, uneven = (Heads(4, 2, 8, 8), Heads(28, 4, 80, 80)), (Heads(4, 4, 192, 128), Heads(6, 2, 24, 40))
+        wide = (Heads(12, 4, 96, 96), Heads(3, 3, 64, 64), Heads(40, 2, 128, 128), Heads(8, 4, 256, 256))
+        for heads in (*narrow, *wide, *uneven):
             for rule in (PLAIN, AttentionRule(100, 0.1, 30.0), AttentionRule(1, 0.1, None)):
                 yield maker.attention(f"{heads} {rule}", lengths, heads, rule)
         yield maker.attention("long ones beside short", [1, 5000, 2], QWEN3_8B)
     elif family == "latent":
-        for heads in (V2_LITE, V3, Heads(20, 1, 576, 512, True), Heads(5, 1, 72, 64, True)):
+        for heads in (V2_LITE, V3, Heads(20, 1, 576, 512, True), Heads(5, 1, 72, 64, True), Heads(8, 1, 12, 8, True)):
             for rule in (PLAIN, AttentionRule(100, 0.05, 30.0)):
                 yield maker.attention(f"{heads} {rule}", lengths, heads, rule)
     elif family == "experts":
@@ -265,4 +270,5 @@ def odd(maker: Maker, family: str) -> Iterator[Problem]:
         for rows, chosen, slots in ((1, 1, 1), (3, 2, 5), (999, 5, 200)):
             yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
         yield maker.norm("norm, 3 x 5 x 90", 3, 5, 90)
+        yield maker.norm("norm, 3 x 5 x 90, a part of wider rows", 3, 5, 90, part=True)
         yield maker.rotation("rotation of neighbours, 7 x 3 x 66", 7, 3, 66, interleaved=True)
