@@ -16,13 +16,16 @@ from models.config import read_model_config
 from models.registry import build_model
 from parallel.comm import Group, Work
 from parallel.context import ParallelContext, solo_context
+from parallel.degrees import Degrees
+from tests.ranks import as_ranks
 from tests.tiny import make_checkpoint
+from tests.unit.plans import new_runner
 from worker.kv_cache import KVCache
 from worker.limits import decode_places
 from worker.loader import load_weights
 from worker.matchers import Matchers
-from worker.memory import largest_step, settle_kv_blocks
-from worker.plan import decode, encode
+from worker.memory import largest_step, lone_step, rehearse, settle_kv_blocks
+from worker.plan import PlanTables, StepResult, decode, encode
 from worker.runner import Runner, RunnerLimits
 
 
@@ -108,3 +111,32 @@ def test_the_largest_step_runs_over_a_cache_of_one_block(tmp_path: Path, running
     plan = largest_step(running, 24, step_tokens, epoch=3)
     result = runner.run(decode(encode(plan)))
     assert len(result.ids) == len(plan.rows) and all(logprob is not None for logprob in result.logprobs)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(), Degrees(tensor=2), Degrees(pipeline=2), Degrees(data=2, expert=2), Degrees(tensor=2, expert=2)],
+    ids=lambda degrees: f"{degrees.pipeline}{degrees.data}{degrees.tensor}{degrees.expert}",
+)
+def test_what_is_run_before_a_rank_serves_runs_on_every_layout(tmp_path: Path, degrees: Degrees) -> None:
+    directory = make_checkpoint(tmp_path / "model", "qwen3-moe")
+    plans = largest_step(4, 24, 16, epoch=3), lone_step(24, epoch=3)
+
+    def as_rank(context: ParallelContext) -> list[int]:
+        runner = new_runner(directory, context, RunnerLimits(4, 24, 16), 1)
+        drawn: list[int] = []
+        run = runner.run
+
+        def watched(tables: PlanTables) -> StepResult:
+            result = run(tables)
+            drawn.append(len(result.ids))
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "run", watched)
+            rehearse(runner, plans)
+        return drawn
+
+    drawn = as_ranks(degrees, as_rank, torch.float32, epoch=3)
+    assert drawn[0] == [4, 1] and all(len(ids) == len(plans) for ids in drawn)
+    assert lone_step(24, epoch=3).rows[0].first == 22 and lone_step(1, epoch=3).rows[0].first == 0
