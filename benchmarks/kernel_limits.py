@@ -220,7 +220,7 @@ def _late(maker: Maker, config: ModelConfig) -> str:
         for shard in model.shards.values():
             shard.normal_(std=0.02)
         command = control_pb2.FormEpoch(
-            kv_blocks=1000, block_tokens=BLOCK_TOKENS, max_context=2048, max_running=4, max_step_tokens=64
+            kv_blocks=1 << 20, block_tokens=BLOCK_TOKENS, max_context=2048, max_running=4, max_step_tokens=64
         )
         knobs.runtime.jit_post_compile_hook = compiles
         try:
