@@ -134,8 +134,10 @@ def kept(maker: Maker) -> Iterator[Kept]:
     if maker.device.type == "cuda":
         yield Kept("a graph of attention reads new lengths and tables", partial(_attention_graph, maker))
         yield Kept("a graph of experts reads new choices", partial(_experts_graph, maker))
-        for name, config in (("dense", SMALL), ("with experts", _with_experts())):
-            yield Kept(f"a rank, {name}, compiles nothing once it serves", partial(_late, maker, config))
+        for graphs in (False, True):
+            for name, config in (("dense", SMALL), ("with experts", _with_experts())):
+                named = f"a rank, {name}, {'with' if graphs else 'without'} graphs, compiles nothing once it serves"
+                yield Kept(named, partial(_late, maker, _with_other_heads(config) if graphs else config, graphs))
 
 
 def _differing(problem: Problem) -> str:
@@ -204,8 +206,17 @@ def _with_experts() -> ModelConfig:
     return replace(SMALL, architecture="Qwen3MoeForCausalLM", layers=(layer,), num_attention_heads=16)
 
 
-def _late(maker: Maker, config: ModelConfig) -> str:
-    """What steps compile of kernels after a rank has settled how many blocks it can have."""
+def _with_other_heads(config: ModelConfig) -> ModelConfig:
+    """Four times as many, and other experts: what was compiled for the config is of no use to this one."""
+    layers = tuple(
+        layer if layer.routing is None else replace(layer, routing=replace(layer.routing, neurons=512))
+        for layer in config.layers
+    )
+    return replace(config, layers=layers, num_attention_heads=4 * config.num_attention_heads)
+
+
+def _late(maker: Maker, config: ModelConfig, graphs: bool) -> str:
+    """What steps outside graphs compile of kernels after a rank has settled how many blocks it can have."""
     from triton import knobs
 
     context, matchers = solo_context(maker.device, maker.dtype), Matchers(_no_tokenizer, 1)
@@ -224,7 +235,7 @@ def _late(maker: Maker, config: ModelConfig) -> str:
         )
         knobs.runtime.jit_post_compile_hook = compiles
         try:
-            settle_kv_blocks(model, config, context, command, matchers)
+            settle_kv_blocks(model, config, context, command, matchers, graphs)
             torch.cuda.synchronize()
             before = set(compiled)
             compiled.clear()

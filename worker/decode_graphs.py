@@ -20,7 +20,7 @@ from echelon.errors import ConfigError
 from models.batch import ForwardBatch
 from models.decoder import DecoderModel
 from parallel import kernels
-from parallel.comm import of_peer
+from parallel.comm import Group, of_peer
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
 from worker.batch import DecodeRows
@@ -62,12 +62,19 @@ def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, predicts: bo
     if device.type != "cuda":
         return f"the device is {device.type}"
     if not kernels.can_run(device):
-        return "Triton is not installed"
+        return "no kernel runs on the device"
     if dtype not in kernels.DTYPES:
         return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
     if predicts:
         return "speculation is mtp, whose layer is computed behind the ids that a step has drawn"
     return ""
+
+
+def agreed(own: str, replica: Group) -> str:
+    """The reason of this rank, or that another one has some: graphs hold collectives, so all ranks have them or none.
+    Every rank of the replica must call it."""
+    refused = replica.all_gather(torch.tensor([int(bool(own))], dtype=torch.int64))
+    return own or ("another rank of the replica can capture none" if refused.any() else "")
 
 
 def decode_rows(tables: PlanTables) -> int:

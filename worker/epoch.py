@@ -29,7 +29,7 @@ from parallel import mesh
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from worker.checkpoint.held import HeldShard
-from worker.decode_graphs import CudaCapture, graph_sizes, refusal
+from worker.decode_graphs import CudaCapture, agreed, graph_sizes, refusal
 from worker.engine import EngineCore, EngineLimits
 from worker.expert_news import ExpertLoadNews
 from worker.kv_cache import KVCache
@@ -116,7 +116,7 @@ def form_epoch(
     laps.end("weights")
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
-    no_graphs = refusal(command.cuda_graphs, device, context.dtype, command.predicts)
+    no_graphs = agreed(refusal(command.cuda_graphs, device, context.dtype, command.predicts), context.replica)
     command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers, graphs=not no_graphs)
     laps.end("largest_step")
     kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens, padded=not no_graphs)

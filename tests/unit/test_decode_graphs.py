@@ -31,7 +31,7 @@ from tests.unit.again import Again, Recorder
 from tests.unit.paged_device import request
 from tests.unit.pipelines import Pipeline
 from tests.unit.plans import CPU, FENCE, GREEDY, Ask, new_runner, plans_of
-from worker.decode_graphs import decode_rows, graph_sizes, refusal
+from worker.decode_graphs import agreed, decode_rows, graph_sizes, refusal
 from worker.limits import EngineLimits
 from worker.plan import Lane, PlanTables, Row, StepPlan, StepResult, decode, encode, lane_of
 from worker.runner import Runner
@@ -222,11 +222,21 @@ def test_data_ranks_agree_by_what_all_of_them_know() -> None:
 
 
 def test_what_is_not_captured_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(kernels, "_work_on", lambda device: True)
     assert refusal(True, CUDA, torch.bfloat16, predicts=False) == ""
     assert "mtp" in refusal(True, CUDA, torch.bfloat16, predicts=True)
     assert refusal(False, CUDA, torch.bfloat16, predicts=False) == "cuda-graphs is off"
     assert refusal(True, CPU, torch.float32, predicts=False) == "the device is cpu"
     assert refusal(True, CUDA, torch.float32, predicts=False) == "there are no kernels for float32"
-    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
-    assert refusal(True, CUDA, torch.bfloat16, predicts=False) == "Triton is not installed"
+    monkeypatch.setattr(kernels, "_work_on", lambda device: False)
+    assert refusal(True, CUDA, torch.bfloat16, predicts=False) == "no kernel runs on the device"
+
+
+@pytest.mark.parametrize("without", [None, 0, 1])
+def test_a_rank_without_kernels_leaves_all_without_graphs(without: int | None) -> None:
+    def as_rank(context: ParallelContext) -> str:
+        return agreed("no kernel" if context.place.rank == without else "", context.replica)
+
+    reasons = as_ranks(Degrees(tensor=2), as_rank, epoch=FENCE.epoch)
+    assert [bool(reason) for reason in reasons] == [without is not None] * 2
+    assert without is None or reasons[without] == "no kernel"
