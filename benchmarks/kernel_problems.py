@@ -218,6 +218,7 @@ class Maker:
 def served(maker: Maker, family: str) -> Iterator[Problem]:
     """With what is tried for them."""
     from benchmarks.kernel_choices import DOWNS, GATE_UPS, HEADS, LATENT, MANY_HEADS
+    from benchmarks.router_problems import routers
 
     small = maker.divided
     if family == "heads":
@@ -241,6 +242,8 @@ def served(maker: Maker, family: str) -> Iterator[Problem]:
     else:
         for rows, chosen, slots in ((1, 6, 64), (64, 6, 64), (256, 8, 128)):
             yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
+        for rows in (1, 64, 256, 8192 // small):
+            yield from routers(maker, rows)
         for rows in (1, 64, 256):
             yield maker.norm(f"norm, {rows} x 4096", rows, 4096)
             yield maker.norm(f"norm, {rows} x 32 x 128", rows, 32, 128)

@@ -1,8 +1,8 @@
 """Routers: which experts a row passes through, and its share of each, as transformers' gates compute them.
 
 In rank processes, on the device, without waiting for it. Each takes hidden [m, hidden] and returns expert ids [m, k]
-int64 and their shares [m, k] float32. Every rank of a stage has the same weights, and chooses alike. It knows no
-expert's weights and no rank.
+int64 and their shares [m, k] float32: by a kernel where there is one for the device, else step by step. Every rank of a
+stage has the same weights, and chooses alike. It knows no expert's weights and no rank.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.routing import Groups
+from parallel import kernels
 
 _LEAST_SUM = 1e-20  # is added to sums that shares are divided by, as transformers does
 
@@ -24,6 +25,9 @@ class Router(Protocol):
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [m, hidden] -> expert ids [m, k] int64 and their shares [m, k] float32."""
+
+    def plain(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, step by step, on every device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,17 @@ class SoftmaxRouter:
     rounds: bool
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if not _takes(hidden, self.weight):
+            return self.plain(hidden)
+        from models.kernels.routing import Choosing, route
+
+        choosing = Choosing(
+            self.experts_per_token, normalizes=self.normalizes, rounds_scores=True, rounds_shares=self.rounds
+        )
+        return route(hidden, self.weight, None, choosing)
+
+    def plain(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, step by step, on every device."""
         shares = F.linear(hidden, self.weight).softmax(-1, dtype=torch.float32)
         chosen, ids = shares.topk(self.experts_per_token, dim=-1)
         if self.normalizes:
@@ -61,6 +76,15 @@ class GroupedSoftmaxRouter:
     scale: float
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if not _takes(hidden, self.weight):
+            return self.plain(hidden)
+        from models.kernels.routing import Choosing, route
+
+        choosing = Choosing(self.experts_per_token, groups=self.groups, scale=self.scale)
+        return route(hidden, self.weight, None, choosing)
+
+    def plain(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, step by step, on every device."""
         shares = _wide_scores(hidden, self.weight).softmax(-1)
         if self.groups is not None:
             best = shares.unflatten(-1, (self.groups.count, -1)).amax(-1)
@@ -87,6 +111,22 @@ class SigmoidRouter:
     scale: float
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if not _takes(hidden, self.weight):
+            return self.plain(hidden)
+        from models.kernels.routing import Choosing, route
+
+        choosing = Choosing(
+            self.experts_per_token,
+            sigmoid=True,
+            groups=self.groups,
+            normalizes=self.normalizes,
+            least_sum=_LEAST_SUM,
+            scale=self.scale,
+        )
+        return route(hidden, self.weight, self.correction, choosing)
+
+    def plain(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, step by step, on every device."""
         shares = _wide_scores(hidden, self.weight).sigmoid()
         scores = shares + self.correction
         if self.groups is not None:
@@ -97,6 +137,11 @@ class SigmoidRouter:
         if self.normalizes:
             chosen = chosen / (chosen.sum(-1, keepdim=True) + _LEAST_SUM)
         return ids, chosen * self.scale
+
+
+def _takes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel, two launches, is for these."""
+    return hidden.dtype == weight.dtype and hidden.dtype in kernels.DTYPES and kernels.can_run(hidden.device)
 
 
 def _wide_scores(hidden: Tensor, weight: Tensor) -> Tensor:
