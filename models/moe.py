@@ -80,12 +80,12 @@ class MixtureOfExperts:
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         """hidden [T, hidden], equal on all tensor ranks -> the same shape, equal again."""
-        rows = self.dispatcher.share(hidden)
+        rows = self.dispatcher.share(hidden, step)
         beside = self.side.begin(partial(self.shared, rows, step)) if self.shared is not None else None
         expert_ids, shares = self.router(rows)
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
         sums = self.experts(dispatched.rows, dispatched.copies)
-        return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0])
+        return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0], step)
 
     def try_kernels(self) -> None:
         """Those of its experts, on a row of zeros that goes nowhere."""

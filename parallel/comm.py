@@ -11,10 +11,11 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, ReduceScatterOptions
 
 
 class Work(Protocol):
@@ -24,12 +25,14 @@ class Work(Protocol):
 
 
 class Backend(Protocol):
-    """What a group uses of torch's ProcessGroupGloo and ProcessGroupNCCL."""
+    """What a group uses of torch's ProcessGroupGloo and ProcessGroupNCCL. None: NCCL has queued it on the stream."""
 
-    def allreduce(self, tensors: list[Tensor]) -> Work: ...
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
-    def _reduce_scatter_base(self, output: Tensor, input: Tensor) -> Work: ...
-    def alltoall_base(self, output: Tensor, input: Tensor, output_rows: list[int], input_rows: list[int]) -> Work: ...
+    def allreduce(self, tensors: list[Tensor], options: AllreduceOptions) -> Work | None: ...
+    def _allgather_base(self, output: Tensor, input: Tensor, options: AllgatherOptions) -> Work | None: ...
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor, options: ReduceScatterOptions) -> Work | None: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_rows: list[int], input_rows: list[int], options: AllToAllOptions
+    ) -> Work | None: ...
     def barrier(self) -> Work: ...
     def send(self, tensors: list[Tensor], to_rank: int, tag: int) -> Work: ...
     def recv(self, tensors: list[Tensor], from_rank: int, tag: int) -> Work: ...
@@ -62,16 +65,16 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.backend is not None:
-            self.backend.allreduce([tensor]).wait()
+            _done(self.backend.allreduce([tensor], _in_turn(AllreduceOptions())))
         return tensor
 
-    def all_gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """The ranks' tensors joined along dim, in rank order."""
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """tensor [n, ...] -> [size * n, ...]: the ranks' tensors, in rank order."""
         if self.backend is None:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self.backend.allgather([parts], [tensor.contiguous()]).wait()
-        return torch.cat(parts, dim)
+        joined = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        _done(self.backend._allgather_base(joined, tensor.contiguous(), _in_turn(AllgatherOptions())))
+        return joined
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """tensor [size, ...]: part r goes to rank r; part r of the result came from rank r."""
@@ -79,7 +82,7 @@ class Group:
         if self.backend is None:
             return tensor
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        self.backend.alltoall_base(received, tensor.contiguous(), [], []).wait()
+        _done(self.backend.alltoall_base(received, tensor.contiguous(), [], [], _in_turn(AllToAllOptions())))
         return received
 
     def all_to_all_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -88,7 +91,7 @@ class Group:
         if self.backend is None:
             return rows
         arrived = rows.new_empty((sum(received), *rows.shape[1:]))
-        self.backend.alltoall_base(arrived, rows.contiguous(), received, sent).wait()
+        _done(self.backend.alltoall_base(arrived, rows.contiguous(), received, sent, _in_turn(AllToAllOptions())))
         return arrived
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -97,13 +100,28 @@ class Group:
         if self.backend is None:
             return tensor
         mine = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
-        self.backend._reduce_scatter_base(mine, tensor.contiguous()).wait()
+        _done(self.backend._reduce_scatter_base(mine, tensor.contiguous(), _in_turn(ReduceScatterOptions())))
         return mine
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         if self.backend is not None:
             self.backend.barrier().wait()
+
+
+Options = TypeVar("Options", AllreduceOptions, AllgatherOptions, ReduceScatterOptions, AllToAllOptions)
+
+
+def _in_turn(options: Options) -> Options:
+    """On the current stream: NCCL would else queue it on one of its own, with an event there and one back."""
+    options.asyncOp = False
+    return options
+
+
+def _done(work: Work | None) -> None:
+    """On a CPU, waits for it."""
+    if work is not None:
+        work.wait()
 
 
 class Channel:

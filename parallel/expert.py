@@ -57,13 +57,13 @@ class Dispatched:
 class Dispatcher(Protocol):
     """Brings rows to experts. Between share and restore, a rank minds m rows of the T that its data rank has."""
 
-    def share(self, hidden: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         """[T, h], equal on all tensor ranks -> the [m, h] of them that this rank dispatches."""
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
         """rows [m, h], to be summed over their choices: expert_ids [m, k] int64 times weights [m, k] float32."""
 
-    def restore(self, rows: Tensor, total: int) -> Tensor:
+    def restore(self, rows: Tensor, total: int, step: ExpertStep) -> Tensor:
         """The opposite of share: [m, h] -> [T, h], T = total."""
 
 
@@ -97,7 +97,7 @@ class SplitExperts:
     experts: int
     counted: Tensor | None = None
 
-    def share(self, hidden: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         return hidden
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
@@ -112,7 +112,7 @@ class SplitExperts:
 
         return Dispatched(rows, copies, combine)
 
-    def restore(self, rows: Tensor, total: int) -> Tensor:
+    def restore(self, rows: Tensor, total: int, step: ExpertStep) -> Tensor:
         return rows
 
 
@@ -121,7 +121,7 @@ class ExchangedExperts:
     """Rows travel over the stage. Each tensor rank dispatches its own share of the rows of its data rank.
 
     expert_tensor: neighbours in the stage that split each expert; each of them gets the row, and their partial sums
-    are added like those of different experts.
+    are added like those of different experts. Where one data rank decodes no row travels: all ranks have all of them.
     """
 
     stage: Group
@@ -134,20 +134,42 @@ class ExchangedExperts:
     def _first_slot(self) -> int:
         return self.stage.rank // self.expert_tensor * self.map.slots_per_rank
 
-    def share(self, hidden: Tensor) -> Tensor:
+    def _everywhere(self, step: ExpertStep) -> bool:
+        """Whether each rank dispatches all rows of the step, to its own slots."""
+        return step.decode and self.stage.size == self.tensor.size
+
+    def share(self, hidden: Tensor, step: ExpertStep) -> Tensor:
+        if self._everywhere(step):
+            return hidden
         rows = -(-hidden.shape[0] // self.tensor.size)
         return hidden[self.tensor.rank * rows : (self.tensor.rank + 1) * rows]
 
-    def restore(self, rows: Tensor, total: int) -> Tensor:
+    def restore(self, rows: Tensor, total: int, step: ExpertStep) -> Tensor:
+        if self._everywhere(step):
+            return rows
         padded = _pad_rows(rows, -(-total // self.tensor.size))
         return self.tensor.all_gather(padded)[:total]
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
-        padding = None if step.padding is None else self.share(step.padding)
+        padding = None if step.padding is None else self.share(step.padding, step)
+        if self._everywhere(step):
+            counts = self.stage.rank == 0  # all ranks choose alike
+            return self._add(rows, self.map.slots_of(expert_ids, padding, counts), weights)
         slots = self.map.slots_of(expert_ids, padding)
         if step.decode:
             return self._gather(rows, slots, weights, -(-max(step.rows_per_rank) // self.tensor.size))
         return self._send(rows, slots, weights)
+
+    def _add(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Dispatched:
+        """Fixed shape, for rows that all ranks have: each computes what its slots are asked, and one all-reduce adds
+        the ranks' weighted sums. What stands beside them is whole on every rank, so it is added behind."""
+        copies = Copies.of_own(slots - self._first_slot, weights, self.map.slots_per_rank, None)
+        self.traffic.add(0, 0)
+
+        def combine(sums: Tensor, beside: Beside | None) -> Tensor:
+            return _added(self.stage.all_reduce(sums), beside)
+
+        return Dispatched(rows, copies, combine)
 
     def _send(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Dispatched:
         """Variable sizes, for prefill: every row goes once to each rank that holds a slot it wants.

@@ -48,14 +48,13 @@ class ExpertMap:
         self.slots.copy_(torch.tensor(padded))
         self.placement = placement
 
-    def slots_of(self, expert_ids: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[m, k] experts, counted -> [m, k] slots; rows take the replicas of an expert in turn. Rows that are padding
-        [m] bool are not counted and get slot -1."""
+    def slots_of(self, expert_ids: Tensor, padding: Tensor | None = None, counts: bool = True) -> Tensor:
+        """[m, k] experts -> [m, k] slots; rows take the replicas of an expert in turn. They are counted, unless another
+        rank counts the same rows. Rows that are padding [m] bool are not counted and get slot -1."""
         turn = torch.arange(expert_ids.shape[0], device=expert_ids.device).unsqueeze(-1)
         slots = self.slots[expert_ids, turn % self.replicas[expert_ids]]
-        counts = torch.ones_like(expert_ids)
         if padding is not None:
-            counts.masked_fill_(padding.unsqueeze(-1), 0)
             slots.masked_fill_(padding.unsqueeze(-1), -1)
-        self.loads.scatter_add_(0, expert_ids.flatten(), counts.flatten())
+        if counts:
+            self.loads.scatter_add_(0, expert_ids.flatten(), (slots >= 0).long().flatten())
         return slots

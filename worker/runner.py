@@ -250,7 +250,7 @@ class Runner:
         unruled = [replace(part, rules=()) for part in batch.ruled]
         drafts = torch.zeros(share.padded // self._context.tensor.size, dtype=torch.float64, device=logits.device)
         drafts[: share.size] = sampler.sample(logits, later, batch.paths, unruled)
-        return self._context.tensor.all_gather(drafts, dim=0)[:sampled]
+        return self._context.tensor.all_gather(drafts)[:sampled]
 
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
@@ -268,7 +268,7 @@ class Runner:
             constrained = [row.row for part in batch.ruled for row in part.constrained]
             failed = np.array([constrained[row] for row in masks.failed])
             outcome[upload_one(failed, outcome.device), ID] = NO_ID
-        return self._context.tensor.all_gather(outcome, dim=0)[: len(batch.logprobs)]
+        return self._context.tensor.all_gather(outcome)[: len(batch.logprobs)]
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of the tokens that follow these, packed, in pieces that bound the logits: [C, width]."""
@@ -280,7 +280,7 @@ class Runner:
             rows = torch.arange(share.size, device=logits.device)
             packed = pack(*sampler.logprobs(logits, wanted[share.rows], rows))
             padded = F.pad(packed, (0, 0, 0, share.padded // group.size - share.size))
-            pieces.append(group.all_gather(padded, dim=0)[: len(wanted)])
+            pieces.append(group.all_gather(padded)[: len(wanted)])
         return torch.cat(pieces)
 
 

@@ -122,6 +122,8 @@ class Roofline:
         degrees, hidden_bytes, routing = self.degrees, self._hidden_bytes(batch), self.census.routing
         if routing is None or degrees.expert == degrees.data == 1:
             return self.tensor.all_reduce_s(hidden_bytes)
+        if batch.decode and degrees.data == 1:  # every rank has all rows, and partial sums are added
+            return self.stage.all_reduce_s(hidden_bytes)
         if batch.decode:  # every rank gets all rows, and partial sums go back
             there_and_back = 2 * self.stage.gather_s(degrees.data * hidden_bytes)
         else:  # each tensor rank sends its share of the rows to the ranks of the experts that they chose

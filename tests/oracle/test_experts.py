@@ -233,7 +233,8 @@ def expected_experts(expected: Expected) -> range:
 
 
 def rows_sent(expected: Expected, degrees: Degrees, rank: int, steps: Sequence[Step]) -> int:
-    """To other ranks: once to each that holds a chosen expert, and in decode to every one, padding included."""
+    """To other ranks: once to each that holds a chosen expert, and in decode to every one, padding included, unless
+    all ranks have all rows."""
     place, sent = degrees.place(rank), 0
     experts = len(expected_experts(expected))
     for layer in expected.choices:
@@ -242,7 +243,8 @@ def rows_sent(expected: Expected, degrees: Degrees, rank: int, steps: Sequence[S
             tokens = [(piece.sequence, piece.first + i) for piece in pieces for i in range(piece.tokens)]
             share = -(-len(tokens) // degrees.tensor)
             if step.decode:
-                sent += -(-max(step.rows_per_rank) // degrees.tensor) * (degrees.stage_ranks - 1)
+                padded = -(-max(step.rows_per_rank) // degrees.tensor) * (degrees.stage_ranks - 1)
+                sent += padded if degrees.data > 1 else 0
                 continue
             for sequence, token in tokens[place.tensor_rank * share : (place.tensor_rank + 1) * share]:
                 owners = {expert * degrees.expert // experts for expert in layer[sequence][token]}

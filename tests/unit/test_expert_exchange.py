@@ -34,7 +34,11 @@ REPLICATED = {
     2: ExpertPlacement(((3, 1, 0), (2, 3, 0))),
     4: ExpertPlacement(((0, 3), (1, 3), (2, 3), (3, 0))),
 }
-DEGREES = [Degrees(data=2, expert=e) for e in (1, 2)] + [Degrees(data=2, tensor=2, expert=e) for e in (1, 2, 4)]
+DEGREES = [
+    *(Degrees(data=2, expert=expert) for expert in (1, 2)),
+    *(Degrees(data=2, tensor=2, expert=expert) for expert in (1, 2, 4)),
+    *(Degrees(tensor=4, expert=expert) for expert in (2, 4)),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +88,12 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
         dispatcher, found, computed = exchange(context, placement), [], []
         for rows, step in zip(counts, steps, strict=True):
             mine = step[context.place.data_rank]
-            own = dispatcher.share(mine.rows)
-            dispatched = dispatcher.dispatch(
-                own,
-                dispatcher.share(mine.expert_ids),
-                dispatcher.share(mine.weights),
-                ExpertStep(decode, rows),
-            )
+            how = ExpertStep(decode, rows[: degrees.data])
+            own, ids, weights = (dispatcher.share(part, how) for part in (mine.rows, mine.expert_ids, mine.weights))
+            dispatched = dispatcher.dispatch(own, ids, weights, how)
             copies = dispatched.copies
             made = copies.sums(outputs(context, placement, copies.taken(dispatched.rows), copies.ends))
-            found.append(dispatcher.restore(dispatched.combine(made, partial(torch.mul, own, 7)), len(mine.rows)))
+            found.append(dispatcher.restore(dispatched.combine(made, partial(torch.mul, own, 7)), len(mine.rows), how))
             computed.append(int(copies.ends[-1]))
         return found, computed, sum(dispatcher.map.loads.tolist())
 
@@ -102,7 +102,7 @@ def test_every_row_gets_its_sum(degrees: Degrees, decode: bool, placements: dict
         for step, sums in zip(steps, found, strict=True):
             mine = step[degrees.place(rank).data_rank]
             torch.testing.assert_close(sums, mine.sums() + 7 * mine.rows)
-    choices = [CHOSEN * sum(rows) for rows in counts]
+    choices = [CHOSEN * sum(rows[: degrees.data]) for rows in counts]
     computed = np.sum([computed for _, computed, _ in ranks], axis=0)
     assert computed.tolist() == [count * degrees.expert_tensor for count in choices]  # no padding, and nothing twice
     assert sum(loads for _, _, loads in ranks) == sum(choices)

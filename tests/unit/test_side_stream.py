@@ -69,7 +69,7 @@ def layer(side: SideStream, note: Callable[[str], None]) -> MixtureOfExperts:
             note("dispatch")
             return super().dispatch(rows, expert_ids, weights, step)
 
-        def restore(self, rows: Tensor, total: int) -> Tensor:
+        def restore(self, rows: Tensor, total: int, step: ExpertStep) -> Tensor:
             note("combined")
             return rows
 
