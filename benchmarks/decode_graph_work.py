@@ -240,9 +240,10 @@ class Bench:
     def _least_bytes(self, rows: int) -> float:
         """That this rank must read: weights, of experts those that some row is likely to choose, and what is stored."""
         embedding = self._model.embedding
-        least = float(self._model.resident_bytes - (0 if embedding is None else embedding.weight.nbytes))
-        if self._model.head is not None:
-            least -= self._model.head.weight.nbytes  # outside the graph
+        head = self._model.head
+        least = float(self._model.resident_bytes)
+        if embedding is not None and (head is None or head.weight is not embedding.weight):
+            least -= embedding.weight.nbytes
         routed = [layer.routing for layer in self._config.layers if layer.routing is not None]
         for mlp, routing in zip(self._sparse(), routed, strict=False):
             together = rows * self._context.place.degrees.data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from models.decode_attention import GatheredDecode
 from models.layers import RMSNorm, Rotation
 from models.moe import Experts
 from parallel.expert import Copies
+from parallel.largest import plain
 
 BLOCK_TOKENS = 16
 UNCACHED_BYTES, MOST_SETS = 400e6, 16
@@ -192,6 +194,22 @@ class Maker:
 
         return Problem(name, ids.nbytes, 1, kernel, today, lambda: today(0).double())
 
+    def largest(self, name: str, rows: int, vocabulary: int) -> Problem:
+        """What a greedy draw needs of these logits."""
+        from parallel.kernels.largest import largest
+
+        logits = [self.random(rows, vocabulary) for _ in range(MOST_SETS if rows == 1 else 2)]
+
+        def kernel(index: int, **choice: Any) -> Tensor:
+            return largest(logits[index], 0, vocabulary, **choice)
+
+        def today(index: int) -> Tensor:
+            return plain(logits[index], 0, vocabulary)
+
+        tried = [{"piece": piece, "warps": warps} for piece in (2048, 4096, 8192) for warps in (4, 8)]
+        exact = partial(today, 0)
+        return Problem(name, logits[0].nbytes, len(logits), kernel, today, exact, tried)
+
     def norm(self, name: str, *shape: int, part: bool = False) -> Problem:
         """Of rows, or of heads. part: they lie in wider rows, and begin anywhere there."""
         x, layer = self.random(*shape), RMSNorm(self.random(shape[-1]), 1e-6, False)
@@ -245,6 +263,7 @@ def served(maker: Maker, family: str) -> Iterator[Problem]:
         for rows in (1, 64, 256, 8192 // small):
             yield from routers(maker, rows)
         for rows in (1, 64, 256):
+            yield maker.largest(f"largest of 151936, {rows} rows", rows, 151936 // small)
             yield maker.norm(f"norm, {rows} x 4096", rows, 4096)
             yield maker.norm(f"norm, {rows} x 32 x 128", rows, 32, 128)
             yield maker.rotation(f"rotation, {rows} x 32 x 128", rows, 32, 128, interleaved=False)
@@ -272,6 +291,7 @@ def odd(maker: Maker, family: str) -> Iterator[Problem]:
     else:
         for rows, chosen, slots in ((1, 1, 1), (3, 2, 5), (999, 5, 200)):
             yield maker.sorting(f"choices {rows} x {chosen} of {slots}", rows, chosen, slots)
+        yield maker.largest("largest of many, 7 rows", 7, 100003 // maker.divided)
         yield maker.norm("norm, 3 x 5 x 90", 3, 5, 90)
         yield maker.norm("norm, 3 x 5 x 90, a part of wider rows", 3, 5, 90, part=True)
         yield maker.rotation("rotation of neighbours, 7 x 3 x 66", 7, 3, 66, interleaved=True)

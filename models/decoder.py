@@ -126,12 +126,17 @@ class DecoderModel:
             for rope, rotary in self.rotaries.items()
         }
 
+    def part_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, hidden] -> [S, rows held]: this rank's part of the vocabulary, as the head takes it further."""
+        assert self.head is not None, "the last stage has the head"
+        logits = self.head.part(hidden)
+        cap = self.config.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def row_logits(self, hidden: Tensor) -> Tensor:
         """[k, vocabulary] logits of rows rank * k .. of hidden, k = ceil(S / tensor size); surplus rows are zeros."""
         assert self.head is not None, "the last stage has the head"
-        logits = self.head(hidden)
-        cap = self.config.logit_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.head.dealt(self.part_logits(hidden))
 
     @property
     def resident_bytes(self) -> int:

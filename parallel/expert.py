@@ -130,10 +130,6 @@ class ExchangedExperts:
     map: ExpertMap
     traffic: Traffic = field(default_factory=Traffic)
 
-    @property
-    def _first_slot(self) -> int:
-        return self.stage.rank // self.expert_tensor * self.map.slots_per_rank
-
     def _everywhere(self, step: ExpertStep) -> bool:
         """Whether each rank dispatches all rows of the step, to its own slots."""
         return step.decode and self.stage.size == self.tensor.size
@@ -161,15 +157,14 @@ class ExchangedExperts:
         return self._send(rows, slots, weights)
 
     def _add(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Dispatched:
-        """Fixed shape, for rows that all ranks have: each computes what its slots are asked, and one all-reduce adds
-        the ranks' weighted sums. What stands beside them is whole on every rank, so it is added behind."""
-        copies = Copies.of_own(slots - self._first_slot, weights, self.map.slots_per_rank, None)
+        """Fixed shape, for rows that all ranks have: one all-reduce adds what each computes for its own slots. What
+        stands beside them is whole on every rank, so it is added behind."""
         self.traffic.add(0, 0)
 
         def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             return _added(self.stage.all_reduce(sums), beside)
 
-        return Dispatched(rows, copies, combine)
+        return Dispatched(rows, self._copies(slots, weights, None), combine)
 
     def _send(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Dispatched:
         """Variable sizes, for prefill: every row goes once to each rank that holds a slot it wants.
@@ -192,11 +187,11 @@ class ExchangedExperts:
         routing = self.stage.all_to_all_rows(_packed(slots, weights)[tokens], sent, received)
         others = [rank for rank in range(self.stage.size) if rank != self.stage.rank]
         self.traffic.add(sum(sent[rank] for rank in others), sum(received[rank] for rank in others))
-        copies = self._copies(routing, sum(copied))
+        copies = self._copies(*_unpacked(routing), sum(copied))
 
         def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             back = self.stage.all_to_all_rows(sums, received, sent)
-            total = torch.zeros(rows.shape, dtype=_accumulator(rows.dtype), device=rows.device)
+            total = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
             for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
                 total.index_add_(0, where, part.to(total.dtype))  # no row twice in a part, so the order is fixed
             return _added(total.to(rows.dtype), beside)
@@ -215,16 +210,16 @@ class ExchangedExperts:
         packed = _packed(_pad_rows(slots, padded, -1), _pad_rows(weights, padded))
         elsewhere = padded * (self.stage.size - 1)
         self.traffic.add(elsewhere, elsewhere)
-        copies = self._copies(self.stage.all_gather(packed), None)
+        copies = self._copies(*_unpacked(self.stage.all_gather(packed)), None)
 
         def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             return _added(self.stage.reduce_scatter(sums)[: rows.shape[0]], beside)
 
         return Dispatched(got, copies, combine)
 
-    def _copies(self, routing: Tensor, total: int | None) -> Copies:
-        slots, weights = _unpacked(routing)
-        return Copies.of_own(slots - self._first_slot, weights, self.map.slots_per_rank, total)
+    def _copies(self, slots: Tensor, weights: Tensor, total: int | None) -> Copies:
+        first_slot = self.stage.rank // self.expert_tensor * self.map.slots_per_rank
+        return Copies.of_own(slots - first_slot, weights, self.map.slots_per_rank, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +297,3 @@ def _added(total: Tensor, beside: Beside | None) -> Tensor:
 
 def _pad_rows(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
     return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=value)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

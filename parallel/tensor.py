@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import Group
+from parallel.largest import largest, winners
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,31 @@ class VocabularyEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyHead:
-    """Logits of whole rows, dealt out to the ranks. weight: [rows held, hidden]; padded rows lie at the very end."""
+    """Logits: each rank computes those of its part of the vocabulary, of all rows. weight: [rows held, hidden]; padded
+    rows lie at the very end. What is done to logits between `part` and the others must treat each by itself.
+    """
 
     weight: Tensor
     vocabulary: int
     group: Group
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> [k, vocabulary], k = ceil(S / size): rows rank * k .. of hidden, padded with zeros."""
+    def part(self, hidden: Tensor) -> Tensor:
+        """hidden [S, hidden] -> [S, rows held]: every row, this rank's part of the vocabulary."""
+        return F.linear(hidden, self.weight)
+
+    def dealt(self, part: Tensor) -> Tensor:
+        """part [S, rows held] of every rank -> [k, vocabulary], k = ceil(S / size): rows rank * k .. of all, whole;
+        behind the last of all come zeros."""
         size = self.group.size
-        rows = -(-hidden.shape[0] // size)
-        padded = F.pad(hidden, (0, 0, 0, rows * size - hidden.shape[0]))
-        mine = F.linear(padded, self.weight).view(size, rows, -1)  # every row, this rank's part of the vocabulary
-        parts = self.group.all_to_all(mine)  # this rank's rows, every part of the vocabulary
+        rows = -(-part.shape[0] // size)
+        if surplus := rows * size - part.shape[0]:
+            part = F.pad(part, (0, 0, 0, surplus))
+        parts = self.group.all_to_all(part.view(size, rows, -1))
         return parts.transpose(0, 1).flatten(1)[:, : self.vocabulary]
+
+    def greedy(self, part: Tensor) -> Tensor:
+        """part [S, rows held] of every rank -> [S] float64 on every rank: the id of each row's largest logit, the
+        lowest among equals; NOT_FINITE for a row that has one that is not finite."""
+        first_id = self.group.rank * self.weight.shape[0]
+        found = largest(part, first_id, self.vocabulary - first_id)
+        return winners(self.group.all_gather(found), self.group.size)

@@ -7,7 +7,9 @@ small copies of their own. It must not know the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +61,8 @@ class DecodeRows:
 class StepBatch:
     """One step on the device. sampling, paths, ruled and logprob_rows are of this rank's share of the S sampled rows.
 
+    greedy: of all these rows the likeliest id is wanted, and nothing else; the same on all ranks of a data rank.
+
     token_slots [T]: of every token. slots and positions [S]: where the sampled ids go; sampled_slots [S]: those slots,
     on the host. logprobs: for every sampled row, None or how many alternatives were asked. forward.sample_index [S + C]
     ends with the scored tokens, targets [C] are the ids that follow them; scored: of each scored row, how many these
@@ -71,7 +75,8 @@ class StepBatch:
     positions: Tensor
     sampled_slots: Int64Array
     share: Share
-    sampling: SamplingRows
+    greedy: bool
+    find_sampling: Callable[[], SamplingRows]
     paths: SamplingPaths
     ruled: tuple[RuledRows, ...]
     logprob_rows: Tensor
@@ -79,6 +84,11 @@ class StepBatch:
     targets: Tensor
     scored: tuple[tuple[int, int], ...]
     lanes: tuple[Lane, ...]
+
+    @property
+    def sampling(self) -> SamplingRows:
+        """Looked up when it is asked for: greedy rows need none."""
+        return self.find_sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +113,15 @@ def apply_and_build(
     rank: int,
     ranks: int,
     piece_rows: int,
-    samples: bool = True,
     graph_rows: int = 0,
 ) -> StepBatch:
     """Apply a plan's admits, block changes and ids to the state, then lay out its rows.
 
-    piece_rows: how many rows with rules are sampled together at most. samples: whether it is done here, or on the
-    pipeline's last stage, and this rank's share is empty. graph_rows: of the CUDA graph that computes them, if not 0.
+    piece_rows: how many rows with rules are sampled together at most; 0 where it is done on another stage, and this
+    rank's share is empty. graph_rows: of the CUDA graph that computes them, if not 0.
     """
     layout = _layout(tables)
-    tokens, share = len(layout.positions), Share.of(len(layout.wanted) if samples else 0, rank, ranks)
+    tokens, share = len(layout.positions), Share.of(len(layout.wanted) if piece_rows else 0, rank, ranks)
     sampling = state.admit(tables)
     paths, ruled = _ruled(state, layout, share, piece_rows)
     arrays = (*_token_arrays(layout, state.padding_slot, graph_rows), *_sampling_arrays(layout, share, paths))
@@ -120,8 +129,10 @@ def apply_and_build(
     admit_slots, admitted, blocks, *on_device = upload((*admits, *arrays), state.history.device)
     token_slots, positions, given, inputs, sample_index, *sampled = on_device
     slots, sample_positions, targets, plain, truncated, logprob_rows = sampled
-    state.sampling[admit_slots] = admitted
-    state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
+    if len(admitted):
+        state.sampling[admit_slots] = admitted
+    if len(blocks):
+        state.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2]
     _write_known_ids(tables, state, layout.decode_rows, token_slots, positions, given)
     eager = token_slots, positions, given, sample_index
     return StepBatch(
@@ -131,7 +142,8 @@ def apply_and_build(
         positions=sample_positions,
         sampled_slots=layout.sample_slots,
         share=share,
-        sampling=state.sampling_rows(slots[share.rows], sample_positions[share.rows]),
+        greedy=_is_greedy(state, layout),
+        find_sampling=partial(state.sampling_rows, slots[share.rows], sample_positions[share.rows]),
         paths=SamplingPaths(plain, truncated),
         ruled=ruled,
         logprob_rows=logprob_rows,
@@ -219,6 +231,14 @@ def _scored(
         targets.append(np.array(follow, dtype=np.int64))
         scored.append((len(follow), alternatives))
     return index, targets, tuple(scored)
+
+
+def _is_greedy(state: SlotState, layout: _Layout) -> bool:
+    """As StepBatch has it."""
+    slots = layout.sample_slots
+    if state.paths[slots].any() or (layout.wanted != NO_LOGPROBS).any():  # the greedy path is 0
+        return False
+    return not slot_rules.ruled_rows(state.rules, slots, layout.sample_positions)
 
 
 def _ruled(

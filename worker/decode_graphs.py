@@ -3,7 +3,8 @@
 In every rank's runner, which asks for each step whether there is a graph. Captured once an epoch, largest first, in one
 pool of memory that all share, as they never run side by side. A graph reads slots and positions from a buffer that each
 step fills by one copy, and all else where it lies. Rows that are missing are padding: of a slot that no request has,
-whose block nobody reads, and which want no expert. Head and sampling stay outside, and are launched while it runs.
+whose block nobody reads, and which want no expert. The last stage's ends with logits and the greedy ids of its rows;
+whoever draws otherwise takes the logits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
 from worker.batch import DecodeRows
 from worker.kv_cache import KVCache
+from worker.last_stage import LastStage
+from worker.pending import ID, SCORES
 from worker.plan import NO_SAMPLE, PlanTables
 from worker.slots import SlotState
 
@@ -95,12 +98,22 @@ class DecodeGraphs:
     Every rank of the replica must capture the same sizes, in this order, and replay the same ones.
     """
 
-    def __init__(self, model: DecoderModel, kv_cache: KVCache, state: SlotState, context: ParallelContext) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: KVCache,
+        state: SlotState,
+        context: ParallelContext,
+        last: LastStage | None = None,
+    ) -> None:
+        """last: on the last stage, what comes behind its layers."""
         assert kv_cache.padding_block is not None, "rows that pad need a block"
         self._model = model
         self._kv_cache = kv_cache
         self._state = state
         self._context = context
+        self._last = last
+        self._ended: Ended | None = None  # of the last graph that was captured; all that have room in it share it
         self._graphs: dict[int, _Graph] = {}
         self._sizes: list[int] = []
         state.block_tables[state.padding_slot] = kv_cache.padding_block
@@ -110,8 +123,9 @@ class DecodeGraphs:
         """Raises ConfigError where the device refuses."""
         for rows in sorted(sizes, reverse=True):
             inputs, hidden = self._buffers(rows)
+            ended = self._end_buffers(rows)
             try:
-                captured = capture(functools.partial(self.compute, inputs, hidden))
+                captured = capture(functools.partial(self.compute, inputs, hidden, ended))
             except RuntimeError as error:  # what torch raises for all that goes wrong on a device
                 if of_peer(error):
                     raise
@@ -120,7 +134,7 @@ class DecodeGraphs:
                     "cuda-graphs=off, or lower max-running if memory ran out",
                     field="cuda_graphs",
                 ) from error
-            self._graphs[rows] = _Graph(inputs, hidden, captured)
+            self._graphs[rows] = _Graph(inputs, hidden, ended, captured)
         self._sizes = sorted(self._graphs)
 
     def rows_for(self, tables: PlanTables) -> int:
@@ -130,7 +144,8 @@ class DecodeGraphs:
         return self._sizes[place] if rows and place < len(self._sizes) else 0
 
     def replay(self, rows: DecodeRows, hidden: Tensor | None) -> Tensor:
-        """As DecoderModel computes it: [rows, hidden]. hidden: what the stage before has made of these rows.
+        """As DecoderModel computes it: [rows, hidden]. hidden: what the stage before has made of these rows. On the
+        last stage their logits and greedy ids are then in `ended`, and these in the history.
 
         The next replay overwrites it, unless it goes to another stage.
         """
@@ -142,15 +157,21 @@ class DecodeGraphs:
         made = graph.captured.replay()[: rows.tokens]
         return made.clone() if self._model.norm is None else made
 
+    def ended(self, rows: DecodeRows) -> Ended:
+        """On the last stage, how the replay of these rows has ended; the next one overwrites it."""
+        ended = self._graphs[rows.inputs.shape[1]].ended
+        assert ended is not None, "the last stage has a head"
+        return Ended(*(each[: rows.tokens] for each in ended))
+
     def reset(self) -> None:
         """Must come before their groups are closed, which else wait for graphs that hold their collectives."""
         for graph in self._graphs.values():
             graph.captured.reset()
 
-    def compute(self, inputs: Tensor, hidden: Tensor | None) -> Tensor:
+    def compute(self, inputs: Tensor, hidden: Tensor | None, ended: Ended | None = None) -> Tensor:
         """What a graph holds: nothing here may wait for the device, or depend on what a buffer says.
 
-        inputs as in DecodeRows, hidden [rows, hidden].
+        inputs as in DecodeRows, hidden [rows, hidden]. ended: filled, if it is given, of so many rows.
         """
         state, (slots, positions) = self._state, inputs
         blocks = state.block_tables[slots, positions // state.block_tokens]
@@ -167,7 +188,13 @@ class DecodeGraphs:
                 True, (len(slots),) * self._context.place.degrees.data, padding=slots == state.padding_slot
             ),
         )
-        return self._model(batch, self._kv_cache, hidden)
+        made = self._model(batch, self._kv_cache, hidden)
+        if ended is not None and self._last is not None:
+            part = self._model.part_logits(made)
+            ended.part.copy_(part)
+            ended.greedy.copy_(self._last.greedy(part))
+            state.write(slots, positions + 1, ended.greedy[:, ID])
+        return made
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Of a graph: its inputs, all padding; and hidden states, where a stage before makes them."""
@@ -178,12 +205,30 @@ class DecodeGraphs:
         shape = rows, self._model.config.hidden_size
         return inputs, torch.zeros(shape, dtype=self._context.dtype, device=self._context.device)
 
+    def _end_buffers(self, rows: int) -> Ended | None:
+        """Of a graph. Logits are what takes memory, so all sizes have theirs in one place, which no pool holds."""
+        head, device = self._model.head, self._context.device
+        if head is None or self._last is None:
+            return None
+        if self._ended is None or len(self._ended.part) < rows:
+            part = torch.empty(rows, len(head.weight), dtype=self._context.dtype, device=device)
+            self._ended = Ended(part, torch.empty(rows, SCORES, dtype=torch.float64, device=device))
+        return Ended(*(each[:rows] for each in self._ended))
+
+
+class Ended(NamedTuple):
+    """What a graph of the last stage leaves. part [rows, rows of the head held]: logits. greedy [rows, 2]: outcome."""
+
+    part: Tensor
+    greedy: Tensor
+
 
 class _Graph(NamedTuple):
-    """Of some number of rows, with the buffers that it reads."""
+    """Of some number of rows, with the buffers that it reads, and where it leaves its end."""
 
     inputs: Tensor
     hidden: Tensor | None
+    ended: Ended | None
     captured: Captured
 
 

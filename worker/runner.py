@@ -1,19 +1,17 @@
 """Runs plans on one stage: state of the slots, its part of the forward pass, sampling, and the ids back to the host.
 
 One per rank, in the rank's runner thread. `forward` and `back` queue work without waiting for the device, so a caller
-may launch the next step before it takes the result of this one. On the last stage every rank samples its share of the
-rows and gathers all ids, so that ranks agree on what comes next. It must not know requests, sockets or the scheduler.
+may launch the next step before it takes the result of this one. It must not know requests, sockets or the scheduler,
+nor how ids are drawn.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import ForwardBatch
@@ -22,32 +20,27 @@ from models.expert_balance import rebalance_experts
 from models.tables import held_layers
 from parallel.comm import Channel
 from parallel.context import ParallelContext
-from worker import non_finite, sampler
-from worker.batch import DecodeRows, Share, StepBatch, apply_and_build
+from worker import non_finite
+from worker.batch import DecodeRows, StepBatch, apply_and_build
 from worker.decode_graphs import Capture, DecodeGraphs
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
-from worker.logit_rules import Allowed
+from worker.last_stage import LastStage
 from worker.matchers import Masks, Matchers
 from worker.non_finite import Sampled
 from worker.op_clock import OpClock, Span
 from worker.pending import (
-    DRAFT,
     ID,
-    NO_DRAFT,
     SCORES,
     Drawn,
     PendingStep,
     Queued,
     nothing_drawn,
     outcome_width,
-    pack,
     scores_width,
 )
-from worker.plan import NO_ID, NON_FINITE, PlanTables, StepResult
-from worker.sampler import RuledRows
+from worker.plan import PlanTables, StepResult
 from worker.slots import SlotState
-from worker.upload import upload_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +77,9 @@ class Runner:
         self._kv_cache = kv_cache
         self._context = context
         self._matchers = matchers
-        self._piece_rows = sampler.piece_rows(model.config.vocab_size)
         # One slot more than requests have, for rows that fill a graph.
         self._state = SlotState(limits.max_running + 1, limits.max_context, limits.block_tokens, context.device)
+        self._last = LastStage(model, kv_cache, self._state, context) if context.place.last_stage else None
         self._graphs: DecodeGraphs | None = None
         self._out: deque[_Out] = deque()
         self.clock = OpClock(context.device)
@@ -95,7 +88,7 @@ class Runner:
         """From now on a graph computes each step of decode rows that one of these numbers of rows has room for. Every
         rank of the stages must do the same, with no step on its way; the cache must be padded."""
         if self._graphs is None:
-            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context)
+            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context, self._last)
         self._graphs.capture(capture, sizes)
 
     def reset_graphs(self) -> None:
@@ -118,22 +111,21 @@ class Runner:
         Of a constrained row, the id before must have been on its way.
         """
         assert tables.fence.epoch == self._context.epoch, "a plan of another epoch"
-        tensor, last = self._context.tensor, self._context.place.last_stage
+        tensor, last = self._context.tensor, self._last
         if tables.rebalances:
             rebalance_experts(self.model, self._context)
         graph_rows = 0 if self._graphs is None else self._graphs.rows_for(tables)
-        batch = apply_and_build(
-            tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last, graph_rows=graph_rows
-        )
+        piece_rows = 0 if last is None else last.piece_rows
+        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, piece_rows, graph_rows)
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
-        following = self._matchers.begin(tables, constrained) if last else None
+        following = self._matchers.begin(tables, constrained) if last is not None else None
         hidden = self._receive(batch)
         started = self.clock.mark()
         if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
             hidden = self._compute(batch.forward, hidden)
-        if not last:
+        if last is None:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
-        drawn = self._draw(hidden, batch, None if following is None else following.result())
+        drawn = self._draw(last, hidden, batch, None if following is None else following.result())
         span = Span(started, self.clock.mark())
         constraints = self._matchers.of(batch.sampled_slots.tolist())
         own = Sampled(drawn.outcome, batch.slots, batch.positions)
@@ -166,6 +158,12 @@ class Runner:
             return self.model.through(rows, self._kv_cache, hidden)
         assert self._graphs is not None, "rows of a graph"
         return self._graphs.replay(rows, hidden)
+
+    def _draw(self, last: LastStage, hidden: Tensor | None, batch: StepBatch, masks: Masks | None) -> Drawn:
+        if isinstance(batch.forward, ForwardBatch):
+            return last.draw(hidden, batch, masks)
+        assert self._graphs is not None, "rows of a graph"
+        return last.draw_ended(*self._graphs.ended(batch.forward), batch, masks)
 
     # Between stages.
 
@@ -216,85 +214,3 @@ class Runner:
 
     def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:
         return of_all_lanes(drawn, batch.lanes, self._context.data, self.model.config.vocab_size)
-
-    # Sampling, on the last stage.
-
-    def _draw(self, hidden: Tensor | None, batch: StepBatch, masks: Masks | None) -> Drawn:
-        """Ids of the sampled rows, which go into the history too, and scores. hidden [T, hidden]."""
-        drawn, scores = nothing_drawn(self._context.device).outcome, None
-        sampled, scored = len(batch.logprobs), len(batch.targets)
-        whole = batch.forward if isinstance(batch.forward, ForwardBatch) else None  # a graph has made sampled rows
-        rows = hidden if hidden is None or whole is None else self.model.sampled(whole, hidden)
-        if rows is not None and sampled:
-            drawn = self._sample(rows[:sampled], batch, masks)
-            self._state.write(batch.slots, batch.positions, drawn[:, ID])
-        if rows is not None and scored:
-            scores = self._score(rows[sampled:], batch.targets)
-        if hidden is not None and self.model.prediction is not None:
-            assert whole is not None, "what predicts has no graphs"
-            drawn[:, DRAFT] = self._predict(hidden, whole, batch)
-        return Drawn(drawn, batch.logprobs, scores, batch.scored)
-
-    def _predict(self, hidden: Tensor, forward: ForwardBatch, batch: StepBatch) -> Tensor:
-        """What may be drawn behind the sampled rows' ids, on the noise that will be there, though without rules: [S].
-
-        Every rank of the stage takes part, whether it has rows or not. hidden [T, hidden].
-        """
-        next_ids = self._state.history[batch.token_slots, forward.positions + 1].long()
-        predicted = self.model.predict(forward, self._kv_cache, hidden, next_ids)
-        share, sampled = batch.share, len(batch.logprobs)
-        if not sampled:
-            return predicted.new_empty(0)
-        logits = self.model.row_logits(predicted[:sampled])[: share.size]
-        later = replace(batch.sampling, position=batch.sampling.position + 1)
-        unruled = [replace(part, rules=()) for part in batch.ruled]
-        drafts = torch.zeros(share.padded // self._context.tensor.size, dtype=torch.float64, device=logits.device)
-        drafts[: share.size] = sampler.sample(logits, later, batch.paths, unruled)
-        return self._context.tensor.all_gather(drafts)[:sampled]
-
-    def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
-        """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
-        share = batch.share
-        logits = self.model.row_logits(hidden)[: share.size]
-        ids = sampler.sample(logits, batch.sampling, batch.paths, _masked(batch.ruled, masks, logits.device))
-        width = outcome_width(batch.logprobs, logits.shape[-1])
-        outcome = torch.zeros(share.padded // self._context.tensor.size, width, dtype=torch.float64, device=ids.device)
-        outcome[:, DRAFT] = NO_DRAFT
-        outcome[: share.size, ID] = ids
-        if len(batch.logprob_rows):
-            outcome[batch.logprob_rows, SCORES:] = pack(*sampler.logprobs(logits, ids, batch.logprob_rows))
-        outcome[: share.size, ID].masked_fill_(~sampler.finite(logits), NON_FINITE)
-        if masks is not None and masks.failed:
-            constrained = [row.row for part in batch.ruled for row in part.constrained]
-            failed = np.array([constrained[row] for row in masks.failed])
-            outcome[upload_one(failed, outcome.device), ID] = NO_ID
-        return self._context.tensor.all_gather(outcome)[: len(batch.logprobs)]
-
-    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of the tokens that follow these, packed, in pieces that bound the logits: [C, width]."""
-        group = self._context.tensor
-        pieces, together = [], self._piece_rows * group.size
-        for piece, wanted in zip(hidden.split(together), targets.split(together), strict=True):
-            share = Share.of(len(wanted), group.rank, group.size)
-            logits = self.model.row_logits(piece)[: share.size]
-            rows = torch.arange(share.size, device=logits.device)
-            packed = pack(*sampler.logprobs(logits, wanted[share.rows], rows))
-            padded = F.pad(packed, (0, 0, 0, share.padded // group.size - share.size))
-            pieces.append(group.all_gather(padded)[: len(wanted)])
-        return torch.cat(pieces)
-
-
-def _masked(ruled: Sequence[RuledRows], masks: Masks | None, device: torch.device) -> Sequence[RuledRows]:
-    """The rows, and what their constraints allow as the first rule; each constrained row has a mask, in order."""
-    if masks is None or not len(masks.bits):
-        return ruled
-    bits = upload_one(masks.bits, device)
-    parts, taken = [], 0
-    for part in ruled:
-        if part.constrained:
-            places = upload_one(np.array([row.place for row in part.constrained]), device)
-            allowed = Allowed(places, bits[taken : taken + len(places)])
-            part = replace(part, rules=(allowed, *part.rules))
-            taken += len(places)
-        parts.append(part)
-    return parts

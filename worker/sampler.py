@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from echelon.sampling import MAX_LOGPROBS
+from parallel.largest import NOT_FINITE, largest
 from worker import noise
 from worker.logit_rules import Rule
 
@@ -76,21 +77,25 @@ class RuledRows:
     constrained: tuple[ConstrainedRow, ...] = ()
 
 
-def sample(logits: Tensor, rows: SamplingRows, paths: SamplingPaths, ruled: Sequence[RuledRows] = ()) -> Tensor:
-    """Ids [rows] int64. Greedy takes the largest logit, the lowest id among equals; the others draw by Gumbel-max."""
-    ids = logits.argmax(dim=-1)
+class Sampled(NamedTuple):
+    """Ids [rows] int64 of the vocabulary, and of each row [rows] bool whether all its logits are finite: an id means
+    nothing where they are not."""
+
+    ids: Tensor
+    finite: Tensor
+
+
+def sample(logits: Tensor, rows: SamplingRows, paths: SamplingPaths, ruled: Sequence[RuledRows] = ()) -> Sampled:
+    """Greedy takes the largest logit, the lowest id among equals; the others draw by Gumbel-max."""
+    best = largest(logits)[:, 1].long()
+    finite, ids = best != NOT_FINITE, best.clamp(min=0)
     for piece in _pieces(paths.plain, logits.shape[-1]):
         ids[piece] = _draw_plain(_scaled(logits[piece], rows, piece), rows, piece)
     for piece in _pieces(paths.truncated, logits.shape[-1]):
         ids[piece] = _draw_truncated(_scaled(logits[piece], rows, piece), rows, piece)
     for part in ruled:
         ids[part.rows] = _choose(logits[part.rows].to(torch.float64), rows, part)
-    return ids
-
-
-def finite(logits: Tensor) -> Tensor:
-    """Of each row [rows] bool: whether all its logits are, told by their sum, which one NaN or infinity spoils."""
-    return logits.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
+    return Sampled(ids, finite)
 
 
 def piece_rows(vocab_size: int) -> int:

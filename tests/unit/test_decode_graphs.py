@@ -24,6 +24,7 @@ from parallel import kernels
 from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Degrees
 from parallel.expert import ExchangedExperts, SplitExperts
+from parallel.tensor import VocabularyHead
 from tests.ranks import as_ranks
 from tests.reading_back import ForbidReadingBack
 from tests.tiny import make_checkpoint
@@ -127,6 +128,41 @@ def test_what_padding_computes_stays_its_own(degrees: Degrees, checkpoints: dict
         assert not any(result.non_finite for result in found)
     # Of all ranks together: which of them routes a row depends on how many there are, padding included.
     assert np.sum([loads for _, loads in graphed], axis=0).tolist() == np.sum([loads for _, loads in eager], 0).tolist()
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tensor=2)], ids=str)
+def test_a_graph_draws_greedy_rows_without_their_logits(
+    degrees: Degrees, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all ranks; beside a row that is not greedy, or wants its log-probability, they are wanted."""
+    dealt = VocabularyHead.dealt
+    asked: list[int] = []
+
+    def noted(head: VocabularyHead, part: Tensor) -> Tensor:
+        asked.append(len(part))
+        return dealt(head, part)
+
+    monkeypatch.setattr(VocabularyHead, "dealt", noted)
+    kinds = {"greedy": (GREEDY, None), "drawn": (Sampling(0.8, 0.9, 0, 99, seed=1), None), "scored": (GREEDY, 1)}
+
+    def ids(kind: str, sizes: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+        sampling, logprobs = kinds[kind]
+        asks = [
+            Ask((7, 9), 6),
+            Ask((5,), 6, slot=1, sampling=sampling, logprobs=logprobs),
+        ]
+
+        def as_rank(context: ParallelContext) -> list[tuple[int, ...]]:
+            runner = new_runner(checkpoints["llama"], context, graphs=sizes)
+            return [runner.run(decode(encode(plan))).ids for plan in plans_of(asks)]
+
+        return as_ranks(degrees, as_rank, epoch=FENCE.epoch)
+
+    for kind in kinds:
+        expected = ids(kind, ())
+        asked.clear()
+        assert ids(kind, SIZES) == expected
+        assert bool(asked) == (kind != "greedy")
 
 
 @pytest.mark.parametrize(

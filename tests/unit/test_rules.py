@@ -130,7 +130,7 @@ def drawn(
                 scores = rule(scores)
             for row, changed in zip(part.rows.tolist(), scores.tolist(), strict=True):
                 assert changed == asked[batch.share.start + row].ruled.tolist()
-        found += sampler.sample(share, batch.sampling, batch.paths, batch.ruled).tolist()
+        found += sampler.sample(share, batch.sampling, batch.paths, batch.ruled).ids.tolist()
     return found
 
 

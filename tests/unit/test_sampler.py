@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,10 @@ def rows_of(
     )
 
 
+def sample(logits: Tensor, rows: SamplingRows, paths: SamplingPaths, ruled: Sequence[RuledRows] = ()) -> Tensor:
+    return sampler.sample(logits, rows, paths, ruled).ids
+
+
 def all_plain(count: int) -> SamplingPaths:
     return SamplingPaths(plain=torch.arange(count), truncated=torch.arange(0))
 
@@ -59,14 +64,14 @@ def assert_follows(ids: Tensor, probabilities: Tensor) -> None:
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0], [0.0, 1.0, 2.0, 3.0]])
-    assert sampler.sample(logits, rows_of(3, temperature=0.0), all_plain(0)).tolist() == [1, 0, 3]
+    assert sample(logits, rows_of(3, temperature=0.0), all_plain(0)).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_plain_draws_follow_softmax(temperature: float, dtype: torch.dtype) -> None:
     logits = LOGITS.to(dtype)
-    ids = sampler.sample(logits.expand(DRAWS, -1), rows_of(DRAWS, temperature=temperature), all_plain(DRAWS))
+    ids = sample(logits.expand(DRAWS, -1), rows_of(DRAWS, temperature=temperature), all_plain(DRAWS))
     assert_follows(ids, (logits.double() / temperature).softmax(dim=-1))
 
 
@@ -87,7 +92,7 @@ def test_truncated_draws_follow_the_kept_tokens(temperature: float, top_k: int, 
     if top_p in (0.40, 0.39):
         assert 0.39 < LOGITS.softmax(dim=-1)[2] < 0.40
     rows = rows_of(DRAWS, temperature=temperature, top_k=top_k, top_p=top_p)
-    ids = sampler.sample(LOGITS.expand(DRAWS, -1), rows, all_truncated(DRAWS))
+    ids = sample(LOGITS.expand(DRAWS, -1), rows, all_truncated(DRAWS))
     expected = torch.zeros_like(LOGITS)
     expected[kept] = (LOGITS / temperature).exp()[kept]
     if len(kept) == 1:
@@ -99,15 +104,15 @@ def test_truncated_draws_follow_the_kept_tokens(temperature: float, top_k: int, 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (0, 1e-9), (1, 0.5)])
 def test_the_tightest_truncation_is_greedy_with_its_ties(top_k: int, top_p: float) -> None:
     logits = torch.randint(0, 4, (200, 50), generator=torch.Generator().manual_seed(1)).float()
-    ids = sampler.sample(logits, rows_of(200, top_k=top_k, top_p=top_p), all_truncated(200))
+    ids = sample(logits, rows_of(200, top_k=top_k, top_p=top_p), all_truncated(200))
     assert torch.equal(ids, logits.argmax(dim=-1))
 
 
 def test_the_truncated_path_without_truncation_draws_what_the_plain_path_draws() -> None:
     logits = torch.randn(300, 97, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    plain = sampler.sample(logits, rows_of(300), all_plain(300))
-    assert torch.equal(plain, sampler.sample(logits, rows_of(300), all_truncated(300)))
-    assert not torch.equal(plain, sampler.sample(logits, rows_of(300, seed=8), all_plain(300)))
+    plain = sample(logits, rows_of(300), all_plain(300))
+    assert torch.equal(plain, sample(logits, rows_of(300), all_truncated(300)))
+    assert not torch.equal(plain, sample(logits, rows_of(300, seed=8), all_plain(300)))
 
 
 def draw_ruled(path: Path, *rules: Rule, min_p: float | None = None, **parameters: float) -> Tensor:
@@ -115,7 +120,7 @@ def draw_ruled(path: Path, *rules: Rule, min_p: float | None = None, **parameter
     share = None if min_p is None else torch.full((DRAWS,), min_p, dtype=torch.float64)
     part = RuledRows(torch.arange(DRAWS), path, rules, share)
     rows = rows_of(DRAWS, **parameters)  # type: ignore[arg-type]
-    return sampler.sample(LOGITS.expand(DRAWS, -1), rows, all_plain(0), [part])
+    return sample(LOGITS.expand(DRAWS, -1), rows, all_plain(0), [part])
 
 
 def pairs(*tokens: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +187,7 @@ def test_the_last_bit_of_a_mask_word_counts_too() -> None:
     logits = torch.zeros(2, 40)
     bits = torch.tensor([[-(2**31), 0], [0, 1 << 7]], dtype=torch.int32)
     part = RuledRows(torch.arange(2), Path.GREEDY, (Allowed(torch.arange(2), bits),))
-    assert sampler.sample(logits, rows_of(2), all_plain(0), [part]).tolist() == [31, 39]
+    assert sample(logits, rows_of(2), all_plain(0), [part]).tolist() == [31, 39]
 
 
 @pytest.mark.parametrize(
@@ -211,8 +216,7 @@ def test_choices_of_a_request_are_drawn_independently() -> None:
     rows, expected = rows_of(DRAWS), LOGITS.softmax(dim=-1)
     logits = LOGITS.expand(DRAWS, -1)
     draws = [
-        sampler.sample(logits, replace(rows, choice=torch.full((DRAWS,), choice)), all_plain(DRAWS))
-        for choice in range(3)
+        sample(logits, replace(rows, choice=torch.full((DRAWS,), choice)), all_plain(DRAWS)) for choice in range(3)
     ]
     common = torch.tensor([0, 2, 6])  # likely enough that each pair is expected often
     for first, second in ((0, 1), (0, 2), (1, 2)):
@@ -228,7 +232,7 @@ def test_extreme_temperatures_never_draw_a_masked_token(temperature: float) -> N
     logits = torch.randn(100, 20, generator=torch.Generator().manual_seed(3))
     logits[:, 17:] = -torch.inf
     for paths in (all_plain(100), all_truncated(100)):
-        ids = sampler.sample(logits, rows_of(100, temperature=temperature, top_p=0.999), paths)
+        ids = sample(logits, rows_of(100, temperature=temperature, top_p=0.999), paths)
         assert int(ids.max()) < 17
         if temperature < 1e-2:
             assert torch.equal(ids, logits.argmax(dim=-1))
@@ -255,7 +259,7 @@ def take(logits: Tensor, rows: SamplingRows, paths: list[str], order: list[int])
         return torch.tensor([place for place, index in enumerate(order) if paths[index] == path], dtype=torch.int64)
 
     chosen = SamplingRows(*(getattr(rows, name)[order] for name in SamplingRows.__slots__))
-    return sampler.sample(logits[order], chosen, SamplingPaths(places("plain"), places("truncated"))).tolist()
+    return sample(logits[order], chosen, SamplingPaths(places("plain"), places("truncated"))).tolist()
 
 
 def test_a_row_draws_the_same_in_any_company_order_and_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,5 +296,5 @@ def test_a_small_vocabulary_has_no_more_alternatives_than_tokens() -> None:
 def test_a_row_that_is_not_finite_still_gives_an_id_of_the_vocabulary() -> None:
     logits = torch.full((3, 11), torch.nan)
     for paths in (all_plain(0), all_plain(3), all_truncated(3)):
-        ids = sampler.sample(logits, rows_of(3, top_p=0.9), paths)
+        ids = sample(logits, rows_of(3, top_p=0.9), paths)
         assert int(ids.min()) >= 0 and int(ids.max()) < 11
