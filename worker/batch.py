@@ -26,6 +26,8 @@ from worker.upload import upload
 
 Int64Array = npt.NDArray[np.int64]
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
+_NO_PATHS = SamplingPaths(_NOTHING, _NOTHING)
 _RULED = -1  # stands in a row's path where rules come before it
 
 
@@ -61,7 +63,8 @@ class DecodeRows:
 class StepBatch:
     """One step on the device. sampling, paths, ruled and logprob_rows are of this rank's share of the S sampled rows.
 
-    greedy: of all these rows the likeliest id is wanted, and nothing else; the same on all ranks of a data rank.
+    greedy: of all these rows the likeliest id is wanted, and nothing else; the same on all ranks of a data rank. One
+    that `worker/greedy_batch.py` has made has no more than such rows need, and its tensors lie on the host.
 
     token_slots [T]: of every token. slots and positions [S]: where the sampled ids go; sampled_slots [S]: those slots,
     on the host. logprobs: for every sampled row, None or how many alternatives were asked. forward.sample_index [S + C]
@@ -74,20 +77,21 @@ class StepBatch:
     slots: Tensor
     positions: Tensor
     sampled_slots: Int64Array
-    share: Share
     greedy: bool
-    find_sampling: Callable[[], SamplingRows]
-    paths: SamplingPaths
-    ruled: tuple[RuledRows, ...]
-    logprob_rows: Tensor
     logprobs: tuple[int | None, ...]
-    targets: Tensor
-    scored: tuple[tuple[int, int], ...]
     lanes: tuple[Lane, ...]
+    share: Share = Share(0, 0, 0)
+    find_sampling: Callable[[], SamplingRows] | None = None
+    paths: SamplingPaths = _NO_PATHS
+    ruled: tuple[RuledRows, ...] = ()
+    logprob_rows: Tensor = _NOTHING
+    targets: Tensor = _NOTHING
+    scored: tuple[tuple[int, int], ...] = ()
 
     @property
     def sampling(self) -> SamplingRows:
         """Looked up when it is asked for: greedy rows need none."""
+        assert self.find_sampling is not None, "rows of a graph that are greedy"
         return self.find_sampling()
 
 

@@ -150,7 +150,7 @@ class DecodeGraphs:
         The next replay overwrites it, unless it goes to another stage.
         """
         graph = self._graphs[rows.inputs.shape[1]]
-        graph.inputs.copy_(rows.inputs)
+        graph.inputs.copy_(rows.inputs, non_blocking=True)
         if graph.hidden is not None:
             assert hidden is not None, "a stage behind the first computes on what the one before sent"
             graph.hidden[: rows.tokens].copy_(hidden)

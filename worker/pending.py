@@ -22,6 +22,7 @@ from worker.non_finite import Sampled
 from worker.op_clock import Span
 from worker.plan import NO_ID, NON_FINITE, StepResult
 from worker.sampler import logprobs_width
+from worker.upload import Downloads
 
 ID, DRAFT, SCORES = 0, 1, 2  # where they begin in a row
 NO_DRAFT = -1
@@ -85,6 +86,7 @@ class PendingStep:
         self,
         step: int,
         drawn: Drawn,
+        downloads: Downloads,
         constraints: Mapping[int, Constraint] | None = None,
         span: Span | None = None,
         own: Sampled | None = None,
@@ -95,28 +97,22 @@ class PendingStep:
         self._scored = drawn.scored
         self._constraints = constraints or {}
         self._span = span
-        self._outcome = _to_host(drawn.outcome)
-        self._scores = None if drawn.scores is None else _to_host(drawn.scores)
-        self._copied: torch.cuda.Event | None = None
-        if drawn.outcome.device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._download = downloads.begin([drawn.outcome] if drawn.scores is None else [drawn.outcome, drawn.scores])
 
     def id_of(self, row: int) -> int:
         """The id of a sampled row. Waits for the device to reach the end of the step."""
-        self._wait()
-        return int(self._outcome[row, 0])
+        return int(self._download.wait()[0][row, ID])
 
     def result(self) -> StepResult:
         """Waits for the device to reach the end of the step."""
-        self._wait()
-        ids, drafts = (tuple(map(int, self._outcome[:, column].tolist())) for column in (ID, DRAFT))
-        packed = self._outcome.shape[1] > SCORES
+        outcome, *scores = self._download.wait()
+        ids, drafts = (tuple(map(int, outcome[:, column].tolist())) for column in (ID, DRAFT))
+        packed = outcome.shape[1] > SCORES
         return StepResult(
             step=self._step,
             ids=ids,
-            logprobs=tuple(unpack(self._outcome[:, SCORES:], self._logprobs)) if packed else (None,) * len(ids),
-            scores=self._unpacked_scores(),
+            logprobs=tuple(unpack(outcome[:, SCORES:], self._logprobs)) if packed else (None,) * len(ids),
+            scores=self._unpacked_scores(scores[0]) if scores else tuple(() for _ in self._scored),
             faults=tuple((row, self._reason(row)) for row, token in enumerate(ids) if token == NO_ID),
             non_finite=tuple(row for row, token in enumerate(ids) if token == NON_FINITE),
             drafts=() if NO_DRAFT in drafts else drafts,
@@ -127,17 +123,11 @@ class PendingStep:
         """Why no id could be drawn; the first of several stages knows only that it could not."""
         return self._constraints[row].reason if row in self._constraints else BROKEN
 
-    def _unpacked_scores(self) -> tuple[tuple[Logprob, ...], ...]:
-        if self._scores is None:
-            return tuple(() for _ in self._scored)
+    def _unpacked_scores(self, scores: Tensor) -> tuple[tuple[Logprob, ...], ...]:
         wanted = [alternatives for count, alternatives in self._scored for _ in range(count)]
-        found = [logprob for logprob in unpack(self._scores, wanted) if logprob is not None]
+        found = [logprob for logprob in unpack(scores, wanted) if logprob is not None]
         ends = accumulate(count for count, _ in self._scored)
         return tuple(tuple(found[end - count : end]) for end, (count, _) in zip(ends, self._scored, strict=True))
-
-    def _wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
 
 
 class Queued(NamedTuple):
@@ -146,11 +136,3 @@ class Queued(NamedTuple):
     step: int
     span: Span
     pending: PendingStep | None = None
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """The tensor, or where it lies on a device the copy that it is on its way to."""
-    if tensor.device.type != "cuda":
-        return tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

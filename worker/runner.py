@@ -23,6 +23,7 @@ from parallel.context import ParallelContext
 from worker import non_finite
 from worker.batch import DecodeRows, StepBatch, apply_and_build
 from worker.decode_graphs import Capture, DecodeGraphs
+from worker.greedy_batch import greedy_batch
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
 from worker.last_stage import LastStage
@@ -41,6 +42,7 @@ from worker.pending import (
 )
 from worker.plan import PlanTables, StepResult
 from worker.slots import SlotState
+from worker.upload import Downloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Runner:
         self._last = LastStage(model, kv_cache, self._state, context) if context.place.last_stage else None
         self._graphs: DecodeGraphs | None = None
         self._out: deque[_Out] = deque()
+        self._downloads = Downloads(context.device)
         self.clock = OpClock(context.device)
 
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
@@ -115,8 +118,12 @@ class Runner:
         if tables.rebalances:
             rebalance_experts(self.model, self._context)
         graph_rows = 0 if self._graphs is None else self._graphs.rows_for(tables)
-        piece_rows = 0 if last is None else last.piece_rows
-        batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, piece_rows, graph_rows)
+        batch = None
+        if last is not None and self.model.prediction is None:
+            batch = greedy_batch(tables, self._state, graph_rows)
+        if batch is None:
+            piece_rows = 0 if last is None else last.piece_rows
+            batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, piece_rows, graph_rows)
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
         following = self._matchers.begin(tables, constrained) if last is not None else None
         hidden = self._receive(batch)
@@ -129,13 +136,13 @@ class Runner:
         span = Span(started, self.clock.mark())
         constraints = self._matchers.of(batch.sampled_slots.tolist())
         own = Sampled(drawn.outcome, batch.slots, batch.positions)
-        pending = PendingStep(tables.step, drawn, constraints, span, own)
+        pending = PendingStep(tables.step, drawn, self._downloads, constraints, span, own)
         for row, constraint in constraints.items():
             constraint.drawn = (pending, row)
         if self._context.returned is not None:
             self._out.append(_Out(tables.step, batch, span, drawn))
         elif batch.lanes:
-            pending = PendingStep(tables.step, self._of_all_lanes(drawn, batch), span=span, own=own)
+            pending = PendingStep(tables.step, self._of_all_lanes(drawn, batch), self._downloads, span=span, own=own)
         return Queued(tables.step, span, pending)
 
     @torch.inference_mode()
@@ -182,7 +189,8 @@ class Runner:
         if hidden is not None and len(hidden):
             self._context.sent.send(hidden)
         if not self._context.place.first_stage:
-            return Queued(step, span, PendingStep(step, nothing_drawn(self._context.device), span=span))
+            nothing = nothing_drawn(self._context.device)
+            return Queued(step, span, PendingStep(step, nothing, self._downloads, span=span))
         self._out.append(_Out(step, batch, span, None))
         return Queued(step, span)
 
@@ -209,7 +217,7 @@ class Runner:
         self._state.write(batch.slots, batch.positions, outcome[:, ID])
         drawn = Drawn(outcome, batch.logprobs, scores, batch.scored)
         own = Sampled(outcome, batch.slots, batch.positions)
-        pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), span=out.span, own=own)
+        pending = PendingStep(out.step, self._of_all_lanes(drawn, batch), self._downloads, span=out.span, own=own)
         return Queued(out.step, Span(started, self.clock.mark()), pending)
 
     def _of_all_lanes(self, drawn: Drawn, batch: StepBatch) -> Drawn:
