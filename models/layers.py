@@ -23,6 +23,7 @@ from models.tables import Parameter
 from parallel import kernels
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
+from parallel.linear import takes_few
 from parallel.tensor import ColumnLinear, RowLinear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -79,6 +80,18 @@ class RMSNorm:
 
             return rms_norm(x, self.weight, self.epsilon, self.from_one)
         return self.plain(x)
+
+    def of_sum(self, stream: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T, hidden] each -> their sum, and that normalized."""
+        if added is None:
+            return stream, self(stream)
+        whole = stream.is_contiguous() and added.is_contiguous()
+        if whole and _takes(stream) and self.weight.dtype == stream.dtype == added.dtype:
+            from models.kernels.rows import add_and_norm
+
+            return add_and_norm(stream, added, self.weight, self.epsilon, self.from_one)
+        total = stream + added
+        return total, self(total)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same, on every device, step by step."""
@@ -216,5 +229,23 @@ class GatedMlp:
     down: RowLinear
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self._gated(hidden))
+
+    def _gated(self, hidden: Tensor) -> Tensor:
+        """[T, this rank's neurons]: in one launch for few rows, in two for others."""
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        if self.activation is F.silu and bias is None and takes_few(hidden, weight):
+            from parallel.kernels.linear import gated_of_few_rows
+
+            return gated_of_few_rows(hidden, weight)
+        return gated(self.gate_up(hidden), self.activation)
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """gate_up [r, 2 * n], gate first -> activation(gate) * up, [r, n]."""
+    if activation is F.silu and _takes(gate_up):
+        from models.kernels.rows import silu_and_multiply
+
+        return silu_and_multiply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up

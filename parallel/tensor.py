@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import Group
+from parallel.linear import linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class ColumnLinear:
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class RowLinear:
     group: Group
 
     def __call__(self, x: Tensor) -> Tensor:
-        total = self.group.all_reduce(F.linear(x, self.weight))
+        total = self.group.all_reduce(linear(x, self.weight))
         return total if self.bias is None else total + self.bias
 
 
@@ -66,6 +67,6 @@ class VocabularyHead:
         size = self.group.size
         rows = -(-hidden.shape[0] // size)
         padded = F.pad(hidden, (0, 0, 0, rows * size - hidden.shape[0]))
-        mine = F.linear(padded, self.weight).view(size, rows, -1)  # every row, this rank's part of the vocabulary
+        mine = linear(padded, self.weight).view(size, rows, -1)  # every row, this rank's part of the vocabulary
         parts = self.group.all_to_all(mine)  # this rank's rows, every part of the vocabulary
         return parts.transpose(0, 1).flatten(1)[:, : self.vocabulary]
