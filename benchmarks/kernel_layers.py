@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernel_problems import Maker, Problem, sets_of
-from models.layers import RMSNorm, gated
+from models.attention import Places
+from models.layers import RMSNorm, Rotation, gated
 
 GATED, PLAIN = True, False
 # Neurons and inputs, and whether the first half of the neurons gates the second.
@@ -102,6 +104,84 @@ def gates(maker: Maker, rows: int, neurons: int) -> Problem:
     )
 
 
+def placed(maker: Maker, rows: int, shape: tuple[int, int, int], interleaved: bool, stored: bool = False) -> Problem:
+    """Norms and rotations of heads, and the store of keys and values: the queries; or, to be checked, what is stored.
+
+    shape: query heads, key/value heads, head_dim.
+    """
+    from models.kernels.heads import place_heads
+
+    heads, kv_heads, dim = shape
+    given, slots = maker.random(rows, heads + 2 * kv_heads, dim), torch.randperm(rows, device=maker.device)
+    norms = RMSNorm(maker.random(dim), 1e-6, False), RMSNorm(maker.random(dim), 1e-6, False)
+    angles = 6 * torch.rand(rows, 1, dim, device=maker.device)
+    rotation = Rotation(angles.cos().to(maker.dtype), angles.sin().to(maker.dtype), interleaved)
+    keys, values = maker.random(rows, 1, kv_heads, dim), maker.random(rows, 1, kv_heads, dim)
+    places = Places(keys, values, slots)
+
+    def of(query: Tensor, places: Places) -> Tensor:
+        held = [part.flatten(1) for part in (places.keys, places.values) if part is not None]
+        return torch.cat(held, 1) if stored else query
+
+    def today(index: int) -> Tensor:
+        query = by_layers(given, norms, rotation, places)
+        return of(query, places)
+
+    def kernel(index: int) -> Tensor:
+        query = place_heads(given, *norms, rotation, places)
+        return of(query, places)
+
+    def exact() -> Tensor:
+        wide = Places(keys.double(), values.double(), slots)
+        turn = Rotation(rotation.cos.double(), rotation.sin.double(), interleaved)
+        wide_norms = [RMSNorm(norm.weight.double(), 1e-6, False) for norm in norms]
+        query = by_layers(given.double(), wide_norms, turn, wide)
+        return of(query, wide)
+
+    name = f"{'stored' if stored else 'placed'}, {rows} x {heads}/{kv_heads} x {dim}{', neighbours' * interleaved}"
+    return Problem(name, 2 * given.nbytes, 1, kernel, today, exact)
+
+
+def by_layers(given: Tensor, norms: Sequence[RMSNorm], rotation: Rotation, places: Places) -> Tensor:
+    """What models/layers.py launches without a kernel for all of it."""
+    kv_heads = places.keys.shape[2]
+    query, key, value = given.split([given.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    places.put(rotation(norms[1](key)), value)
+    return rotation(norms[0](query))
+
+
+def latent(maker: Maker, rows: int, heads: int, shape: tuple[int, int, int], stored: bool = False) -> Problem:
+    """The same of a latent: what turns of the queries; or, to be checked, what is stored.
+
+    shape: rank, plain and turning numbers.
+    """
+    from models.kernels.heads import place_latent
+
+    rank, plain, turning = shape
+    query, made = maker.random(rows, heads, plain + turning), maker.random(rows, rank + turning)
+    norm, angles = RMSNorm(maker.random(rank), 1e-6, False), 6 * torch.rand(rows, 1, turning, device=maker.device)
+    rotation = Rotation(angles.cos().to(maker.dtype), angles.sin().to(maker.dtype), True)
+    kept, slots = maker.random(rows, 1, 1, rank + turning), torch.randperm(rows, device=maker.device)
+
+    def layers(query: Tensor, made: Tensor, norm: RMSNorm, rotation: Rotation, keys: Tensor) -> Tensor:
+        compressed, key = made.unsqueeze(1).split([rank, turning], dim=-1)
+        Places(keys, None, slots).put(torch.cat((norm(compressed), rotation(key)), dim=-1))
+        turned = rotation(query[..., plain:])
+        return keys.flatten(1) if stored else turned
+
+    def kernel(index: int) -> Tensor:
+        turned = place_latent(query, made, norm, rotation, Places(kept, None, slots))
+        return kept.flatten(1) if stored else turned
+
+    def exact() -> Tensor:
+        turn = Rotation(rotation.cos.double(), rotation.sin.double(), True)
+        return layers(query.double(), made.double(), RMSNorm(norm.weight.double(), 1e-6, False), turn, kept.double())
+
+    read = 2 * made.nbytes + 2 * rows * heads * turning * maker.dtype.itemsize
+    name = f"latent {'stored' if stored else 'placed'}, {rows} x {heads} heads, {rank} + {turning}"
+    return Problem(name, read, 1, kernel, lambda index: layers(query, made, norm, rotation, kept), exact)
+
+
 def served_layers(maker: Maker, family: str) -> Iterator[Problem]:
     """As kernel_problems.served has them."""
     small = maker.divided
@@ -113,6 +193,8 @@ def served_layers(maker: Maker, family: str) -> Iterator[Problem]:
         for rows in (1, 64, 256, 8192 // small):
             yield sums(maker, rows, 4096 // small)
             yield gates(maker, rows, 12288 // small)
+            yield placed(maker, max(1, rows // small), (32, 8, 128), interleaved=False)
+            yield latent(maker, max(1, rows // small), 16, (512, 128, 64))
 
 
 def odd_layers(maker: Maker, family: str) -> Iterator[Problem]:
@@ -123,3 +205,8 @@ def odd_layers(maker: Maker, family: str) -> Iterator[Problem]:
     else:
         yield sums(maker, 7, 1000)
         yield gates(maker, 7, 1046)
+        for stored in (False, True):
+            for rows, heads in ((1, (32, 8, 128)), (30, (32, 8, 128)), (7, (5, 1, 66))):
+                yield placed(maker, rows, heads, interleaved=rows == 7, stored=stored)
+            yield latent(maker, 30, 16, (512, 128, 64), stored)
+            yield latent(maker, 3, 5, (40, 24, 16), stored)
