@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks.kernel_problems import Choice
 from models.kernels import few_rows
 from models.kernels.paged_decode import Tiling
+from parallel.kernels import linear
 
 HEADS = [
     {"tiling": Tiling(tokens, heads, warps, stages, resident)}
@@ -59,3 +61,31 @@ DOWNS = [
         (32, 128, 4, 5),
     )
 ]
+# Neurons, inputs, warps and stages.
+ONE_ROW = (
+    (8, 512, 4, 3),
+    (8, 512, 4, 6),
+    (4, 1024, 4, 3),
+    (4, 512, 4, 5),
+    (16, 256, 4, 4),
+    (8, 512, 2, 4),
+)
+FEW_ROWS = (
+    (16, 256, 4, 6),
+    (32, 256, 4, 3),
+    (32, 256, 4, 5),
+    (16, 512, 4, 3),
+    (16, 512, 8, 4),
+    (32, 128, 4, 6),
+    (64, 128, 4, 4),
+)
+
+
+def linear_choices(rows: int, is_gated: bool) -> list[Choice]:
+    """Of products: for one row also those of few, which use tensor cores."""
+    if rows == 1:
+        few = [linear.Tiling(16, *cut) for cut in FEW_ROWS[:3]]
+        return [{"tiling": tiling} for tiling in (*(linear.Tiling(1, *cut) for cut in ONE_ROW), *few)]
+    if rows not in (16, 32):
+        return []
+    return [{"tiling": linear.Tiling(rows, *cut)} for cut in FEW_ROWS if not (is_gated and cut[0] == 64)]

@@ -1,6 +1,6 @@
 """Kernels on a CUDA device: each checked against float64, timed beside its floor and what it replaces, and cut anew.
 
-    python -m benchmarks.kernels [--only heads latent experts rows limits] [--seconds 480] [--output kernels.jsonl]
+    python -m benchmarks.kernels [--only linear fused heads latent experts rows limits] [--seconds 480] [--output FILE]
     TRITON_INTERPRET=1 python -m benchmarks.kernels --device cpu --dtype float16 --divided 64   # checks alone, small
 
 A process for each family: first all checks, then times of what is served, then those of other tilings until the
@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_layers import odd_layers, served_layers
 from benchmarks.kernel_limits import Kept, big, kept
 from benchmarks.kernel_problems import Choice, Maker, Problem, odd, served
 
-FAMILIES = ("heads", "latent", "experts", "rows", "limits")
-SHARES = {"heads": 0.25, "latent": 0.3, "experts": 0.4, "rows": 0.05, "limits": 0.0}
+FAMILIES = ("linear", "fused", "heads", "latent", "experts", "rows", "limits")
+SHARES = {"linear": 0.25, "fused": 0.05, "heads": 0.2, "latent": 0.2, "experts": 0.25, "rows": 0.05, "limits": 0.0}
+LAYERS = ("linear", "fused")
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BANDWIDTH_BYTES = 8 << 30
 WORST = 3  # times as much may a single row be wrong
@@ -181,19 +183,20 @@ def run_family(family: str, arguments: argparse.Namespace) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 4
     if family == "limits":
         return run_limits(Maker(device, dtype, arguments.divided, processors), report)
+    odd_ones, served_ones = (odd_layers, served_layers) if family in LAYERS else (odd, served)
     for few in (processors, 1):  # contexts in many pieces, and in one
-        for problem in odd(Maker(device, dtype, processors=few), family):
+        for problem in odd_ones(Maker(device, dtype, processors=few), family):
             report.check(problem, dtype, {})
     maker = Maker(device, dtype, arguments.divided, processors)
     if cuda:
         rates = bandwidth(device)
         report.line(device=torch.cuda.get_device_name(device), torch=torch.__version__, bandwidth=rates)
-    for problem in served(maker, family):
+    for problem in served_ones(maker, family):
         report.check(problem, dtype, {})
         if cuda:
             time_served(problem, report, rates["read"])
     if cuda:
-        for problem in served(maker, family):
+        for problem in served_ones(maker, family):
             if problem.choices and time.monotonic() < deadline_s:
                 time_choices(problem, report, dtype, deadline_s)
     head = f"{family:42} {'us':>9} {'floor':>9} {'ratio':>7} {'today':>9} {'times':>7} {'eager':>9} {'today':>9}"

@@ -145,13 +145,16 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, case: str) -> di
     )
     heads = LatentQueries(config.latent, attention.expand, plain, rotated)
     key = torch.randn(rows, 1, config.key_dim, device=device, dtype=dtype)
+
+    def attend() -> Tensor:
+        layer.attend.places(attention.layer).put(key)
+        return layer.attend.latent(attention.layer, attention.rule, heads)
+
     cached_bytes, weight_bytes = reads_bytes(config, layer, rows, context_tokens, dtype.itemsize)
     row: dict[str, object] = {
         "case": case,
         "layer": microseconds(layer, device, arguments.repeats),
-        "attention": microseconds(
-            lambda: layer.attend.latent(attention.layer, attention.rule, heads, key), device, arguments.repeats
-        ),
+        "attention": microseconds(attend, device, arguments.repeats),
         "reads_bytes": {"cache": cached_bytes, "weights": weight_bytes},
         "layer_floor_us": round((cached_bytes + weight_bytes) / arguments.bandwidth * 1e6, 1),
         "attention_floor_us": round(cached_bytes / arguments.bandwidth * 1e6, 1),

@@ -83,7 +83,8 @@ def measure(arguments: argparse.Namespace, config: ModelConfig, case: str) -> di
     absorbed, expanded = (Forced(latent, attention.expand, plain, rotated, expands) for expands in (False, True))
 
     def run(heads: Forced) -> Tensor:
-        return attend.latent(attention.layer, attention.rule, heads, key)
+        attend.places(attention.layer).put(key)
+        return attend.latent(attention.layer, attention.rule, heads)
 
     outputs = [run(heads).double() for heads in (absorbed, expanded)]
     times = [

@@ -8,6 +8,7 @@ together, so keys and values are never repeated in memory. Nothing here waits fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -58,8 +59,24 @@ class LatentHeads(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a batch's tokens are kept: keys and values of a layer's cache, as PagedCache has them, and slots [T], which
+    count their tokens. values: None where keys begin with them."""
+
+    keys: Tensor
+    values: Tensor | None
+    slots: Tensor
+
+    def put(self, key: Tensor, value: Tensor | None = None) -> None:
+        """key and value [T, key/value heads, head_dim]."""
+        self.keys.flatten(0, 1).index_copy_(0, self.slots, key)
+        if self.values is not None and value is not None:
+            self.values.flatten(0, 1).index_copy_(0, self.slots, value)
+
+
 class PagedAttention:
-    """Attention of one batch. Call it once per layer: it stores the new keys and values, then reads.
+    """Attention of one batch. Of each layer first all that is new must be put in its places, then it is read.
 
     windows: all that the layers' rules have.
     """
@@ -71,12 +88,17 @@ class PagedAttention:
         self._decode = decode_attention(batch, cache.block_tokens, cache.keys[0], windows)
         self._prefill_masks = {window: [_causal_mask(row, window) for row in batch.prefill] for window in windows}
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [T, heads, head_dim], key and value [T, key/value heads, head_dim] -> [T, heads, head_dim]."""
+    def places(self, layer: int) -> Places:
+        """Of the batch's tokens."""
+        values = self._cache.values[layer] if self._cache.values else None
+        return Places(self._cache.keys[layer], values, self._batch.slot_mapping)
+
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor) -> Tensor:
+        """query [T, heads, head_dim] -> [T, heads, head_dim]."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
-        values.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, value)
         decoded = self._batch.num_decode_rows
+        if decoded and not self._batch.prefill:
+            return self._decode(rule, query, keys, values)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decoded:
             output[:decoded] = self._decode(rule, query[:decoded], keys, values)
@@ -85,16 +107,17 @@ class PagedAttention:
             output[tokens] = _prefill(rule, row, mask, query[tokens], keys, values)
         return output
 
-    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads, key: Tensor) -> Tensor:
-        """key [T, 1, cached numbers]: what is cached of each token -> [T, heads, value_dim].
+    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads) -> Tensor:
+        """-> [T, heads, value_dim].
 
         Decode rows read what is cached as it is; long chunks of prompts make keys and values of heads of it first.
         """
         keys, decoded = self._cache.keys[layer], self._batch.num_decode_rows
-        keys.flatten(0, 1).index_copy_(0, self._batch.slot_mapping, key)
         query = heads.absorbed(slice(0, decoded))
         read = heads.values(self._decode(rule, query, keys, keys[..., : heads.rank]))
-        output = read.new_empty(len(key), *read.shape[1:])
+        if not self._batch.prefill:
+            return read
+        output = read.new_empty(self._batch.tokens, *read.shape[1:])
         output[:decoded] = read
         for row, mask in zip(self._batch.prefill, self._prefill_masks[rule.window], strict=True):
             tokens = slice(row.offset, row.offset + row.tokens)

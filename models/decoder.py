@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from models.layers import (
     rotary_frequencies,
 )
 from models.mlp import Mlp, build_mlp
+from models.prediction import Layer as PredictionLayer
 from models.prediction import Prediction, build_prediction
 from models.rope import Rope
 from models.tables import (
@@ -47,21 +49,33 @@ from parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, Vocabu
 Normalize = Callable[[Tensor], Tensor]
 
 
+class Stream(NamedTuple):
+    """What layers pass on, [T, hidden]: the norm that comes next adds what was made last, in the same launch."""
+
+    hidden: Tensor
+    made: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        return self.hidden if self.made is None else self.hidden + self.made
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Attention, then the MLP, each on the normalized stream; what they make is added to it, or first normalized."""
 
     rope: Rope
-    before_attention: Normalize
+    before_attention: RMSNorm
     attention: SelfAttention | LatentSelfAttention
     after_attention: Normalize
-    before_mlp: Normalize
+    before_mlp: RMSNorm
     mlp: Mlp
     after_mlp: Normalize
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend, step: ExpertStep) -> Tensor:
-        hidden = hidden + self.after_attention(self.attention(self.before_attention(hidden), rotation, attend))
-        return hidden + self.after_mlp(self.mlp(self.before_mlp(hidden), step))
+    def __call__(self, stream: Stream, rotation: Rotation, attend: Attend, step: ExpertStep) -> Stream:
+        hidden, normalized = self.before_attention.of_sum(*stream)
+        made = self.after_attention(self.attention(normalized, rotation, attend))
+        hidden, normalized = self.before_mlp.of_sum(hidden, made)
+        return Stream(hidden, self.after_mlp(self.mlp(normalized, step)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +114,10 @@ class DecoderModel:
         assert hidden is not None, "a stage behind the first computes on what the one before sent"
         rotations = self.rotations(batch.positions, hidden.dtype)
         attend = PagedAttention(batch, kv_cache, {layer.attention.rule.window for layer in self.layers})
+        stream = Stream(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, rotations[layer.rope], attend, batch.experts)
-        return hidden
+            stream = layer(stream, rotations[layer.rope], attend, batch.experts)
+        return stream.whole()
 
     def sampled(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
         """[T, hidden] from the last layer -> those of the sampled tokens, normalized: [S, hidden]."""
@@ -159,7 +174,7 @@ def build_decoder(config: ModelConfig, context: ParallelContext) -> DecoderModel
     prediction = None
     if predicts and embedding is not None:
         layer = _build_layer(config, context, weights, config.num_hidden_layers, len(held))
-        prediction = build_prediction(config, weights, embedding, layer)
+        prediction = build_prediction(config, weights, embedding, _alone(layer))
     return DecoderModel(
         config=config,
         embedding=embedding if place.first_stage else None,
@@ -234,6 +249,15 @@ def _build_attention(
         key_norm=head_norm("self_attn.k_norm"),
         output=RowLinear(take("self_attn.o_proj"), bias(config.output_bias, "self_attn.o_proj"), context.tensor),
     )
+
+
+def _alone(layer: DecoderLayer) -> PredictionLayer:
+    """A layer that no other follows: hidden states -> hidden states."""
+
+    def compute(hidden: Tensor, rotation: Rotation, attend: Attend, step: ExpertStep) -> Tensor:
+        return layer(Stream(hidden), rotation, attend, step).whole()
+
+    return compute
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention import Places
 from models.attention_rule import AttentionRule
 from models.config import ModelConfig
 from models.latent import LatentAttention
-from models.layers import Attend, RMSNorm, Rotation, Weights
+from models.layers import Attend, RMSNorm, Rotation, Weights, takes_rows
 from models.tables import tensor_name
 from parallel.context import ParallelContext
 from parallel.tensor import ColumnLinear, RowLinear
@@ -117,11 +118,21 @@ class LatentSelfAttention:
         shape = self.shape
         held = len(self.expand) // (shape.plain_dim + shape.value_dim)
         query = self.queries(hidden).view(len(hidden), held, shape.head_dim)
-        plain, turning = query.split([shape.plain_dim, shape.rotary_dim], dim=-1)
-        compressed, key = self.compress(hidden).unsqueeze(1).split([shape.rank, shape.rotary_dim], dim=-1)
-        heads = LatentQueries(shape, self.expand, plain, rotation(turning))
-        cached = torch.cat((self.norm(compressed), rotation(key)), dim=-1)
-        return self.output(attend.latent(self.layer, self.rule, heads, cached).flatten(1))
+        turned = self.placed(query, self.compress(hidden), rotation, attend.places(self.layer))
+        heads = LatentQueries(shape, self.expand, query[..., : shape.plain_dim], turned)
+        return self.output(attend.latent(self.layer, self.rule, heads).flatten(1))
+
+    def placed(self, query: Tensor, made: Tensor, rotation: Rotation, places: Places) -> Tensor:
+        """Puts what is cached in its places: made [T, cached numbers], normalized and rotated. query [T, heads,
+        head_dim] -> their parts that are rotated, [T, heads, rotary_dim]."""
+        shape = self.shape
+        if takes_rows(query) and query.is_contiguous() and made.is_contiguous():
+            from models.kernels.heads import place_latent
+
+            return place_latent(query, made, self.norm, rotation, places)
+        compressed, key = made.unsqueeze(1).split([shape.rank, shape.rotary_dim], dim=-1)
+        places.put(torch.cat((self.norm(compressed), rotation(key)), dim=-1))
+        return rotation(query[..., shape.plain_dim :])
 
 
 def build_latent_attention(

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import LatentHeads
+from models.attention import LatentHeads, Places
 from models.attention_rule import AttentionRule
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel import kernels
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
+from parallel.linear import takes_few
 from parallel.tensor import ColumnLinear, RowLinear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -58,7 +59,7 @@ class Weights:
         return self._shards
 
 
-def _takes(rows: Tensor) -> bool:
+def takes_rows(rows: Tensor) -> bool:
     """Whether the kernels of rows, one launch each, take these."""
     fits = rows.dtype in kernels.DTYPES and rows.dim() in (2, 3) and rows.stride(-1) == 1
     return fits and kernels.can_run(rows.device)
@@ -74,11 +75,23 @@ class RMSNorm:
     from_one: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _takes(x) and self.weight.dtype == x.dtype:
+        if takes_rows(x) and self.weight.dtype == x.dtype:
             from models.kernels.rows import rms_norm
 
             return rms_norm(x, self.weight, self.epsilon, self.from_one)
         return self.plain(x)
+
+    def of_sum(self, stream: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T, hidden] each -> their sum, and that normalized."""
+        if added is None:
+            return stream, self(stream)
+        whole = stream.is_contiguous() and added.is_contiguous()
+        if whole and takes_rows(stream) and self.weight.dtype == stream.dtype == added.dtype:
+            from models.kernels.rows import add_and_norm
+
+            return add_and_norm(stream, added, self.weight, self.epsilon, self.from_one)
+        total = stream + added
+        return total, self(total)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same, on every device, step by step."""
@@ -102,7 +115,7 @@ class Rotation:
     interleaved: bool = False
 
     def __call__(self, heads: Tensor) -> Tensor:
-        if _takes(heads):
+        if takes_rows(heads):
             from models.kernels.rows import rotate
 
             return rotate(heads, self.cos, self.sin, self.interleaved)
@@ -180,10 +193,11 @@ def _yarn_frequencies(periods: Tensor, theta: float, scaling: YarnScaling) -> Te
 
 
 class Attend(Protocol):
-    """Attention of a batch: stores the new keys and values of a layer, and returns what the queries read."""
+    """Attention of a batch: what the queries of a layer read, once new keys and values are in their places."""
 
-    def __call__(self, layer: int, rule: AttentionRule, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
-    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads, key: Tensor) -> Tensor: ...
+    def places(self, layer: int) -> Places: ...
+    def __call__(self, layer: int, rule: AttentionRule, query: Tensor) -> Tensor: ...
+    def latent(self, layer: int, rule: AttentionRule, heads: LatentHeads) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +215,20 @@ class SelfAttention:
 
     def __call__(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         heads = self.qkv(hidden).view(hidden.shape[0], sum(self.head_counts), self.head_dim)
+        query = self.placed(heads, rotation, attend.places(self.layer))
+        return self.output(attend(self.layer, self.rule, query).flatten(1))
+
+    def placed(self, heads: Tensor, rotation: Rotation, places: Places) -> Tensor:
+        """Puts keys, normalized and rotated, and values in their places. heads [T, all heads, head_dim] -> queries."""
+        if takes_rows(heads) and heads.is_contiguous() and places.values is not None:
+            from models.kernels.heads import place_heads
+
+            return place_heads(heads, self.query_norm, self.key_norm, rotation, places)
         query, key, value = torch.split(heads, self.head_counts, dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self.output(attend(self.layer, self.rule, rotation(query), rotation(key), value).flatten(1))
+        places.put(rotation(key), value)
+        return rotation(query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,5 +240,23 @@ class GatedMlp:
     down: RowLinear
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self._gated(hidden))
+
+    def _gated(self, hidden: Tensor) -> Tensor:
+        """[T, this rank's neurons]: in one launch for few rows, in two for others."""
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        if self.activation is F.silu and bias is None and takes_few(hidden, weight):
+            from parallel.kernels.linear import gated_of_few_rows
+
+            return gated_of_few_rows(hidden, weight)
+        return gated(self.gate_up(hidden), self.activation)
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """gate_up [r, 2 * n], gate first -> activation(gate) * up, [r, n]."""
+    if activation is F.silu and takes_rows(gate_up):
+        from models.kernels.rows import silu_and_multiply
+
+        return silu_and_multiply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up

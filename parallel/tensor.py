@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.comm import Group
 from parallel.largest import largest, winners
+from parallel.linear import linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class ColumnLinear:
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class RowLinear:
     group: Group
 
     def __call__(self, x: Tensor) -> Tensor:
-        total = self.group.all_reduce(F.linear(x, self.weight))
+        total = self.group.all_reduce(linear(x, self.weight))
         return total if self.bias is None else total + self.bias
 
 
@@ -66,7 +67,7 @@ class VocabularyHead:
 
     def part(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> [S, rows held]: every row, this rank's part of the vocabulary."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def dealt(self, part: Tensor) -> Tensor:
         """part [S, rows held] of every rank -> [k, vocabulary], k = ceil(S / size): rows rank * k .. of all, whole;

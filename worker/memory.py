@@ -21,6 +21,7 @@ from models.decoder import DecoderModel
 from models.moe import MixtureOfExperts
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
+from parallel.linear import LEAST_ROWS
 from worker.decode_graphs import CudaCapture, graph_sizes
 from worker.kv_cache import KVCache
 from worker.limits import decode_places
@@ -58,9 +59,7 @@ def settle_kv_blocks(
         limits = RunnerLimits(rows, command.max_context, command.block_tokens)
         cache = KVCache(config, context, 1, command.block_tokens, padded=graphs)
         runner = Runner(model, cache, context, limits, matchers)
-        plans = [largest_step(rows, command.max_context, command.max_step_tokens, context.epoch)]
-        if not graphs:  # the graph of one row, over the widest table, compiles what a lone step would
-            plans.append(lone_step(command.max_context, context.epoch))
+        plans = rehearsed_steps(rows, command.max_context, command.max_step_tokens, context.epoch, graphs)
         step_bytes = _peak_bytes(runner, plans, context.device)
         if graphs:
             graphs_bytes = block_bytes + _graphs_bytes(runner, graph_sizes(rows), context.device)
@@ -81,15 +80,31 @@ def settle_kv_blocks(
     return min(blocks, command.kv_blocks_limit or blocks)
 
 
+def rehearsed_steps(
+    max_running: int, max_context: int, max_step_tokens: int, epoch: int, graphs: bool
+) -> list[StepPlan]:
+    """The largest step, and small ones, for which kernels are cut otherwise. graphs: whether some will be captured."""
+    sizes = [tokens for tokens in LEAST_ROWS if tokens < max_step_tokens]
+    plans = [largest_step(min(tokens, max_running), max_context, tokens, epoch) for tokens in (max_step_tokens, *sizes)]
+    if not graphs:  # the graph of one row, over the widest table, compiles what a lone step would
+        plans.append(lone_step(max_context, epoch))
+    return plans
+
+
 def rehearse(runner: Runner, plans: Iterable[StepPlan]) -> None:
-    """Run these, and what no plan is sure to meet: kernels of experts are cut by how many rows choose them.
+    """Run these, and what no plan is sure to meet: kernels of experts are cut by how many rows choose them, and that of
+    the head by how many are sampled.
 
     A kernel is compiled when it is first launched, for seconds. Here the rank loads; in a step that others of its kind
     have been faster than, it would count as one that stands still.
     """
-    for layer in runner.model.layers:
+    model = runner.model
+    for layer in model.layers:
         if isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.try_kernels()
+    if model.norm is not None:
+        for rows in LEAST_ROWS:
+            model.row_logits(model.norm.weight.new_zeros(rows, model.config.hidden_size))
     for plan in plans:
         runner.run(decode(encode(plan)))
 

@@ -15,7 +15,7 @@ from parallel.context import solo_context
 from tests.kernel_device import DEVICE
 from tests.tiny import make_checkpoint
 from tests.unit.plans import CPU, FENCE, Ask, answers_of, new_runner, plans_of
-from worker.memory import largest_step, lone_step, rehearse
+from worker.memory import largest_step, rehearse, rehearsed_steps
 from worker.plan import StepPlan, decode, encode
 from worker.runner import RunnerLimits
 
@@ -105,9 +105,8 @@ def test_nothing_is_left_to_be_compiled_in_a_step_with_a_deadline(
         new_runner(directory, context, limits, 1).run(decode(encode(plan)))
 
     def before() -> None:
-        lone = () if graphs else (lone_step(1200, FENCE.epoch),)
         runner = new_runner(directory, context, limits, 1, graphs=graphs)  # their work is done once, as it would be
-        rehearse(runner, (largest_step(3, 80, 24, FENCE.epoch), *lone))
+        rehearse(runner, rehearsed_steps(3, 1200, 40, FENCE.epoch, bool(graphs)))
 
     def later() -> None:
         for running, stored, tokens in ((1, 1, 1), (2, 3, 1), (2, 600, 2), (1, 40, 30), (60, 2, 59), (1, 90, 70)):

@@ -1,16 +1,17 @@
-"""Norms and rotations in one launch each: they round where the layers round."""
+"""Norms, rotations and gates in one launch each: they round where the layers round."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.kernel_device import DEVICE
 
 # isort: split
 # Not without Triton: this file is skipped before.
-from models.kernels.rows import rms_norm, rotate
-from models.layers import RMSNorm, Rotation
+from models.kernels.rows import add_and_norm, rms_norm, rotate, silu_and_multiply
+from models.layers import RMSNorm, Rotation, gated
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,6 +34,23 @@ def test_a_norm_takes_parts_of_wider_rows() -> None:
     expected = RMSNorm(weight, 1e-6, False).plain(part)
     found = rms_norm(wide.to(DEVICE)[:, 2:6], weight.to(DEVICE), 1e-6, False)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("from_one", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (5, 130), (0, 8)], ids=str)
+def test_a_sum_and_its_norm_are_the_layers(shape: tuple[int, int], from_one: bool) -> None:
+    stream, added, weight = 30 * random(*shape), random(*shape, seed=1), random(shape[-1], seed=2)
+    expected = RMSNorm(weight, 1e-6, from_one).of_sum(stream, added)
+    found = add_and_norm(stream.to(DEVICE), added.to(DEVICE), weight.to(DEVICE), 1e-6, from_one)
+    assert torch.equal(found[0].cpu(), expected[0]) and torch.equal(expected[0], stream + added)
+    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 46), (2, 2060), (0, 8)], ids=str)
+def test_a_gate_is_the_activation_times_what_it_lets_through(shape: tuple[int, int]) -> None:
+    gate_up = 3 * random(*shape)
+    expected = gated(gate_up, F.silu)
+    torch.testing.assert_close(silu_and_multiply(gate_up.to(DEVICE)).cpu(), expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("wide", [torch.float16, torch.float32], ids=str)
