@@ -1,7 +1,8 @@
-"""Norms and rotations of rows on CUDA, one launch each, where plain torch takes many: decode is bound by launches.
+"""Norms, rotations and gates of rows on CUDA, one launch each, where plain torch takes many.
 
-In rank processes. What is rounded, and when, is as in models/layers.py, which is the reference: float32 inside a norm,
-the dtype of cosines and sines in a rotation. Rows may lie apart, as parts of a wider product do; outputs lie whole.
+In rank processes. Decode is bound by launches, prompts by what is read and written between them. What is rounded, and
+when, is as in models/layers.py, which is the reference: float32 inside a norm and a gate, the dtype of cosines and
+sines in a rotation. Rows that are normed or rotated may lie apart, as parts of a wider product do; outputs lie whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_GATED_AT_ONCE = 1024
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool) -> Tensor:
     """x [..., dim] of 2 or 3 dims, the last one whole -> the same shape; weight [dim]. Source: RMSNorm (2019), eq. 4"""
@@ -19,6 +22,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool) -> Tenso
     if rows * heads:
         dim = x.shape[-1]
         _norm[(rows * heads,)](x, weight, output, far, near, heads, epsilon, from_one, dim, num_warps=_warps(dim))
+    return output
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """gate_up [r, 2 * n], whole, gate first -> silu(gate) * up, [r, n]; each is rounded to the dtype."""
+    assert gate_up.is_contiguous(), "rows lie whole"
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    output = gate_up.new_empty(rows, width)
+    if rows:
+        _gate[rows, triton.cdiv(width, _GATED_AT_ONCE)](gate_up, output, width, _GATED_AT_ONCE, num_warps=4)
     return output
 
 
@@ -65,6 +78,16 @@ def _norm(x, weight, output, far, near, heads, epsilon, FROM_ONE: tl.constexpr, 
     rounded = normalized.to(x.dtype.element_ty).to(tl.float32)
     made = normalized * (1.0 + scale) if FROM_ONE else rounded * scale
     tl.store(output + row * DIM + number, made.to(output.dtype.element_ty), mask=number < DIM)
+
+
+@triton.jit
+def _gate(gate_up, output, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    number = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row, inside = tl.program_id(0).to(tl.int64), number < WIDTH
+    gate = tl.load(gate_up + row * 2 * WIDTH + number, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + number, mask=inside, other=0.0).to(tl.float32)
+    gated = (gate / (1 + tl.exp(-gate))).to(output.dtype.element_ty).to(tl.float32)
+    tl.store(output + row * WIDTH + number, (gated * up).to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
