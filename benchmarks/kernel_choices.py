@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.kernels import few_rows
+from models.kernels import few_rows, prefill
 from models.kernels.paged_decode import Tiling
 
 HEADS = [
@@ -57,5 +57,17 @@ DOWNS = [
         (128, 128, 4, 3),
         (128, 64, 8, 4),
         (32, 128, 4, 5),
+    )
+]
+PROMPTS = [
+    {"tiling": prefill.Tiling(rows, keys, warps, stages)}
+    for rows, keys, warps, stages in (
+        (128, 64, 8, 2),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (128, 32, 8, 4),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 128, 4, 2),
     )
 ]
