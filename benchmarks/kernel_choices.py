@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.kernel_problems import Choice
-from models.kernels import few_rows
+from models.kernels import few_rows, prefill
 from models.kernels.paged_decode import Tiling
 from parallel.kernels import linear
 
@@ -89,3 +89,15 @@ def linear_choices(rows: int, is_gated: bool) -> list[Choice]:
     if rows not in (16, 32):
         return []
     return [{"tiling": linear.Tiling(rows, *cut)} for cut in FEW_ROWS if not (is_gated and cut[0] == 64)]
+PROMPTS = [
+    {"tiling": prefill.Tiling(rows, keys, warps, stages)}
+    for rows, keys, warps, stages in (
+        (128, 64, 8, 2),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (128, 32, 8, 4),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 128, 4, 2),
+    )
+]

@@ -182,7 +182,7 @@ def latent(maker: Maker, rows: int, heads: int, shape: tuple[int, int, int], sto
     return Problem(name, read, 1, kernel, lambda index: layers(query, made, norm, rotation, kept), exact)
 
 
-def served_layers(maker: Maker, family: str) -> Iterator[Problem]:
+def served(maker: Maker, family: str) -> Iterator[Problem]:
     """As kernel_problems.served has them."""
     small = maker.divided
     if family == "linear":
@@ -197,7 +197,7 @@ def served_layers(maker: Maker, family: str) -> Iterator[Problem]:
             yield latent(maker, max(1, rows // small), 16, (512, 128, 64))
 
 
-def odd_layers(maker: Maker, family: str) -> Iterator[Problem]:
+def odd(maker: Maker, family: str) -> Iterator[Problem]:
     """As kernel_problems.odd has them."""
     if family == "linear":
         for is_gated in (False, True):

@@ -32,7 +32,8 @@ Choice = dict[str, Any]  # arguments of a kernel; none: as it is served
 class Problem:
     """kernel and today, which it replaces, take the number of a set; exact is of set 0, in float64.
 
-    reads_bytes: what must be read for one set at least. choices: what is tried besides what is served.
+    reads_bytes: what must be read for one set at least. choices: what is tried besides what is served. flop: of its
+    products, if they may take longer than reading.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Problem:
     today: Callable[[int], Tensor]
     exact: Callable[[], Tensor]
     choices: Sequence[Choice] = ()
+    flop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,7 @@ class Maker:
         """elsewhere: so many experts are held by other ranks."""
         from models.kernels.few_rows import experts_of_few_rows
 
-        if sizes not in self.layers:
-            self.layers.clear()
-            self.layers[sizes] = [self.layer(sizes) for _ in range(2)]
-        layers = self.layers[sizes]
+        layers = self.layers_of(sizes)
 
         def choice_of_rows() -> Copies:
             scores = torch.rand(rows, sizes.slots + elsewhere, device=self.device)
@@ -170,6 +169,13 @@ class Maker:
 
         read = touched * 3 * sizes.hidden * sizes.neurons * self.dtype.itemsize // sets
         return Problem(name, read, sets, kernel, today, exact, choices)
+
+    def layers_of(self, sizes: Sizes) -> list[Experts]:
+        """Two of them, kept while they are asked for."""
+        if sizes not in self.layers:
+            self.layers.clear()
+            self.layers[sizes] = [self.layer(sizes) for _ in range(2)]
+        return self.layers[sizes]
 
     def layer(self, sizes: Sizes) -> Experts:
         """Random weights, scaled as a model's are."""

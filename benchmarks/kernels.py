@@ -1,11 +1,13 @@
 """Kernels on a CUDA device: each checked against float64, timed beside its floor and what it replaces, and cut anew.
 
-    python -m benchmarks.kernels [--only linear fused heads latent experts rows limits] [--seconds 480] [--output FILE]
+    python -m benchmarks.kernels [--only linear fused heads latent experts rows prompts many_rows limits]
+                                 [--seconds 480] [--output kernels.jsonl]
     TRITON_INTERPRET=1 python -m benchmarks.kernels --device cpu --dtype float16 --divided 64   # checks alone, small
 
 A process for each family: first all checks, then times of what is served, then those of other tilings until the
 family's share of the seconds is over. Times are of CUDA graphs, over inputs that no cache holds; the floor is what must
-be read over the bandwidth, which is measured first. Tables come last; it ends with 1 if a check fails.
+be read over the bandwidth, or the products over the rate of one of 8,192 x 8,192, which are measured first. Tables come
+last; it ends with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -23,13 +25,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_layers import odd_layers, served_layers
+from benchmarks import kernel_layers, kernel_problems, prompt_problems
 from benchmarks.kernel_limits import Kept, big, kept
-from benchmarks.kernel_problems import Choice, Maker, Problem, odd, served
+from benchmarks.kernel_problems import Choice, Maker, Problem
 
-FAMILIES = ("linear", "fused", "heads", "latent", "experts", "rows", "limits")
-SHARES = {"linear": 0.25, "fused": 0.05, "heads": 0.2, "latent": 0.2, "experts": 0.25, "rows": 0.05, "limits": 0.0}
-LAYERS = ("linear", "fused")
+FAMILIES = ("linear", "fused", "heads", "latent", "experts", "rows", "prompts", "many_rows", "limits")
+SHARES = {
+    "linear": 0.2,
+    "fused": 0.05,
+    "heads": 0.15,
+    "latent": 0.15,
+    "experts": 0.2,
+    "rows": 0.05,
+    "prompts": 0.1,
+    "many_rows": 0.1,
+    "limits": 0.0,
+}
+PROBLEMS = {"linear": kernel_layers, "fused": kernel_layers, "prompts": prompt_problems, "many_rows": prompt_problems}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BANDWIDTH_BYTES = 8 << 30
 WORST = 3  # times as much may a single row be wrong
@@ -57,6 +69,13 @@ def bandwidth(device: torch.device) -> dict[str, float]:
     read_us = graph_us(lambda index: source.sum(), 1)
     copy_us = graph_us(lambda index: target.copy_(source), 1)
     return {"read": source.nbytes / read_us * 1e6, "copy": 2 * source.nbytes / copy_us * 1e6}
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP a second of a large product."""
+    size = 8192
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / graph_us(lambda index: left @ right, 1) * 1e6
 
 
 def graph_us(work: Callable[[int], object], sets: int) -> float:
@@ -129,12 +148,14 @@ class Report:
         self.line(check=kept.name, **({"FAILED": wrong} if wrong else {}))
 
 
-def time_served(problem: Problem, report: Report, rate: float) -> None:
+def time_served(problem: Problem, report: Report, rate: float, flop_rate: float) -> None:
     """What is served, beside what it replaces and the floor."""
-    floor = problem.reads_bytes / rate * 1e6
+    floor = max(problem.reads_bytes / rate, problem.flop / flop_rate) * 1e6
     found, today = graph_us(problem.kernel, problem.sets), graph_us(problem.today, problem.sets)
     eager, eager_today = eager_us(problem.kernel, problem.sets), eager_us(problem.today, problem.sets)
     values = {"us": found, "floor_us": floor, "today_us": today, "eager_us": eager, "eager_today_us": eager_today}
+    if problem.flop:
+        values |= {"tflops": problem.flop / found / 1e6, "tflops_today": problem.flop / today / 1e6}
     report.line(case=problem.name, **{name: round(value, 1) for name, value in values.items()})
     ratios = f"{found / max(floor, 1e-9):7.2f} {today:9.1f} {today / found:7.2f}"
     report.table.append(f"{problem.name:42} {found:9.1f} {floor:9.1f} {ratios} {eager:9.1f} {eager_today:9.1f}")
@@ -183,20 +204,21 @@ def run_family(family: str, arguments: argparse.Namespace) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 4
     if family == "limits":
         return run_limits(Maker(device, dtype, arguments.divided, processors), report)
-    odd_ones, served_ones = (odd_layers, served_layers) if family in LAYERS else (odd, served)
-    for few in (processors, 1):  # contexts in many pieces, and in one
-        for problem in odd_ones(Maker(device, dtype, processors=few), family):
+    problems = PROBLEMS.get(family, kernel_problems)
+    for few in (processors, 1) if problems is not prompt_problems else (processors,):  # contexts in many pieces, and in one
+        for problem in problems.odd(Maker(device, dtype, processors=few), family):
             report.check(problem, dtype, {})
     maker = Maker(device, dtype, arguments.divided, processors)
     if cuda:
-        rates = bandwidth(device)
-        report.line(device=torch.cuda.get_device_name(device), torch=torch.__version__, bandwidth=rates)
-    for problem in served_ones(maker, family):
+        rates, flop_rate = bandwidth(device), product_rate(device)
+        name = torch.cuda.get_device_name(device)
+        report.line(device=name, torch=torch.__version__, bandwidth=rates, flop_rate=flop_rate)
+    for problem in problems.served(maker, family):
         report.check(problem, dtype, {})
         if cuda:
-            time_served(problem, report, rates["read"])
+            time_served(problem, report, rates["read"], flop_rate)
     if cuda:
-        for problem in served_ones(maker, family):
+        for problem in problems.served(maker, family):
             if problem.choices and time.monotonic() < deadline_s:
                 time_choices(problem, report, dtype, deadline_s)
     head = f"{family:42} {'us':>9} {'floor':>9} {'ratio':>7} {'today':>9} {'times':>7} {'eager':>9} {'today':>9}"

@@ -85,12 +85,17 @@ class LatentQueries:
         saved = shape.cached_numbers + shape.rank - shape.head_dim - shape.value_dim
         return tokens * saved > shape.rank * (shape.plain_dim + shape.value_dim)
 
+    def made(self, compressed: Tensor) -> tuple[Tensor, Tensor]:
+        """compressed [context, rank] -> plain parts of keys [context, heads, plain_dim], values [.., value_dim]."""
+        parts = [self.shape.plain_dim, self.shape.value_dim]
+        plain, values = F.linear(compressed, self.expand).view(len(compressed), -1, sum(parts)).split(parts, dim=-1)
+        return plain, values
+
     def expanded(self, tokens: slice, cached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys [heads, context, head_dim] and values [heads, context, value_dim] of heads."""
         shape, heads = self.shape, self.plain.shape[1]
         compressed, rotated = cached.split([shape.rank, shape.rotary_dim], dim=-1)
-        made = F.linear(compressed, self.expand).view(len(cached), heads, -1)
-        plain, values = made.split([shape.plain_dim, shape.value_dim], dim=-1)
+        plain, values = self.made(compressed)
         keys = torch.cat((plain, rotated.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
         query = torch.cat((self.plain[tokens], self.rotated[tokens]), dim=-1)
         return query.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)

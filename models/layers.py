@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import LatentHeads, Places
+from models.attention import Places
 from models.attention_rule import AttentionRule
+from models.prefill_attention import LatentHeads
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from models.tables import Parameter
 from parallel import kernels

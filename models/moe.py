@@ -39,6 +39,10 @@ class Experts:
             from models.kernels.few_rows import experts_of_few_rows
 
             return experts_of_few_rows(rows, self.gate_up, self.down, copies)
+        if self._are_fused(rows):
+            from models.kernels.many_rows import experts_of_many_rows
+
+            return experts_of_many_rows(rows, self.gate_up, self.down, copies)
         return copies.sums(self.outputs(copies.taken(rows), copies.ends))
 
     def try_kernels(self, rows: Tensor, copies: Copies) -> None:
@@ -47,6 +51,10 @@ class Experts:
             from models.kernels.few_rows import try_row_tiles
 
             try_row_tiles(rows, self.gate_up, self.down, copies)
+        if self._are_fused(rows):
+            from models.kernels.many_rows import try_steps
+
+            try_steps(rows, self.gate_up, copies)
 
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
@@ -60,8 +68,11 @@ class Experts:
     def _are_few(self, rows: Tensor, copies: Copies) -> bool:
         """Whether the kernel for few rows takes these: more, too, where torch has no grouped product for them."""
         few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down) or not can_group(rows, self.down)
-        fits = self.activation is F.silu and rows.dtype in kernels.DTYPES
-        return few and fits and kernels.can_run(rows.device)
+        return few and self._are_fused(rows)
+
+    def _are_fused(self, rows: Tensor) -> bool:
+        """Whether there are kernels for what stands between the products."""
+        return self.activation is F.silu and rows.dtype in kernels.DTYPES and kernels.can_run(rows.device)
 
 
 @dataclass(frozen=True, slots=True)
