@@ -89,6 +89,8 @@ def linear_choices(rows: int, is_gated: bool) -> list[Choice]:
     if rows not in (16, 32):
         return []
     return [{"tiling": linear.Tiling(rows, *cut)} for cut in FEW_ROWS if not (is_gated and cut[0] == 64)]
+
+
 PROMPTS = [
     {"tiling": prefill.Tiling(rows, keys, warps, stages)}
     for rows, keys, warps, stages in (

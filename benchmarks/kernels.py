@@ -205,7 +205,9 @@ def run_family(family: str, arguments: argparse.Namespace) -> int:
     if family == "limits":
         return run_limits(Maker(device, dtype, arguments.divided, processors), report)
     problems = PROBLEMS.get(family, kernel_problems)
-    for few in (processors, 1) if problems is not prompt_problems else (processors,):  # contexts in many pieces, and in one
+    for few in (
+        (processors, 1) if problems is not prompt_problems else (processors,)
+    ):  # contexts in many pieces, and in one
         for problem in problems.odd(Maker(device, dtype, processors=few), family):
             report.check(problem, dtype, {})
     maker = Maker(device, dtype, arguments.divided, processors)
