@@ -86,7 +86,7 @@ def linear_choices(rows: int, is_gated: bool) -> list[Choice]:
     if rows == 1:
         few = [linear.Tiling(16, *cut) for cut in FEW_ROWS[:3]]
         return [{"tiling": tiling} for tiling in (*(linear.Tiling(1, *cut) for cut in ONE_ROW), *few)]
-    if rows not in (16, 32):
+    if rows != 16:
         return []
     return [{"tiling": linear.Tiling(rows, *cut)} for cut in FEW_ROWS if not (is_gated and cut[0] == 64)]
 

@@ -36,7 +36,7 @@ SERVED_ALONE = {
     "V2-Lite shared down": (2048, 2816, PLAIN),
     "Qwen3-8B gate and up of tensor 2": (12288, 4096, GATED),
 }
-ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = (1, 2, 4, 8, 16)
 
 
 def products(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from parallel import kernels
 
-FEW_ROWS = 32  # beyond, torch's product reads the matrix at full rate too
-LEAST_ROWS = (1, 2, 17)  # from each of these on a product of few rows is cut otherwise, which compiles a kernel
+FEW_ROWS = 16  # a tile of tensor cores; beyond, torch's product takes less time, as measured
+LEAST_ROWS = (1, 2)  # from each of these on a product of few rows is cut otherwise, which compiles a kernel
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

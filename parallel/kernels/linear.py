@@ -30,22 +30,19 @@ class Tiling:
 
 
 # Programs of few neurons: all of them start at once and end at once, and 132 processors have enough to read.
-ONE, GATED_ONE = Tiling(1, 8, 512, 4, 4), Tiling(1, 8, 512, 4, 3)
-FEW = {16: Tiling(16, 16, 256, 4, 4), 32: Tiling(32, 32, 256, 4, 3)}
-GATED_FEW = {16: Tiling(16, 16, 256, 4, 3), 32: Tiling(32, 16, 256, 4, 3)}
-MOST_ROWS = 32
+ONE, GATED_ONE = Tiling(1, 8, 512, 4, 4), Tiling(1, 4, 1024, 4, 3)
+FEW, GATED_FEW = Tiling(16, 16, 256, 4, 4), Tiling(16, 16, 256, 4, 3)
 
 
 def tiling_of(rows: int, gated: bool) -> Tiling:
     """What was found best. Each is compiled anew, so they are few."""
     if rows == 1:
         return GATED_ONE if gated else ONE
-    tilings = GATED_FEW if gated else FEW
-    return tilings[min(tile for tile in tilings if tile >= rows)]
+    return GATED_FEW if gated else FEW
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling | None = None) -> Tensor:
-    """x [r, inputs] of MOST_ROWS or fewer, weight [neurons, inputs], whole -> x W^T + b, [r, neurons], rounded once."""
+    """x [r, inputs] of 16 rows or fewer, weight [neurons, inputs], whole -> x W^T + b, [r, neurons], rounded once."""
     return _multiply(x, weight, bias, len(weight), tiling)
 
 

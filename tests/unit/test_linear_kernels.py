@@ -15,7 +15,7 @@ from tests.kernel_device import DEVICE, DTYPES
 # Not without Triton: this file is skipped before.
 from models.layers import gated
 from parallel import kernels
-from parallel.kernels.linear import MOST_ROWS, Tiling, gated_of_few_rows, linear_of_few_rows, tiling_of
+from parallel.kernels.linear import Tiling, gated_of_few_rows, linear_of_few_rows, tiling_of
 from parallel.linear import FEW_ROWS, LEAST_ROWS, linear, takes_few
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -32,7 +32,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16])
 def test_a_product_is_torchs(rows: int, has_bias: bool, dtype: torch.dtype) -> None:
     """As it is served, 40 neurons of 520 inputs: no tile is full."""
     x, weight = random(rows, 520, dtype=dtype), random(40, 520, dtype=dtype, seed=1) / 23
@@ -64,7 +64,6 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_every_number_of_few_rows_has_a_tiling(is_gated: bool) -> None:
-    assert FEW_ROWS == MOST_ROWS
     tilings = {rows: tiling_of(rows, is_gated).rows for rows in range(1, FEW_ROWS + 1)}
     assert all(rows <= tile for rows, tile in tilings.items()) and tilings[1] == 1
     assert (
