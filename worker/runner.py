@@ -8,7 +8,7 @@ rows and gathers all ids, so that ranks agree on what comes next. It must not kn
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,9 +24,12 @@ from parallel.comm import Channel
 from parallel.context import ParallelContext
 from worker import non_finite, sampler
 from worker.batch import DecodeRows, Share, StepBatch, apply_and_build
-from worker.decode_graphs import Capture, DecodeGraphs
+from worker.cuda_capture import Capture
+from worker.decode_graphs import DecodeGraphs
+from worker.drafts import draw_drafts
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
+from worker.later_graphs import Later, LaterGraphs
 from worker.logit_rules import Allowed
 from worker.matchers import Masks, Matchers
 from worker.non_finite import Sampled
@@ -88,15 +91,18 @@ class Runner:
         # One slot more than requests have, for rows that fill a graph.
         self._state = SlotState(limits.max_running + 1, limits.max_context, limits.block_tokens, context.device)
         self._graphs: DecodeGraphs | None = None
+        self._later: LaterGraphs | None = None
         self._out: deque[_Out] = deque()
         self.clock = OpClock(context.device)
 
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
         """From now on a graph computes each step of decode rows that one of these numbers of rows has room for. Every
         rank of the stages must do the same, with no step on its way; the cache must be padded."""
-        if self._graphs is None:
-            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context)
-        self._graphs.capture(capture, sizes)
+        self._padded_graphs().capture(capture, sizes)
+
+    def capture_later(self, capture: Capture, sizes: Sequence[int], told: Callable[[Later], None]) -> None:
+        """The same, but each size when a plan says so; until then steps are launched eagerly."""
+        self._later = LaterGraphs(self._padded_graphs(), capture, sizes, self._context, told)
 
     def reset_graphs(self) -> None:
         """Before groups are closed; no step is run afterwards."""
@@ -121,15 +127,18 @@ class Runner:
         tensor, last = self._context.tensor, self._context.place.last_stage
         if tables.rebalances:
             rebalance_experts(self.model, self._context)
+        if tables.captures and self._later is not None:
+            self._later.before_step(tables.captures)
         graph_rows = 0 if self._graphs is None else self._graphs.rows_for(tables)
         batch = apply_and_build(
             tables, self._state, tensor.rank, tensor.size, self._piece_rows, samples=last, graph_rows=graph_rows
         )
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
         following = self._matchers.begin(tables, constrained) if last else None
-        hidden = self._receive(batch)
+        computes = bool(len(tables.rows) or tables.lanes)  # one without rows meets the others at the experts
+        hidden = self._receive(batch) if computes else None
         started = self.clock.mark()
-        if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
+        if computes:
             hidden = self._compute(batch.forward, hidden)
         if not last:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
@@ -159,6 +168,11 @@ class Runner:
         if result.non_finite and pending.own is not None and place.tensor_rank == 0:
             first_layer = held_layers(self.model.config, place).start
             non_finite.tell(result.step, pending.own, self._state, self._kv_cache, first_layer)
+
+    def _padded_graphs(self) -> DecodeGraphs:
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context)
+        return self._graphs
 
     def _compute(self, rows: ForwardBatch | DecodeRows, hidden: Tensor | None) -> Tensor:
         """What DecoderModel makes of them."""
@@ -232,25 +246,10 @@ class Runner:
             scores = self._score(rows[sampled:], batch.targets)
         if hidden is not None and self.model.prediction is not None:
             assert whole is not None, "what predicts has no graphs"
-            drawn[:, DRAFT] = self._predict(hidden, whole, batch)
+            next_ids = self._state.history[batch.token_slots, whole.positions + 1].long()
+            predicted = self.model.predict(whole, self._kv_cache, hidden, next_ids)
+            drawn[:, DRAFT] = draw_drafts(self.model, self._context, predicted, batch)
         return Drawn(drawn, batch.logprobs, scores, batch.scored)
-
-    def _predict(self, hidden: Tensor, forward: ForwardBatch, batch: StepBatch) -> Tensor:
-        """What may be drawn behind the sampled rows' ids, on the noise that will be there, though without rules: [S].
-
-        Every rank of the stage takes part, whether it has rows or not. hidden [T, hidden].
-        """
-        next_ids = self._state.history[batch.token_slots, forward.positions + 1].long()
-        predicted = self.model.predict(forward, self._kv_cache, hidden, next_ids)
-        share, sampled = batch.share, len(batch.logprobs)
-        if not sampled:
-            return predicted.new_empty(0)
-        logits = self.model.row_logits(predicted[:sampled])[: share.size]
-        later = replace(batch.sampling, position=batch.sampling.position + 1)
-        unruled = [replace(part, rules=()) for part in batch.ruled]
-        drafts = torch.zeros(share.padded // self._context.tensor.size, dtype=torch.float64, device=logits.device)
-        drafts[: share.size] = sampler.sample(logits, later, batch.paths, unruled)
-        return self._context.tensor.all_gather(drafts, dim=0)[:sampled]
 
     def _sample(self, hidden: Tensor, batch: StepBatch, masks: Masks | None) -> Tensor:
         """This rank's rows sampled, all ranks' rows gathered: [S, width]."""
