@@ -26,7 +26,8 @@ from parallel.context import ParallelContext
 from parallel.expert import ExchangedExperts, SplitExperts
 from worker import memory
 from worker.batch import DecodeRows, apply_and_build
-from worker.decode_graphs import Capture, CudaCapture, DecodeGraphs, graph_sizes
+from worker.cuda_capture import Capture, CudaCapture
+from worker.decode_graphs import DecodeGraphs, graph_sizes
 from worker.kv_cache import KVCache
 from worker.matchers import Matchers
 from worker.plan import PlanTables, Row, StepPlan, decode, encode, lane_of

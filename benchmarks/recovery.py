@@ -4,7 +4,8 @@
 
 Streams are greedy and have random prompts; once each has some tokens, a rank is killed (SIGKILL), then, when all is as
 before, the leader. Times are seconds since the signal: of the cluster's events, and of the first and the last stream's
-next token at the client. One JSON line a death. Every stream must come to its end with all its tokens.
+next token at the client. One JSON line a death. Every stream must come to its end with all its tokens. Where graphs
+are captured while it serves, `graphs` is when the last rank had all of them, and `captured` how long steps waited.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ PHASES = {
     "replica.forming": "attached",
     "weights.loaded": "loaded",
     "replica.ready": "serves",
+    "graphs.captured": "graphs",
+    "graphs.refused": "graphs",
 }
 
 
@@ -104,6 +107,7 @@ def strike(cluster: LocalCluster, load: Load, victim: str, seed: int) -> dict[st
     resumed = sorted(stream.resumed_s(struck_s, ready_s) for stream in streams)
     replayed = [event for event in events if event.kind == "request.replayed" and event.unix_s > struck_s]
     formed = [dict(event.detail) for event in events if event.kind == "rank.formed" and event.unix_s > struck_s]
+    captured = [dict(event.detail) for event in events if event.kind.startswith("graphs.") and event.unix_s > struck_s]
     loads = [event.detail for event in events if event.kind == "weights.loaded" and event.unix_s > struck_s]
     return {
         "killed": victim,
@@ -113,6 +117,7 @@ def strike(cluster: LocalCluster, load: Load, victim: str, seed: int) -> dict[st
         "last_token_s": round(resumed[-1], 3),
         "weights": [f"{one['origin']} {float(str(one['took_s'])):.2f} s" for one in loads],
         "formed": formed,
+        "captured": captured,
         "first_tokens_took_s": round(max(stream.arrivals[0][0] for stream in streams) - asked_s, 3),
         "recomputed_tokens": sum(int(str(event.detail["recomputed_tokens"])) for event in replayed),
         "epoch": [before.replicas[0].epoch, after.replicas[0].epoch],

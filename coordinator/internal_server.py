@@ -31,6 +31,7 @@ from coordinator.replica.events import (
     Resident,
     Retire,
     Retired,
+    Settled,
     StoreOpened,
 )
 from coordinator.replica.service import Outbox, ReplicaService, Told
@@ -109,9 +110,12 @@ class RankControlServicer(control_pb2_grpc.RankControlServicer):
                 command.accepted.SetInParent()
             case OpenStore():
                 command.open_store.SetInParent()
-            case Form(store_address, kv_blocks):
+            case Form(store_address, kv_blocks, settled):
                 command.form.CopyFrom(self._epoch_settings())
                 command.form.store_address, command.form.kv_blocks = store_address, kv_blocks
+                if settled is not None:
+                    known = control_pb2.Settled(reserved_blocks=settled.reserved_blocks, graphs=settled.graphs)
+                    command.form.settled.CopyFrom(known)
             case Retire():
                 command.retire.SetInParent()
             case Blame(first_step, last_step):
@@ -179,7 +183,6 @@ async def ended(reader: asyncio.Task[None]) -> None:
 def attached_of(message: control_pb2.RankMessage) -> Attached:
     """A rank's hello as the core's event."""
     hello = message.hello
-    resident = Resident(hello.ready.parameter_bytes, hello.ready.kv_bytes) if hello.HasField("ready") else None
     return Attached(
         rank=hello.rank,
         incarnation=hello.incarnation,
@@ -189,9 +192,15 @@ def attached_of(message: control_pb2.RankMessage) -> Attached:
         device=hello.device,
         memory_bytes=hello.memory_bytes,
         epoch=message.fence.epoch,
-        resident=resident,
+        resident=resident_of(hello.ready) if hello.HasField("ready") else None,
         layout=hello.layout,
     )
+
+
+def resident_of(ready: control_pb2.RankReady) -> Resident:
+    """What a rank that serves holds."""
+    settled = Settled(ready.settled.reserved_blocks, ready.settled.graphs) if ready.HasField("settled") else None
+    return Resident(ready.parameter_bytes, ready.kv_bytes, settled)
 
 
 def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> RankEvent | None:
@@ -205,7 +214,7 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
         case "progress":
             return Progress(rank, incarnation, message.progress.loaded_bytes, message.progress.total_bytes)
         case "ready":
-            return Ready(rank, incarnation, Resident(message.ready.parameter_bytes, message.ready.kv_bytes))
+            return Ready(rank, incarnation, resident_of(message.ready))
         case "retired":
             return Retired(rank, incarnation, message.retired.memory_bytes)
         case "loaded":
@@ -216,6 +225,9 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
         case "written":
             kind = "shard.not_written" if message.written.reason else "shard.written"
             return Noted(rank, incarnation, kind, noted(message.written, message.fence.epoch))
+        case "graphs":
+            kind = "graphs.refused" if message.graphs.reason else "graphs.captured"
+            return Noted(rank, incarnation, kind, noted(message.graphs, message.fence.epoch))
         case "fault":
             return fault_of(message.fault, rank, incarnation)
         case "blamed":
@@ -223,8 +235,10 @@ def event_of(message: control_pb2.RankMessage, rank: int, incarnation: str) -> R
     return None
 
 
-def noted(told: control_pb2.WeightsLoaded | control_pb2.ShardWritten, epoch: int) -> dict[str, object]:
-    """What is told of weights, as the event log shows it: what is set."""
+def noted(
+    told: control_pb2.WeightsLoaded | control_pb2.ShardWritten | control_pb2.GraphsCaptured, epoch: int
+) -> dict[str, object]:
+    """What is told of weights or graphs, as the event log shows it: what is set."""
     fields: dict[str, object] = {field.name: value for field, value in told.ListFields()}
     return {"epoch": epoch} | fields | {"took_s": round(told.took_s, 3)}
 

@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: a stage's layers, collectives included, in one launch, for some numbers of rows.
 
-In every rank's runner, which asks for each step whether there is a graph. Captured once an epoch, largest first, in one
-pool of memory that all share, as they never run side by side. A graph reads slots and positions from a buffer that each
+In every rank's runner, which asks for each step whether there is a graph. Captured once an epoch, before it serves or,
+where it must serve soon, between its steps (`later_graphs.py`); in one pool of memory that all share, as they never run
+side by side, so the largest comes first. A graph reads slots and positions from a buffer that each
 step fills by one copy, and all else where it lies. Rows that are missing are padding: of a slot that no request has,
 whose block nobody reads, and which want no expert. The last stage's ends with logits and the greedy ids of its rows;
 whoever draws otherwise takes the logits.
@@ -10,9 +11,10 @@ whoever draws otherwise takes the logits.
 from __future__ import annotations
 
 import functools
+import threading
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from parallel.comm import Group, of_peer
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
 from worker.batch import DecodeRows
+from worker.cuda_capture import Capture, Captured
 from worker.kv_cache import KVCache
 from worker.last_stage import LastStage
 from worker.pending import ID, SCORES
@@ -34,19 +37,6 @@ from worker.slots import SlotState
 _FEW = (1, 2, 4)
 _STRIDES = ((64, 8), (256, 16))  # up to so many rows, a graph every so many; beyond, every _LAST_STRIDE
 _LAST_STRIDE = 32
-
-
-class Captured(Protocol):
-    """Work that can be done again over what its buffers hold by then."""
-
-    def replay(self) -> Tensor:
-        """What it makes; the next replay of any work of the same capture overwrites it."""
-
-    def reset(self) -> None:
-        """Lets go of it; it cannot be replayed any more."""
-
-
-Capture = Callable[[Callable[[], Tensor]], Captured]
 
 
 def graph_sizes(most_rows: int) -> tuple[int, ...]:
@@ -78,6 +68,17 @@ def agreed(own: str, replica: Group) -> str:
     Every rank of the replica must call it."""
     refused = replica.all_gather(torch.tensor([int(bool(own))], dtype=torch.int64))
     return own or ("another rank of the replica can capture none" if refused.any() else "")
+
+
+def failed(rows: int, error: RuntimeError) -> Exception:
+    """What is raised where a capture ends in an error: of a peer it is that one's, else it comes with the remedy."""
+    if of_peer(error):
+        return error
+    return ConfigError(
+        f"a decode step of {rows} rows could not be captured as a CUDA graph: {error}; serve with "
+        "cuda-graphs=off, or lower max-running if memory ran out",
+        field="cuda_graphs",
+    )
 
 
 def decode_rows(tables: PlanTables) -> int:
@@ -114,28 +115,35 @@ class DecodeGraphs:
         self._context = context
         self._last = last
         self._ended: Ended | None = None  # of the last graph that was captured; all that have room in it share it
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._sizes: list[int] = []
+        self._closing = threading.Lock()
+        self._closed = False
         state.block_tables[state.padding_slot] = kv_cache.padding_block
 
     @torch.inference_mode()
     def capture(self, capture: Capture, sizes: Sequence[int]) -> None:
         """Raises ConfigError where the device refuses."""
         for rows in sorted(sizes, reverse=True):
-            inputs, hidden = self._buffers(rows)
-            ended = self._end_buffers(rows)
             try:
-                captured = capture(functools.partial(self.compute, inputs, hidden, ended))
+                self.add(rows, self.captured(capture, rows))
             except RuntimeError as error:  # what torch raises for all that goes wrong on a device
-                if of_peer(error):
-                    raise
-                raise ConfigError(
-                    f"a decode step of {rows} rows could not be captured as a CUDA graph: {error}; serve with "
-                    "cuda-graphs=off, or lower max-running if memory ran out",
-                    field="cuda_graphs",
-                ) from error
-            self._graphs[rows] = _Graph(inputs, hidden, ended, captured)
-        self._sizes = sorted(self._graphs)
+                raise failed(rows, error) from error
+
+    @torch.inference_mode()
+    def captured(self, capture: Capture, rows: int) -> Graph:
+        """Of so many rows; no step uses it yet. Raises what capture does."""
+        inputs, hidden = self._buffers(rows)
+        ended = self._end_buffers(rows)
+        return Graph(inputs, hidden, ended, capture(functools.partial(self.compute, inputs, hidden, ended)))
+
+    def add(self, rows: int, graph: Graph) -> None:
+        """From now on it computes steps, unless all graphs have been let go of meanwhile: then it is too."""
+        with self._closing:
+            self._graphs[rows] = graph
+            self._sizes = sorted(self._graphs)
+            if self._closed:
+                graph.captured.reset()
 
     def rows_for(self, tables: PlanTables) -> int:
         """Rows of the graph that computes a plan's step; 0 if none does."""
@@ -164,9 +172,14 @@ class DecodeGraphs:
         return Ended(*(each[: rows.tokens] for each in ended))
 
     def reset(self) -> None:
-        """Must come before their groups are closed, which else wait for graphs that hold their collectives."""
-        for graph in self._graphs.values():
-            graph.captured.reset()
+        """Must come before their groups are closed, which else wait for graphs that hold their collectives.
+
+        May be called from another thread: what is captured meanwhile is let go of as soon as it is.
+        """
+        with self._closing:
+            self._closed = True
+            for graph in self._graphs.values():
+                graph.captured.reset()
 
     def compute(self, inputs: Tensor, hidden: Tensor | None, ended: Ended | None = None) -> Tensor:
         """What a graph holds: nothing here may wait for the device, or depend on what a buffer says.
@@ -223,44 +236,10 @@ class Ended(NamedTuple):
     greedy: Tensor
 
 
-class _Graph(NamedTuple):
+class Graph(NamedTuple):
     """Of some number of rows, with the buffers that it reads, and where it leaves its end."""
 
     inputs: Tensor
     hidden: Tensor | None
     ended: Ended | None
     captured: Captured
-
-
-class CudaCapture:
-    """Captures CUDA graphs into one pool. Made and called in one thread; graphs may be replayed from another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Callable[[], Tensor]) -> Captured:
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            work()  # compiles kernels and connects groups, which no capture can hold
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Threads of NCCL and of this process ask the device for things meanwhile, which the strict mode takes amiss.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            made = work()
-        return _Replayed(graph, made)
-
-
-class _Replayed:
-    """made: kept alive, as what is captured later would else be given its memory."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor) -> None:
-        self._graph = graph
-        self._made = made
-
-    def replay(self) -> Tensor:
-        self._graph.replay()
-        return self._made
-
-    def reset(self) -> None:
-        self._graph.reset()

@@ -22,6 +22,7 @@ from echelon.internal.link import Fence
 from echelon.internal.v1 import control_pb2
 from models.config import ModelConfig, read_model_config, with_prediction
 from models.constraints import constraint_tokenizer
+from models.decoder import DecoderModel
 from models.expert_load import ExpertLoads
 from models.registry import build_model
 from models.tables import held_layers
@@ -29,13 +30,15 @@ from parallel import mesh
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from worker.checkpoint.held import HeldShard
-from worker.decode_graphs import CudaCapture, agreed, graph_sizes, refusal
+from worker.cuda_capture import CudaCapture
+from worker.decode_graphs import agreed, graph_sizes, refusal
 from worker.engine import EngineCore, EngineLimits
 from worker.expert_news import ExpertLoadNews
 from worker.kv_cache import KVCache
+from worker.later_graphs import Later
 from worker.limits import decode_places
 from worker.matchers import Matchers
-from worker.memory import free_memory_bytes, settle_kv_blocks
+from worker.memory import free_memory_bytes, has_settled, settle_kv_blocks
 from worker.op_log import OpLog
 from worker.plan import DRAIN
 from worker.plan_socket import PlanReceiver, PlanServer
@@ -69,8 +72,8 @@ class Lead:
 class Epoch:
     """A rank that is ready to serve. plans blocks for the next one and raises OSError when the leader is gone.
 
-    layout: what the coordinator calls the way it was formed. took_s: of each part of forming it. Closing resources
-    ends plans and groups, and what waits in them fails.
+    ready: what it holds, and what ranks have settled on. layout: what the coordinator calls the way it was formed.
+    took_s: of each part of forming it. Closing resources ends plans and groups, and what waits in them fails.
     """
 
     fence: Fence
@@ -78,8 +81,7 @@ class Epoch:
     plans: Iterable[bytes]
     lead: Lead | None
     loaded: Loaded
-    parameter_bytes: int
-    kv_bytes: int
+    ready: control_pb2.RankReady
     op_log: OpLog | None
     expert_loads: ExpertLoadNews
     layout: str
@@ -94,12 +96,13 @@ def form_epoch(
     device: torch.device,
     progress: Callable[[int, int], None],
     compiling: Callable[[], AbstractContextManager[None]],
+    captured: Callable[[Later], None],
     held: HeldShard | None = None,
 ) -> Epoch:
     """Meet the other ranks and load. held: a shard that is ready to be fetched.
 
     progress(loaded_bytes, total_bytes) is called after each tensor. compiling: entered, in any thread, before what
-    holds the interpreter for long while the epoch serves.
+    holds the interpreter for long while the epoch serves. captured: called when graphs are that were left for then.
     """
     laps = Laps()
     config = _model_config(command)
@@ -117,15 +120,11 @@ def form_epoch(
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
     no_graphs = agreed(refusal(command.cuda_graphs, device, context.dtype, command.predicts), context.replica)
-    command.kv_blocks = settle_kv_blocks(model, config, context, command, matchers, graphs=not no_graphs)
-    laps.end("largest_step")
-    kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens, padded=not no_graphs)
-    limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
-    runner = Runner(model, kv_cache, context, limits, matchers)
-    laps.end("cache")
-    _capture_graphs(runner, command, context, no_graphs, resources)
+    runner, ready = _runner(model, config, context, command, matchers, not no_graphs, laps)
+    later = _prepare_graphs(runner, command, context, no_graphs, resources, captured)
     laps.end("graphs")
-    plans, lead = _lead(spec, fence, command) if spec.rank == 0 else (_follow(spec, fence, command, resources), None)
+    leads = spec.rank == 0
+    plans, lead = _lead(spec, fence, command, later) if leads else (_follow(spec, fence, command, resources), None)
     if lead is not None:
         resources.callback(lead.end_plans)
     stage = Stage(runner, context.place, command.pipeline_depth)
@@ -133,29 +132,60 @@ def form_epoch(
     if command.trace_dir:
         op_log = OpLog(Path(command.trace_dir), fence.replica, fence.epoch, context.place, runner.clock)
         resources.callback(op_log.close)
-    resident = model.resident_bytes, kv_cache.resident_bytes
     laps.end("plans")
     loads = ExpertLoadNews(ExpertLoads(model, context, held_layers(config, context.place).start))
-    return Epoch(fence, stage, plans, lead, loaded, *resident, op_log, loads, command.layout, laps.took_s, resources)
+    return Epoch(fence, stage, plans, lead, loaded, ready, op_log, loads, command.layout, laps.took_s, resources)
 
 
-def _capture_graphs(
-    runner: Runner, command: control_pb2.FormEpoch, context: ParallelContext, refused: str, resources: ExitStack
-) -> None:
-    """Of all sizes; refused: why none is captured, if none is. Says which, once a replica."""
+def _runner(
+    model: DecoderModel,
+    config: ModelConfig,
+    context: ParallelContext,
+    command: control_pb2.FormEpoch,
+    matchers: Matchers,
+    graphs: bool,
+    laps: Laps,
+) -> tuple[Runner, control_pb2.RankReady]:
+    """Over a cache of as many blocks as all ranks can have, which from now on the command says."""
+    command.kv_blocks, reserved = settle_kv_blocks(model, config, context, command, matchers, graphs)
+    laps.end("largest_step")
+    kv_cache = KVCache(config, context, command.kv_blocks, command.block_tokens, padded=graphs)
+    limits = RunnerLimits(command.max_running, command.max_context, command.block_tokens)
+    ready = control_pb2.RankReady(parameter_bytes=model.resident_bytes, kv_bytes=kv_cache.resident_bytes)
+    ready.settled.CopyFrom(control_pb2.Settled(reserved_blocks=reserved, graphs=graphs))
+    runner = Runner(model, kv_cache, context, limits, matchers)
+    laps.end("cache")
+    return runner, ready
+
+
+def _prepare_graphs(
+    runner: Runner,
+    command: control_pb2.FormEpoch,
+    context: ParallelContext,
+    refused: str,
+    resources: ExitStack,
+    captured: Callable[[Later], None],
+) -> tuple[int, ...]:
+    """Capture graphs of all sizes, or return those that are left for plans to ask for: where an epoch is formed again
+    streams wait for it, and what graphs take is known. refused: why none is captured, if none is; told once a replica.
+    """
     resources.callback(runner.reset_graphs)  # before the groups are closed, which were entered before
     said = log if context.place.rank == 0 else None
     if refused:
         if said is not None:
             said.info("decode steps run without CUDA graphs", reason=refused)
-        return
+        return ()
     began_s, before = time.monotonic(), free_memory_bytes(context.device)
     sizes = graph_sizes(decode_places(command.max_running, command.speculation_tokens))
+    if has_settled(command, graphs=True):
+        runner.capture_later(CudaCapture(context.device), sizes, captured)
+        return sizes
     runner.capture_graphs(CudaCapture(context.device), sizes)
     taken_bytes = before - free_memory_bytes(context.device)
     if said is not None:
         took_s = round(time.monotonic() - began_s, 2)
         said.info("captured decode steps as CUDA graphs", count=len(sizes), took_s=took_s, bytes=taken_bytes)
+    return ()
 
 
 class Laps:
@@ -218,7 +248,9 @@ def _matchers(config: ModelConfig, directory: Path, compiling: Callable[[], Abst
     return Matchers(make_tokenizer, torch.get_num_threads())
 
 
-def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple[Iterable[bytes], Lead]:
+def _lead(
+    spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch, captures: tuple[int, ...]
+) -> tuple[Iterable[bytes], Lead]:
     """Rank 0: an engine whose plans go to the others by socket, and to itself by a queue."""
     degrees = degrees_of(command)
     others = frozenset(range(1, degrees.replica_ranks))
@@ -249,6 +281,7 @@ def _lead(spec: RankSpec, fence: Fence, command: control_pb2.FormEpoch) -> tuple
         rebalance_steps=command.rebalance_steps,
         speculation_tokens=command.speculation_tokens,
         predicts=command.predicts,
+        captures=captures,
     )
     return iter(own.get, None), Lead(EngineCore(fence, limits), send, end)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from echelon.internal.link import Assign, Fence
+from worker.captures import Captures
 from worker.limits import EngineLimits
 from worker.plan import StepPlan, StepResult, lane_of
 from worker.scheduler import Scheduler
@@ -26,6 +27,7 @@ class Lanes:
     def __init__(self, limits: EngineLimits, new_drafter: Callable[[], Drafter] | None = None) -> None:
         self.schedulers = tuple(Scheduler(limits, new_drafter) for _ in range(limits.data))
         self._rebalance_steps = limits.rebalance_steps
+        self._captures = Captures(limits.captures, limits.depth)
 
     def __iter__(self) -> Iterator[Assign]:
         return (assign for scheduler in self.schedulers for assign in scheduler)
@@ -74,14 +76,25 @@ class Lanes:
         """The next step, one plan a lane; None if no lane has anything to compute before another result."""
         found = [scheduler.schedule(fence) for scheduler in self.schedulers]
         if not any(found):
-            return None
+            return self._at_leisure(fence)
         plans = [plan or scheduler.stand_by(fence) for plan, scheduler in zip(found, self.schedulers, strict=True)]
         if self._rebalance_steps and plans[0].step % self._rebalance_steps == 0:
             plans = [replace(plan, rebalances=True) for plan in plans]
+        if captures := self._captures.before(plans):
+            plans = [replace(plan, captures=captures) for plan in plans]
         if len(plans) == 1:  # nobody else has to know its shape
             return tuple(plans)
         after, shapes = max(plan.after for plan in plans), tuple(map(lane_of, plans))
         return tuple(replace(plan, after=after, lanes=shapes) for plan in plans)
+
+    def _at_leisure(self, fence: Fence) -> tuple[StepPlan, ...] | None:
+        """A step without rows that only captures a graph, once something has been computed and nothing is left to. No
+        other is planned before its result, so that whoever comes waits for one, and releases are told meanwhile."""
+        served = self.schedulers[0].counters["steps"] > 0
+        if not (self._captures.left and served and self.idle) or self.plans_in_flight:
+            return None
+        rows = self._captures.at_leisure()
+        return tuple(replace(scheduler.stand_by(fence), captures=rows) for scheduler in self.schedulers)
 
     def commit(self, result: StepResult) -> Outcome:
         """The results of all lanes, one behind the other."""

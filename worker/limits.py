@@ -16,7 +16,8 @@ class EngineLimits:
 
     stages: of its pipeline; depth: how many steps pass through it at once. data: its data ranks, each of which has
     slots, blocks and tokens of its own. rebalance_steps: experts move every so many steps, never if 0.
-    speculation_tokens: the most drafts of a row, none if 0. predicts: they come with results, from the model.
+    speculation_tokens: the most drafts of a row, none if 0. predicts: they come with results, from the model. captures:
+    numbers of rows of the CUDA graphs that ranks capture while they serve.
     """
 
     max_running: int
@@ -31,9 +32,12 @@ class EngineLimits:
     rebalance_steps: int = 0
     speculation_tokens: int = 0
     predicts: bool = False
+    captures: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
+            if name == "captures":
+                continue
             least = 0 if name in ("rebalance_steps", "speculation_tokens", "predicts") else 1
             assert getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}"
 

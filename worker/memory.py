@@ -2,14 +2,15 @@
 
 In rank processes, once an epoch, after the weights are loaded. On CUDA the largest step is run over a cache of one
 block and its peak is measured, then what two graphs of decode steps take; on a CPU, whose memory is not ours to fill,
-the plan stands. All ranks settle on the smallest answer. What is run here compiles all kernels while nobody waits for
-a step. Knows no request.
+the plan stands. All ranks settle on the smallest answer, which an epoch that is formed the same way takes over. What is
+run here compiles all kernels while nobody waits for a step. Knows no request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,12 +23,20 @@ from models.moe import MixtureOfExperts
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
 from parallel.linear import LEAST_ROWS
-from worker.decode_graphs import CudaCapture, graph_sizes
+from worker.cuda_capture import CudaCapture
+from worker.decode_graphs import graph_sizes
 from worker.kv_cache import KVCache
 from worker.limits import decode_places
 from worker.matchers import Matchers
 from worker.plan import Admit, Row, StepPlan, decode, encode
 from worker.runner import Runner, RunnerLimits
+
+
+class KvBlocks(NamedTuple):
+    """held: by every rank. reserved: of those planned, what steps and graphs may take."""
+
+    held: int
+    reserved: int
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -47,14 +56,17 @@ def settle_kv_blocks(
     command: control_pb2.FormEpoch,
     matchers: Matchers,
     graphs: bool,
-) -> int:
+) -> KvBlocks:
     """Blocks for every rank, up to the limit. graphs: whether decode steps will be captured.
+
+    Nothing is run where ranks have settled before: on the same model, limits and nodes, so that kernels are on disk.
 
     Raises ConfigError when not one request of max_context tokens has room beside a step.
     """
     block_bytes = kv_bytes_per_block(config, context.place, command.block_tokens, context.dtype.itemsize)
     step_bytes = graphs_bytes = 0
-    if context.device.type == "cuda":
+    known = has_settled(command, graphs)
+    if context.device.type == "cuda" and not known:
         rows = decode_places(command.max_running, command.speculation_tokens)
         limits = RunnerLimits(rows, command.max_context, command.block_tokens)
         cache = KVCache(config, context, 1, command.block_tokens, padded=graphs)
@@ -65,7 +77,8 @@ def settle_kv_blocks(
             graphs_bytes = block_bytes + _graphs_bytes(runner, graph_sizes(rows), context.device)
         del runner, cache
         torch.cuda.empty_cache()
-    own = torch.tensor([command.kv_blocks - -(-(step_bytes + graphs_bytes) // block_bytes)], dtype=torch.int64)
+    reserved = command.settled.reserved_blocks if known else -(-(step_bytes + graphs_bytes) // block_bytes)
+    own = torch.tensor([command.kv_blocks - reserved], dtype=torch.int64)
     blocks = int(context.replica.all_gather(own).min())
     needed = -(-command.max_context // command.block_tokens)
     if blocks < needed:
@@ -77,7 +90,12 @@ def settle_kv_blocks(
             f"{fitting} or less, or lower max-step-tokens or max-running",
             field="max_context",
         )
-    return min(blocks, command.kv_blocks_limit or blocks)
+    return KvBlocks(min(blocks, command.kv_blocks_limit or blocks), command.kv_blocks - blocks)
+
+
+def has_settled(command: control_pb2.FormEpoch, graphs: bool) -> bool:
+    """Whether it is known from an earlier epoch what steps take, and graphs if there are to be any."""
+    return command.HasField("settled") and command.settled.graphs >= graphs
 
 
 def rehearsed_steps(

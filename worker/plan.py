@@ -2,7 +2,8 @@
 
 Immutable, torch-free, the same in the engine, the simulator and the runner. On the wire a plan is the protobuf
 record echelon.internal.v1.StepPlan: tables of fixed width as little-endian bytes that a rank reads as they lie, and a
-message for each admit with rules of no fixed size. Encoding lives here beside the layout it must agree with.
+message for each admit with rules of no fixed size (`plan_rules.py`). Encoding lives here beside the layout it must
+agree with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echelon.internal.link import Fence, Logprob, Sampling
-from echelon.internal.v1 import control_pb2, link_pb2, plan_pb2
+from echelon.internal.v1 import control_pb2, plan_pb2
+from worker.plan_rules import Rules
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -109,6 +111,7 @@ class StepPlan:
 
     after: so many steps of this epoch must have returned their ids before this one, for a decode row reads the last.
     lanes: of all data ranks, in their order; empty where there is one. rebalances: experts move before it.
+    captures: before it a decode step of so many rows is captured as a CUDA graph, none if 0.
     """
 
     fence: Fence
@@ -120,6 +123,7 @@ class StepPlan:
     after: int = 0
     lanes: tuple[Lane, ...] = ()
     rebalances: bool = False
+    captures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +148,6 @@ class StepResult:
     slot_s: float = field(default=0.0, compare=False)
 
 
-class Rules(NamedTuple):
-    """Of an admit, what has no fixed size. stop_ids: only where min_tokens keeps them back for a while."""
-
-    slot: int
-    stop_ids: tuple[int, ...] = ()
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    grammar: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class PlanTables:
     """A decoded plan as a rank uses it.
@@ -175,6 +169,7 @@ class PlanTables:
     after: int = 0
     lanes: tuple[Lane, ...] = ()
     rebalances: bool = False
+    captures: int = 0
 
 
 def lane_of(plan: StepPlan) -> Lane:
@@ -206,13 +201,14 @@ def encode(plan: StepPlan) -> bytes:
         blocks=np.asarray(plan.blocks, dtype="<i4").tobytes(),
         rows=np.asarray(rows, dtype="<i4").tobytes(),
         token_ids=np.asarray(given, dtype="<i4").tobytes(),
-        rules=[_rules_message(rules) for admit in plan.admits if (rules := _rules_of(admit)) is not None],
+        rules=[rules.message() for admit in plan.admits if (rules := Rules.of(admit.slot, admit.sampling))],
         told=np.asarray([(told.slot, told.first, len(told.ids)) for told in plan.told], dtype="<i4").tobytes(),
         told_ids=np.asarray([token for told in plan.told for token in told.ids], dtype="<i4").tobytes(),
         scored=np.asarray(scored, dtype="<i4").tobytes(),
         after=plan.after,
         lanes=[_lane_message(lane) for lane in plan.lanes],
         rebalances=plan.rebalances,
+        captures=plan.captures,
     )
     return record.SerializeToString()
 
@@ -228,7 +224,7 @@ def decode(payload: bytes) -> PlanTables:
         fence=Fence(record.fence.term, record.fence.replica, record.fence.epoch),
         step=record.step,
         admits=np.frombuffer(record.admits, dtype=ADMIT),
-        rules=tuple(_rules_from(message) for message in record.rules),
+        rules=tuple(Rules.read(message) for message in record.rules),
         blocks=ids(record.blocks).reshape(-1, BLOCK_WIDTH),
         told=ids(record.told).reshape(-1, TOLD_WIDTH),
         told_ids=ids(record.told_ids),
@@ -238,6 +234,7 @@ def decode(payload: bytes) -> PlanTables:
         after=record.after,
         lanes=tuple(_lane_from(message) for message in record.lanes),
         rebalances=record.rebalances,
+        captures=record.captures,
     )
 
 
@@ -269,32 +266,4 @@ def _admit_record(admit: Admit) -> tuple[float, ...]:
         sampling.presence_penalty,
         sampling.frequency_penalty,
         sampling.repetition_penalty,
-    )
-
-
-def _rules_of(admit: Admit) -> Rules | None:
-    sampling = admit.sampling
-    stop_ids = sampling.stop_token_ids if sampling.min_tokens else ()
-    rules = Rules(admit.slot, stop_ids, sampling.logit_bias, sampling.bad_words, sampling.grammar)
-    return rules if any(rules[1:]) else None
-
-
-def _rules_message(rules: Rules) -> plan_pb2.Rules:
-    return plan_pb2.Rules(
-        slot=rules.slot,
-        stop_ids=rules.stop_ids,
-        biased_ids=[token for token, _ in rules.logit_bias],
-        biases=[bias for _, bias in rules.logit_bias],
-        bad_words=[link_pb2.Ids(ids=word) for word in rules.bad_words],
-        grammar=rules.grammar,
-    )
-
-
-def _rules_from(message: plan_pb2.Rules) -> Rules:
-    return Rules(
-        slot=message.slot,
-        stop_ids=tuple(message.stop_ids),
-        logit_bias=tuple(zip(message.biased_ids, message.biases, strict=True)),
-        bad_words=tuple(tuple(word.ids) for word in message.bad_words),
-        grammar=message.grammar,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 import torch
 
+from echelon.errors import ConfigError
 from echelon.internal.link import PROTOCOL_VERSION, Fence
 from echelon.internal.logs import configure_logs
 from echelon.internal.v1 import control_pb2
@@ -27,15 +28,15 @@ from worker.checkpoint.write import Written
 from worker.control import ControlLink
 from worker.engine import Broken
 from worker.epoch import Epoch, SendPlans, form_epoch, private_host
+from worker.later_graphs import Later
 from worker.leader import Leader
 from worker.memory import free_memory_bytes
 from worker.plan import StepResult
 from worker.spec import RankSpec
-from worker.steps import Steps
+from worker.steps import Steps, end_epoch
 
 PROGRESS_INTERVAL_S = 0.1
 TELL_S = 1.0  # for a heartbeat to be on its way, where it has to be
-DRAIN_S, ABORT_S = 1.5, 1.5  # for the steps of an epoch that ends: to run to their end, then to fail in closed groups
 THREADS_ON_CPU, THREADS_BESIDE_CUDA = 1, 4
 
 log = structlog.get_logger("rank")
@@ -123,7 +124,7 @@ class RankProcess:
 
     async def _form(self, fence: Fence, command: control_pb2.FormEpoch) -> None:
         try:
-            told = self._tell_progress(), self._tell_compiling
+            told = self._tell_progress(), self._tell_compiling, self._tell_captured
             epoch = await asyncio.to_thread(form_epoch, self._spec, fence, command, self._device, *told, self._held)
         except Exception as error:  # noqa: BLE001 - whatever stops a rank from forming is told, never swallowed
             self._tell_fault(error)
@@ -180,9 +181,7 @@ class RankProcess:
         self._control.leave()
 
     def _resident(self) -> control_pb2.RankReady | None:
-        if self._epoch is None:
-            return None
-        return control_pb2.RankReady(parameter_bytes=self._epoch.parameter_bytes, kv_bytes=self._epoch.kv_bytes)
+        return None if self._epoch is None else self._epoch.ready
 
     def _guarded(self, send_plans: SendPlans) -> SendPlans:
         """A rank that takes no more plans ends the epoch; the engine need not know."""
@@ -237,6 +236,10 @@ class RankProcess:
         self._control.send(heartbeat=self.beat())
         await self._control.flush()
 
+    def _tell_captured(self, later: Later) -> None:
+        told = control_pb2.GraphsCaptured(count=later.captured, took_s=later.took_s, reason=later.reason)
+        self._on_loop(lambda: self._control.send(graphs=told))
+
     def _tell_written(self, written: Written) -> None:
         """What becomes of its shard concerns nobody who waits for an answer."""
         told = control_pb2.ShardWritten(bytes=written.bytes, took_s=written.took_s, reason=written.reason)
@@ -251,9 +254,9 @@ class RankProcess:
     # On the loop.
 
     def _broke(self, epoch: Epoch, error: Exception) -> None:
-        """An error in the threads that run steps."""
+        """An error in the threads that run steps; one with a remedy for who serves is no fault of their requests."""
         if epoch is self._epoch and self._steps is not None:
-            self._tell_fault(error, self._steps.running)
+            self._tell_fault(error, (0, -1) if isinstance(error, ConfigError) else self._steps.running)
 
     def _tell_broken(self, broken: Broken) -> None:
         """What a step has brought cannot be believed."""
@@ -286,13 +289,3 @@ class RankProcess:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._tell_fault(error if isinstance(error, Exception) else RuntimeError(str(error)))
-
-
-def end_epoch(epoch: Epoch, steps: Steps) -> None:
-    """In a thread: let what was planned run, then close all. Raises TimeoutError when a step does not even fail."""
-    if epoch.lead is not None:
-        epoch.lead.end_plans()
-    with contextlib.suppress(TimeoutError):
-        steps.join(DRAIN_S)
-    epoch.resources.close()
-    steps.join(ABORT_S)

@@ -8,7 +8,7 @@ nor how ids are drawn.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,13 @@ from parallel.comm import Channel
 from parallel.context import ParallelContext
 from worker import non_finite
 from worker.batch import DecodeRows, StepBatch, apply_and_build
-from worker.decode_graphs import Capture, DecodeGraphs
+from worker.cuda_capture import Capture
+from worker.decode_graphs import DecodeGraphs
 from worker.greedy_batch import greedy_batch
 from worker.kv_cache import KVCache
 from worker.lane_results import of_all_lanes
 from worker.last_stage import LastStage
+from worker.later_graphs import Later, LaterGraphs
 from worker.matchers import Masks, Matchers
 from worker.non_finite import Sampled
 from worker.op_clock import OpClock, Span
@@ -83,6 +85,7 @@ class Runner:
         self._state = SlotState(limits.max_running + 1, limits.max_context, limits.block_tokens, context.device)
         self._last = LastStage(model, kv_cache, self._state, context) if context.place.last_stage else None
         self._graphs: DecodeGraphs | None = None
+        self._later: LaterGraphs | None = None
         self._out: deque[_Out] = deque()
         self._downloads = Downloads(context.device)
         self.clock = OpClock(context.device)
@@ -90,9 +93,11 @@ class Runner:
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
         """From now on a graph computes each step of decode rows that one of these numbers of rows has room for. Every
         rank of the stages must do the same, with no step on its way; the cache must be padded."""
-        if self._graphs is None:
-            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context, self._last)
-        self._graphs.capture(capture, sizes)
+        self._padded_graphs().capture(capture, sizes)
+
+    def capture_later(self, capture: Capture, sizes: Sequence[int], told: Callable[[Later], None]) -> None:
+        """The same, but each size when a plan says so; until then steps are launched eagerly."""
+        self._later = LaterGraphs(self._padded_graphs(), capture, sizes, self._context, told)
 
     def reset_graphs(self) -> None:
         """Before groups are closed; no step is run afterwards."""
@@ -117,6 +122,8 @@ class Runner:
         tensor, last = self._context.tensor, self._last
         if tables.rebalances:
             rebalance_experts(self.model, self._context)
+        if tables.captures and self._later is not None:
+            self._later.before_step(tables.captures)
         graph_rows = 0 if self._graphs is None else self._graphs.rows_for(tables)
         batch = None
         if last is not None and self.model.prediction is None:
@@ -126,9 +133,10 @@ class Runner:
             batch = apply_and_build(tables, self._state, tensor.rank, tensor.size, piece_rows, graph_rows)
         constrained = [row.slot for part in batch.ruled for row in part.constrained]
         following = self._matchers.begin(tables, constrained) if last is not None else None
-        hidden = self._receive(batch)
+        computes = bool(len(tables.rows) or tables.lanes)  # one without rows meets the others at the experts
+        hidden = self._receive(batch) if computes else None
         started = self.clock.mark()
-        if len(tables.rows) or tables.lanes:  # one without rows meets the others at the experts
+        if computes:
             hidden = self._compute(batch.forward, hidden)
         if last is None:
             return self._pass_on(tables.step, batch, hidden, Span(started, self.clock.mark()))
@@ -158,6 +166,11 @@ class Runner:
         if result.non_finite and pending.own is not None and place.tensor_rank == 0:
             first_layer = held_layers(self.model.config, place).start
             non_finite.tell(result.step, pending.own, self._state, self._kv_cache, first_layer)
+
+    def _padded_graphs(self) -> DecodeGraphs:
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self.model, self._kv_cache, self._state, self._context, self._last)
+        return self._graphs
 
     def _compute(self, rows: ForwardBatch | DecodeRows, hidden: Tensor | None) -> Tensor:
         """What DecoderModel makes of them."""

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from worker.logit_rules import BadWords, Banned, Biased, Lookback, Penalties, Rule
-from worker.plan import Records, Rules
+from worker.plan import Records
+from worker.plan_rules import Rules
 from worker.sampler import ConstrainedRow, Path, RuledRows
 from worker.upload import upload
 

@@ -63,4 +63,5 @@ def kind_of(tables: PlanTables) -> str:
     tokens = max((int(tables.rows[:, 2].sum()), *(lane.tokens for lane in tables.lanes)))
     bucket = 1 << max(tokens - 1, 0).bit_length()
     moves = ", experts move" if tables.rebalances else ""
-    return f"{'decode' if decodes else 'prefill'} of {bucket} tokens{moves}"
+    captures = ", a graph is captured" if tables.captures else ""
+    return f"{'decode' if decodes else 'prefill'} of {bucket} tokens{moves}{captures}"

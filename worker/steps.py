@@ -6,6 +6,7 @@ not stand idle while ids travel. A step that breaks is told once, and nothing is
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -16,6 +17,8 @@ from worker.epoch import Epoch
 from worker.pending import Queued
 from worker.plan import DRAIN, StepResult, decode
 from worker.step_times import StepTimes
+
+DRAIN_S, ABORT_S = 1.5, 1.5  # for the steps of an epoch that ends: to run to their end, then to fail in closed groups
 
 
 class Steps:
@@ -93,3 +96,13 @@ class Steps:
             work()
         except Exception as error:  # noqa: BLE001 - whatever breaks a step ends the epoch; the coordinator decides
             self._on_fault(error)
+
+
+def end_epoch(epoch: Epoch, steps: Steps) -> None:
+    """In a thread: let what was planned run, then close all. Raises TimeoutError when a step does not even fail."""
+    if epoch.lead is not None:
+        epoch.lead.end_plans()
+    with contextlib.suppress(TimeoutError):
+        steps.join(DRAIN_S)
+    epoch.resources.close()
+    steps.join(ABORT_S)

@@ -6,7 +6,6 @@ Pure: knows no clock and no transport.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,26 +29,10 @@ from coordinator.replica.events import (
     Tell,
 )
 from coordinator.replica.health import HealthLimits, Observation
+from coordinator.replica.known import Known
 from coordinator.replica.told import Told
 from echelon.internal.link import Fence
 from echelon.types import Rank
-
-
-class State(enum.Enum):
-    """fencing: processes are being killed. waiting: for the next attempt. launching: until all ranks have attached.
-
-    retiring: ranks end their epoch by themselves, and the next one is not on disk yet.
-    """
-
-    STARTING = "starting"
-    ADOPTING = "adopting"
-    RETIRING = "retiring"
-    FENCING = "fencing"
-    WAITING = "waiting"
-    LAUNCHING = "launching"
-    FORMING = "forming"
-    READY = "ready"
-    FAILED = "failed"
 
 
 @dataclass(slots=True)
@@ -103,7 +86,7 @@ class Attempt:
     """deadline_s ends adopting and launching; while fencing and waiting it is the earliest time to launch.
 
     surplus: ranks of an earlier, larger layout, which wait to be of use again. fault: the one that a rank told and that
-    counts, held for a moment if something may still explain it.
+    counts, held for a moment if something may still explain it. known: of an earlier epoch. formed: what all are told.
     """
 
     fence: Fence
@@ -112,7 +95,8 @@ class Attempt:
     began_s: float
     ranks: dict[int, RankState] = field(default_factory=dict)
     surplus: dict[int, RankState] = field(default_factory=dict)
-    store_address: str = ""
+    known: Known | None = None
+    formed: Form | None = None
     kv_blocks: int = 0
     fault: Told | None = None
 
@@ -166,6 +150,7 @@ class Attempt:
     def take_fault(self, now: float, fault: Fault, forming: bool) -> list[Effect]:
         """A rank tells one. The leader is asked whose step it was, where the rank itself cannot know."""
         held, self.fault = self.fault, told.judge(now, fault, forming, self.fault)
+        self.known = self.known if fault.of_peer else None  # it may be for want of memory
         if self.fault is held or self.fault.asks is None:
             return []
         return [self._tell(0, Blame(*self.fault.asks))]
@@ -238,8 +223,9 @@ class Attempt:
         """Told to all. Raises ConfigError when there is no memory for the cache."""
         hellos = [rank.hello for rank in self.ranks.values() if rank.hello]
         self.kv_blocks = self.plan.kv_blocks([RankMemory(hello.node_id, hello.memory_bytes) for hello in hellos])
-        self.store_address = store_address
-        return [self._tell(index, Form(store_address, self.kv_blocks)) for index in self.ranks]
+        settled = self.known.on({hello.node_id for hello in hellos}) if self.known else None
+        self.formed = Form(store_address, self.kv_blocks, settled)
+        return [self._tell(index, self.formed) for index in self.ranks]
 
     def again(self, event: Attached) -> list[Tell]:
         """A rank that attached again and has not done what it was told may have missed it."""
@@ -248,8 +234,8 @@ class Attempt:
             return [self.retire(event.rank)]
         if event.rank in self.surplus or event.phase not in ("waiting", "store"):
             return []
-        if self.store_address:
-            return [self._tell(event.rank, Form(self.store_address, self.kv_blocks))]
+        if self.formed:
+            return [self._tell(event.rank, self.formed)]
         return [self.open_store()] if event.rank == 0 else []
 
     def _tell(self, index: int, command: Command) -> Tell:
@@ -269,6 +255,8 @@ class Attempt:
         leader = self.ranks[0].resident
         assert leader is not None, "only ranks that serve hold blocks"
         self.kv_blocks = leader.kv_bytes // self.plan.block_bytes[0]
+        nodes = frozenset(rank.hello.node_id for rank in self.ranks.values() if rank.hello)
+        self.known = Known(leader.settled, nodes) if leader.settled else None
 
     def describe(self) -> tuple[Rank, ...]:
         """The ranks of the layout that have attached, as GetCluster tells them."""

@@ -9,11 +9,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What ranks found by running their largest step: how many of the planned blocks it takes, with graphs if any."""
+
+    reserved_blocks: int
+    graphs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Resident:
-    """Bytes a ready rank holds."""
+    """Bytes a ready rank holds, and what all ranks have settled on."""
 
     parameter_bytes: int
     kv_bytes: int
+    settled: Settled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +37,11 @@ class OpenStore:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Form the epoch of the fence."""
+    """Form the epoch of the fence. settled: what ranks need not find out again; they capture graphs as they serve."""
 
     store_address: str
     kv_blocks: int
+    settled: Settled | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from coordinator.replica import events
-from coordinator.replica.attempt import Attempt, RankState, State
+from coordinator.replica.attempt import Attempt, RankState
 from coordinator.replica.config import SETTLED_S, START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.early import Early, without_agent
 from coordinator.replica.events import Effect, Event
 from coordinator.replica.health import Observation
 from coordinator.replica.recovery import AT_ONCE, Failures, Restart
 from coordinator.replica.room import wait_for_room
+from coordinator.replica.state import State
 from echelon.errors import ConfigError, InternalError
 from echelon.internal.link import Fence
 from echelon.types import Rank
@@ -33,8 +34,7 @@ class ReplicaCore:
         self._config = config
         self._plan, self._layout = config.plan, config.layout
         self._epoch = config.epoch
-        self._state = State.STARTING
-        self._attempt = self._new_attempt(0.0, 0.0)
+        self._state, self._attempt = State.STARTING, Attempt(self.fence, self._plan, 0.0, 0.0)
         self._early, self._on_word = Early(), False  # adopted before it is known which processes have an agent
         self._failures, self._up_s = Failures(config.budget), 0.0
         self.reason = ""  # why it does not serve
@@ -133,7 +133,7 @@ class ReplicaCore:
         return []
 
     def _new_attempt(self, deadline_s: float, now: float) -> Attempt:
-        return Attempt(self.fence, self._plan, deadline_s, now)
+        return Attempt(self.fence, self._plan, deadline_s, now, known=self._attempt.known)
 
     def _fence(self, now: float, reason: str, suspect: int | None = None, again: Restart = AT_ONCE) -> list[Effect]:
         """End the epoch. Nothing of it can be heard or write again once the next one is persisted."""
@@ -173,7 +173,7 @@ class ReplicaCore:
 
     def _relayout(self, now: float, event: events.Relayout) -> list[Effect]:
         """Ranks that serve are told to end their epoch and stay; what does not serve starts over from nothing."""
-        self._plan, self._layout = event.plan, event.layout
+        self._plan, self._layout, self._attempt.known = event.plan, event.layout, None
         self._failures, self._kept = Failures(self._config.budget), False
         if self._state is State.STARTING:
             return []
@@ -219,7 +219,7 @@ class ReplicaCore:
         return [self._emit("replica.forming", epoch=self._epoch), self._attempt.open_store()]
 
     def _store_opened(self, now: float, event: events.StoreOpened, rank: RankState) -> list[Effect]:
-        if self._state is not State.FORMING or self._attempt.store_address or event.rank != 0:
+        if self._state is not State.FORMING or self._attempt.formed or event.rank != 0:
             return []
         rank.heard(now, "store", 0, 0)
         try:

@@ -18,6 +18,7 @@ from coordinator.replica.commands import OpenStore as OpenStore
 from coordinator.replica.commands import Refuse as Refuse
 from coordinator.replica.commands import Resident as Resident
 from coordinator.replica.commands import Retire as Retire
+from coordinator.replica.commands import Settled as Settled
 from echelon.errors import EchelonError
 from echelon.internal.link import Fence
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from echelon.internal.link import Command, Fence
 from tests.simulation.attempts import Attempts
+from tests.simulation.checker import require
 from tests.simulation.network import Connection
 from tests.simulation.pipeline import Pipeline
 from tests.simulation.world import PEER, SERVER
 from worker.engine import Commanded, Completed, Drain, EngineCore, Event, LinkClosed, LinkOpened, RunPlan, SendReport
-from worker.plan import StepResult
+from worker.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
     from tests.simulation.ranks import RankProcess, Site
@@ -28,11 +29,14 @@ class Leader:
     told: of either, once it has happened.
     """
 
-    def __init__(self, process: RankProcess, site: Site, fence: Fence, kv_blocks: int) -> None:
+    def __init__(
+        self, process: RankProcess, site: Site, fence: Fence, kv_blocks: int, captures: tuple[int, ...]
+    ) -> None:
         degrees, random = site.layouts[fence.epoch], site.world.random
         stages = degrees.pipeline
         depth = random.randint(1, stages + 1)
         limits = replace(site.limits, kv_blocks=kv_blocks, stages=stages, depth=depth, data=degrees.data)
+        limits = replace(limits, captures=captures)
         self.core = EngineCore(fence, limits)
         self.closed = False
         self.term = fence.term
@@ -48,6 +52,7 @@ class Leader:
         self._step_s = random.choice((0.01, 0.05, 0.2)) / stages
         self.pipeline = Pipeline(limits, random if site.noisy else None, self._slot_s, self._after)
         self._delayed: list[StepResult] = []
+        self._left, self.captured = set(captures), 0  # graphs
 
     @property
     def busy(self) -> bool:
@@ -103,6 +108,7 @@ class Leader:
             match effect:
                 case RunPlan(plans):
                     self._attempts.planned(plans)
+                    self._captured(plans)
                     self.pipeline.take(self._clock.now, plans)
                 case Drain():
                     self.pipeline.take(self._clock.now, None)
@@ -114,6 +120,17 @@ class Leader:
                         self.repeats = False
                         self.told()
                         self.link.send(SERVER, report)
+
+    def _captured(self, plans: tuple[StepPlan, ...]) -> None:
+        """Each graph once, the same on all ranks, and only before a step that has nothing else than one would serve."""
+        sizes = {plan.captures for plan in plans}
+        require(len(sizes) == 1, "data ranks capture {}", sizes)
+        if (size := sizes.pop()) == 0:
+            return
+        require(size in self._left, "{} is captured, left are {}", size, self._left)
+        self._left.remove(size)
+        self.captured += 1
+        require(all(row.given is None for plan in plans for row in plan.rows), "prompts wait for a graph")
 
     def _slot_s(self) -> float:
         """Slots of a step differ, and a slow one comes now and then."""

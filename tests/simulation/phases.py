@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import ascii_lowercase
 
-from coordinator.replica.attempt import State
+from coordinator.replica.state import State
 from coordinator.requests.life import Phase as LifePhase
 from tests.simulation.checker import Checker
 from tests.simulation.ranks import Site

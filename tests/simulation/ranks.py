@@ -22,6 +22,7 @@ from coordinator.replica.events import (
     Resident,
     Retire,
     Retired,
+    Settled,
     StoreOpened,
     Tell,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tests.simulation.supervisor import Supervisor
 
 HEARTBEAT_S = 1.0
+CAPTURES = (1, 2, 4)  # rows of the graphs that an epoch is without when it is formed again
 SERVING = ("ready", "retiring")  # until it has ended, an epoch's work goes on
 
 
@@ -131,6 +133,7 @@ class RankProcess(Process):
         self._term = 0
         self._told_epoch = 0
         self._blocks = 0
+        self._captures: tuple[int, ...] = ()
         self._unreachable_until = 0.0
         self._stream: Connection | None = None
         self._outgoing: list[RankEvent] = []
@@ -210,7 +213,7 @@ class RankProcess(Process):
         self._send(Ready(self.rank, self.incarnation, self._resident()))
         if self.rank == 0:
             fence = Fence(self._term, self._site.index, self.epoch)
-            self.leader = Leader(self, self._site, fence, self._blocks)
+            self.leader = Leader(self, self._site, fence, self._blocks, self._captures)
             self._site.leaders.append(self.leader)
             self.leader.dial()
 
@@ -231,7 +234,7 @@ class RankProcess(Process):
         self._retire()
 
     def _resident(self) -> Resident:
-        return Resident(0, self._blocks)
+        return Resident(0, self._blocks, Settled(0, graphs=True))
 
     def _dial(self) -> None:
         if not (self._supervisor.up and self.reaches_coordinator):
@@ -287,10 +290,10 @@ class RankProcess(Process):
             case OpenStore():
                 self._told_epoch, self.phase = tell.fence.epoch, "store"  # told twice, it answers the same
                 self._send(StoreOpened(self.rank, self.incarnation, f"store of {self.incarnation}"))
-            case Form(_, kv_blocks):
+            case Form(_, kv_blocks, settled):
                 require(self.phase in ("waiting", "store"), "told to form in phase {}", self.phase)
                 self._told_epoch = self.epoch = tell.fence.epoch
-                self.phase, self._blocks = "loading", kv_blocks
+                self.phase, self._blocks, self._captures = "loading", kv_blocks, CAPTURES if settled else ()
                 self._site.form(self.epoch)
             case Retire():
                 self._told_epoch = tell.fence.epoch

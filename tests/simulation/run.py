@@ -50,6 +50,7 @@ MUST_HAPPEN = (
     "affinity hits",
     "several steps in flight",
     "data ranks",
+    "graphs captured while serving",
     "jobs.interrupted items",
     "jobs.results",
     "answers",
@@ -119,6 +120,7 @@ class Simulation:
         happened["jobs.results"] += sum(len(row.results) for row in rows)
         for leader in (leader for site in self.sites for leader in site.leaders):
             happened["several steps in flight"] += leader.pipeline.most_out > 1
+            happened["graphs captured while serving"] += leader.captured
             happened["data ranks"] += len(leader.core._lanes.schedulers) > 1
             for name in ENGINE:
                 happened[f"engine.{name}"] += leader.core.stats().counters.get(name, 0)

@@ -20,8 +20,11 @@ from models.decoder import DecoderModel
 from parallel import mesh
 from parallel.degrees import Degrees
 from parallel.schedule import Op
+from tests.unit.again import Again
 from tests.unit.plans import CPU, FENCE, new_runner
+from worker.cuda_capture import Capture
 from worker.engine import Commanded, Completed, Drain, Effect, EngineCore, LinkOpened, RunPlan, SendReport
+from worker.later_graphs import Later
 from worker.limits import EngineLimits
 from worker.pending import Queued
 from worker.plan import DRAIN, StepPlan, StepResult, decode, encode
@@ -39,11 +42,12 @@ class Rank:
     inbox: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     executed: list[tuple[Op, Queued]] = field(default_factory=list)
     model: DecoderModel | None = None
+    captured: list[Later] = field(default_factory=list)
 
 
 class Pipeline:
     """Use as a context manager. slow(op) is called in a rank's thread after each of its operations. graphs: numbers of
-    rows that every rank captures."""
+    rows that every rank captures; those of the limits' captures it does when plans say so, as `capture` does for it."""
 
     def __init__(
         self,
@@ -52,8 +56,9 @@ class Pipeline:
         limits: EngineLimits,
         slow: Callable[[Op], None] = lambda op: None,
         graphs: Sequence[int] = (),
+        capture: Callable[[int], Capture] = lambda rank: Again,
     ) -> None:
-        self._graphs = graphs
+        self._graphs, self._capture = graphs, capture
         self.core = EngineCore(FENCE, limits)
         self.outcome = Outcome()
         self.plans: list[StepPlan | None] = []  # of the first data rank, as they were sent; None: a drain
@@ -126,8 +131,16 @@ class Pipeline:
         try:
             runner_limits = RunnerLimits(limits.max_running, limits.max_context, limits.block_tokens)
             runner = new_runner(
-                self._checkpoint, context, runner_limits, limits.kv_blocks, self._graphs, limits.predicts
+                self._checkpoint,
+                context,
+                runner_limits,
+                limits.kv_blocks,
+                self._graphs,
+                limits.predicts,
+                padded=bool(limits.captures),
             )
+            if limits.captures:
+                runner.capture_later(self._capture(number), limits.captures, rank.captured.append)
             stage, rank.model = Stage(runner, place, limits.depth), runner.model
             while (payload := rank.inbox.get()) is not None:
                 for op, queued in stage.take(None if payload == DRAIN else decode(payload)):

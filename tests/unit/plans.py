@@ -127,14 +127,15 @@ def new_runner(
     blocks: int = BLOCKS,
     graphs: Sequence[int] = (),
     predicts: bool = False,
+    padded: bool = False,
 ) -> Runner:
-    """graphs: numbers of rows that are captured, as far as there is no device."""
+    """graphs: numbers of rows that are captured, as far as there is no device. padded: others may be later."""
     config = read_model_config(directory)
     if predicts:
         config = with_prediction(config)
     model = build_model(config, context)
     load_weights(model, config, directory, context, lambda loaded_bytes, total_bytes: None)
-    cache = KVCache(config, context, blocks, limits.block_tokens, padded=bool(graphs))
+    cache = KVCache(config, context, blocks, limits.block_tokens, padded=padded or bool(graphs))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # whatever is read without having been written shows
     matchers = Matchers(lambda: constraint_tokenizer(directory, config.vocab_size, config.end_ids), threads=1)

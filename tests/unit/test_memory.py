@@ -20,11 +20,12 @@ from parallel.degrees import Degrees
 from tests.ranks import as_ranks
 from tests.tiny import make_checkpoint
 from tests.unit.plans import new_runner
+from worker import memory
 from worker.kv_cache import KVCache
 from worker.limits import decode_places
 from worker.loader import load_weights
 from worker.matchers import Matchers
-from worker.memory import largest_step, lone_step, rehearse, settle_kv_blocks
+from worker.memory import has_settled, largest_step, lone_step, rehearse, settle_kv_blocks
 from worker.plan import PlanTables, StepResult, decode, encode
 from worker.runner import Runner, RunnerLimits
 
@@ -66,7 +67,7 @@ def settle(folder: Path, neighbour: int, wanted: int, limit: int = 0) -> int:
         max_step_tokens=32,
         kv_blocks_limit=limit,
     )
-    return settle_kv_blocks(None, config, context, command, None, graphs=False)  # type: ignore[arg-type]
+    return settle_kv_blocks(None, config, context, command, None, graphs=False).held  # type: ignore[arg-type]
 
 
 def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:
@@ -77,6 +78,31 @@ def test_ranks_settle_on_the_smallest_answer(tmp_path: Path) -> None:
 def test_a_limit_is_kept_and_gives_no_blocks_that_are_not_there(tmp_path: Path) -> None:
     assert settle(tmp_path, 700, 100, limit=9) == 9
     assert settle(tmp_path, 7, 100, limit=9) == 7
+
+
+def test_what_ranks_have_settled_before_is_taken_over_and_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: object) -> NoReturn:
+        raise AssertionError("it is known what a step takes")
+
+    monkeypatch.setattr(memory, "_peak_bytes", run)
+    config = read_model_config(make_checkpoint(tmp_path / "model"))
+    context = ParallelContext(epoch=1, device=torch.device("cuda"), dtype=torch.bfloat16)
+    command = control_pb2.FormEpoch(kv_blocks=100, block_tokens=16, max_context=64, max_running=4, max_step_tokens=32)
+    command.settled.CopyFrom(control_pb2.Settled(reserved_blocks=13, graphs=False))
+
+    def settled(graphs: bool) -> tuple[int, int]:
+        return settle_kv_blocks(None, config, context, command, NO_MATCHERS, graphs)  # type: ignore[arg-type]
+
+    assert settled(graphs=False) == (87, 13)
+    command.kv_blocks_limit = 20
+    assert settled(graphs=False) == (20, 13), "the limit is not what is reserved"
+    assert not has_settled(command, graphs=True), "nobody has settled what graphs take"
+    command.settled.graphs = True
+    assert settled(graphs=True) == (20, 13) and has_settled(command, graphs=False)
+    command.ClearField("settled")
+    assert not has_settled(command, graphs=False)
 
 
 def test_less_than_one_request_is_refused_with_the_arithmetic(tmp_path: Path) -> None:

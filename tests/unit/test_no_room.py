@@ -11,11 +11,11 @@ import pytest
 
 from coordinator.events import EventLog
 from coordinator.metrics import Metrics
-from coordinator.replica.attempt import State
 from coordinator.replica.config import ReplicaConfig
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Died, Emit, Kill, Killed, Launch, NoRoom, ReplicaUp, Started, Tick
 from coordinator.replica.service import Callbacks, ReplicaService
+from coordinator.replica.state import State
 from coordinator.service import Service
 from tests.unit.test_replica import PLAN, form, hello, launch, make
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.internal.link import Fence, Sampling
-from worker.plan import Admit, PlanTables, Row, Rules, StepPlan, Told, decode, encode
+from worker.plan import Admit, PlanTables, Row, StepPlan, Told, decode, encode
+from worker.plan_rules import Rules
 
 T = TypeVar("T")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.replica.attempt import State
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Acquitted, Beat, Died, Effect, Emit, Fault, Killed, StartEnded, Tick
 from coordinator.replica.recovery import MAX_BACKOFF_S, Budget, Failures, Restart, backoff_s, restart
 from coordinator.replica.recovery import Fault as DeviceFault
+from coordinator.replica.state import State
 from tests.unit.test_replica import form, launch, make
 
 BUDGET = Budget()

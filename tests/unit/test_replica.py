@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from coordinator.placement import RankMemory, ReplicaPlan
-from coordinator.replica.attempt import State
 from coordinator.replica.config import START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.core import ANOTHER_LAYOUT, ReplicaCore
 from coordinator.replica.events import (
@@ -48,6 +47,7 @@ from coordinator.replica.events import (
     Tick,
 )
 from coordinator.replica.recovery import MAX_BACKOFF_S, backoff_s
+from coordinator.replica.state import State
 from echelon.internal.link import Fence
 from parallel.degrees import Degrees
 

@@ -13,11 +13,11 @@ from coordinator.events import EventLog
 from coordinator.metrics import Metrics
 from coordinator.replica import recovery as replica_recovery
 from coordinator.replica import told as replica_told
-from coordinator.replica.attempt import State
 from coordinator.replica.config import START_ATTEMPTS, ReplicaConfig
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Attached, Fault, Killed, Progress, Ready, Resident, Started, StoreOpened, Tick
 from coordinator.replica.service import Callbacks, ReplicaService
+from coordinator.replica.state import State
 from coordinator.replicas import Edges, Replicas
 from coordinator.requests.events import Event, ReplicaEnded
 from coordinator.service import Engine, Service

@@ -34,11 +34,11 @@ from coordinator.events import EventLog
 from coordinator.fences import Fences, SupersededError
 from coordinator.metrics import Metrics
 from coordinator.replica import service as replica_service
-from coordinator.replica.attempt import State
 from coordinator.replica.config import ReplicaConfig
 from coordinator.replica.core import ReplicaCore
 from coordinator.replica.events import Acquitted, Died, Fault, Ready, Started, StartEnded, StoreOpened, Tick
 from coordinator.replica.service import Callbacks, ReplicaService
+from coordinator.replica.state import State
 from coordinator.reserve import Want
 from coordinator.service import Service
 from echelon.errors import ConfigError, InternalError

@@ -16,7 +16,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., replica: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankMessage(_message.Message):
-    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed", "formed", "expert_loads")
+    __slots__ = ("fence", "hello", "heartbeat", "store_opened", "progress", "ready", "fault", "retired", "loaded", "written", "blamed", "formed", "expert_loads", "graphs")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class RankMessage(_message.Message):
     BLAMED_FIELD_NUMBER: _ClassVar[int]
     FORMED_FIELD_NUMBER: _ClassVar[int]
     EXPERT_LOADS_FIELD_NUMBER: _ClassVar[int]
+    GRAPHS_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     hello: RankHello
     heartbeat: Heartbeat
@@ -43,7 +44,8 @@ class RankMessage(_message.Message):
     blamed: RankBlamed
     formed: EpochFormed
     expert_loads: ExpertLoads
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ..., formed: _Optional[_Union[EpochFormed, _Mapping]] = ..., expert_loads: _Optional[_Union[ExpertLoads, _Mapping]] = ...) -> None: ...
+    graphs: GraphsCaptured
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., hello: _Optional[_Union[RankHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., store_opened: _Optional[_Union[StoreOpened, _Mapping]] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., fault: _Optional[_Union[RankFault, _Mapping]] = ..., retired: _Optional[_Union[RankRetired, _Mapping]] = ..., loaded: _Optional[_Union[WeightsLoaded, _Mapping]] = ..., written: _Optional[_Union[ShardWritten, _Mapping]] = ..., blamed: _Optional[_Union[RankBlamed, _Mapping]] = ..., formed: _Optional[_Union[EpochFormed, _Mapping]] = ..., expert_loads: _Optional[_Union[ExpertLoads, _Mapping]] = ..., graphs: _Optional[_Union[GraphsCaptured, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("protocol_version", "rank", "incarnation", "pid", "node_id", "phase", "device", "memory_bytes", "ready", "layout")
@@ -96,12 +98,22 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class RankReady(_message.Message):
-    __slots__ = ("parameter_bytes", "kv_bytes")
+    __slots__ = ("parameter_bytes", "kv_bytes", "settled")
     PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     parameter_bytes: int
     kv_bytes: int
-    def __init__(self, parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+    settled: Settled
+    def __init__(self, parameter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ...) -> None: ...
+
+class Settled(_message.Message):
+    __slots__ = ("reserved_blocks", "graphs")
+    RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    reserved_blocks: int
+    graphs: bool
+    def __init__(self, reserved_blocks: _Optional[int] = ..., graphs: bool = ...) -> None: ...
 
 class WeightsLoaded(_message.Message):
     __slots__ = ("origin", "bytes", "took_s", "reason", "left")
@@ -129,6 +141,16 @@ class EpochFormed(_message.Message):
     TOOK_S_FIELD_NUMBER: _ClassVar[int]
     took_s: _containers.ScalarMap[str, float]
     def __init__(self, took_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class GraphsCaptured(_message.Message):
+    __slots__ = ("count", "took_s", "reason")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    took_s: float
+    reason: str
+    def __init__(self, count: _Optional[int] = ..., took_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ExpertLoads(_message.Message):
     __slots__ = ("layers",)
@@ -231,7 +253,7 @@ class Blame(_message.Message):
     def __init__(self, first_step: _Optional[int] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class FormEpoch(_message.Message):
-    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "speculation_tokens", "redundant_experts", "cuda_graphs", "predicts", "trace_dir", "checkpoint_dir", "model_digest", "layout")
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "speculation_tokens", "redundant_experts", "cuda_graphs", "predicts", "trace_dir", "checkpoint_dir", "model_digest", "settled", "layout")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +276,7 @@ class FormEpoch(_message.Message):
     TRACE_DIR_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIR_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     store_address: str
     model_path: str
@@ -277,5 +300,6 @@ class FormEpoch(_message.Message):
     trace_dir: str
     checkpoint_dir: str
     model_digest: str
+    settled: Settled
     layout: str
-    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., speculation_tokens: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., cuda_graphs: bool = ..., predicts: bool = ..., trace_dir: _Optional[str] = ..., checkpoint_dir: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., speculation_tokens: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., cuda_graphs: bool = ..., predicts: bool = ..., trace_dir: _Optional[str] = ..., checkpoint_dir: _Optional[str] = ..., model_digest: _Optional[str] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StepPlan(_message.Message):
-    __slots__ = ("fence", "step", "admits", "blocks", "rows", "token_ids", "rules", "told", "told_ids", "after", "lanes", "rebalances", "scored")
+    __slots__ = ("fence", "step", "admits", "blocks", "rows", "token_ids", "rules", "told", "told_ids", "after", "lanes", "rebalances", "captures", "scored")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ADMITS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class StepPlan(_message.Message):
     AFTER_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     REBALANCES_FIELD_NUMBER: _ClassVar[int]
+    CAPTURES_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
     fence: _control_pb2.Fence
     step: int
@@ -34,8 +35,9 @@ class StepPlan(_message.Message):
     after: int
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     rebalances: bool
+    captures: int
     scored: bytes
-    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., admits: _Optional[bytes] = ..., blocks: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., rules: _Optional[_Iterable[_Union[Rules, _Mapping]]] = ..., told: _Optional[bytes] = ..., told_ids: _Optional[bytes] = ..., after: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., rebalances: bool = ..., scored: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, fence: _Optional[_Union[_control_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., admits: _Optional[bytes] = ..., blocks: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., rules: _Optional[_Iterable[_Union[Rules, _Mapping]]] = ..., told: _Optional[bytes] = ..., told_ids: _Optional[bytes] = ..., after: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., rebalances: bool = ..., captures: _Optional[int] = ..., scored: _Optional[bytes] = ...) -> None: ...
 
 class Lane(_message.Message):
     __slots__ = ("tokens", "decodes", "wanted", "scores", "alternatives")
