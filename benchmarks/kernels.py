@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_layers, kernel_problems, prompt_problems
+from benchmarks import decode_problems, kernel_layers, prompt_problems
 from benchmarks.kernel_limits import Kept, big, kept
 from benchmarks.kernel_problems import Choice, Maker, Problem
 
@@ -204,7 +204,7 @@ def run_family(family: str, arguments: argparse.Namespace) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 4
     if family == "limits":
         return run_limits(Maker(device, dtype, arguments.divided, processors), report)
-    problems = PROBLEMS.get(family, kernel_problems)
+    problems = PROBLEMS.get(family, decode_problems)
     for few in (
         (processors, 1) if problems is not prompt_problems else (processors,)
     ):  # contexts in many pieces, and in one
