@@ -27,6 +27,7 @@ from models.registry import build_model
 from models.routing import Routing
 from parallel.context import solo_context
 from parallel.expert import Copies
+from parallel.float8 import meant
 from worker.kv_cache import KVCache
 from worker.matchers import Matchers
 from worker.memory import largest_step, settle_kv_blocks
@@ -99,6 +100,7 @@ def big_experts(maker: Maker, sizes: Sizes) -> Problem:
     from models.kernels.few_rows import experts_of_few_rows
 
     layer = maker.layer(sizes)
+    gate_up, down = (meant(matrix, maker.dtype) for matrix in (layer.gate_up, layer.down))
     chosen = torch.tensor(CHOSEN, device=maker.device)
     places = torch.stack([torch.randperm(len(CHOSEN), device=maker.device) for _ in range(3)])
     x, shares = maker.random(3, sizes.hidden), torch.rand(places.shape, device=maker.device)
@@ -106,14 +108,14 @@ def big_experts(maker: Maker, sizes: Sizes) -> Problem:
 
     def exact() -> Tensor:
         few, wide = Copies.of(places, shares, len(CHOSEN)), x.double()
-        held = Experts(layer.gate_up[chosen].double(), layer.down[chosen].double(), F.silu)
+        held = Experts(gate_up[chosen].double(), down[chosen].double(), F.silu)
         return few.sums(held.outputs(few.taken(wide), few.ends))
 
     def today(index: int) -> Tensor:
         return copies.sums(layer.outputs(copies.taken(x), copies.ends))
 
     def kernel(index: int) -> Tensor:
-        return experts_of_few_rows(x, layer.gate_up, layer.down, copies)
+        return experts_of_few_rows(x, gate_up, down, copies)
 
     return Problem("experts of V3, with weights beyond 32 bits", 0, 1, kernel, today, exact)
 
@@ -183,12 +185,13 @@ def _experts_graph(maker: Maker) -> str:
 
     sizes, rows = Sizes(512, 256, 32, 4), 20
     layer, x = maker.layer(sizes), maker.random(rows, sizes.hidden)
+    gate_up, down = (meant(matrix, x.dtype) for matrix in (layer.gate_up, layer.down))
     ids = torch.zeros(rows, sizes.chosen, dtype=torch.int64, device=maker.device)
     shares = torch.rand(ids.shape, device=maker.device)
 
     def work() -> Tensor:
         copies = Copies.of_own(ids - 3, shares, sizes.slots, None)
-        return experts_of_few_rows(x, layer.gate_up, layer.down, copies)
+        return experts_of_few_rows(x, gate_up, down, copies)
 
     graph, output = _captured(work)
     for all_on_one in (False, True, False):

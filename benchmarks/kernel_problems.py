@@ -20,6 +20,7 @@ from models.decode_attention import GatheredDecode
 from models.layers import RMSNorm, Rotation
 from models.moe import Experts
 from parallel.expert import Copies
+from parallel.float8 import meant
 from parallel.largest import plain
 
 BLOCK_TOKENS = 16
@@ -160,12 +161,14 @@ class Maker:
 
         def exact() -> Tensor:
             (x, copies), layer = inputs[0], layers[0]
-            wide = Experts(layer.gate_up.double(), layer.down.double(), F.silu)
+            gate_up, down = (meant(matrix, self.dtype).double() for matrix in (layer.gate_up, layer.down))
+            wide = Experts(gate_up, down, F.silu)
             return copies.sums(wide.outputs(copies.taken(x.double()), copies.ends))
 
         def kernel(index: int, **choice: Any) -> Tensor:
             (x, copies), layer = inputs[index], layers[index % len(layers)]
-            return experts_of_few_rows(x, layer.gate_up, layer.down, copies, **choice)
+            gate_up, down = (meant(matrix, x.dtype) for matrix in (layer.gate_up, layer.down))
+            return experts_of_few_rows(x, gate_up, down, copies, **choice)
 
         read = touched * 3 * sizes.hidden * sizes.neurons * self.dtype.itemsize // sets
         return Problem(name, read, sets, kernel, today, exact, choices)

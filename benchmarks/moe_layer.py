@@ -35,6 +35,7 @@ from models.moe import Experts, MixtureOfExperts
 from models.router import GroupedSoftmaxRouter, Router, SoftmaxRouter
 from parallel.comm import Group
 from parallel.expert import PREFILL, Copies, SplitExperts
+from parallel.float8 import meant
 from parallel.side_stream import IN_TURN, SideStream
 from parallel.tensor import ColumnLinear, RowLinear
 
@@ -83,14 +84,14 @@ class LoopedExperts(OtherExperts):
     """An expert after the other."""
 
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
-        return one_by_one(rows, ends, self.gate_up, self.down, self.activation)
+        return one_by_one(rows, ends, meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype), self.activation)
 
 
 class TiledExperts(OtherExperts):
     """Tiles with copies of weights, as where neither takes such tensors."""
 
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
-        return tiled(rows, ends, self.gate_up, self.down, self.activation)
+        return tiled(rows, ends, meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype), self.activation)
 
 
 def random_layer(

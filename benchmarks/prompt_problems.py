@@ -20,6 +20,7 @@ from models.latent_attention import LatentQueries
 from models.moe import Experts
 from models.prefill_attention import GatheredPrefill
 from parallel.expert import Copies
+from parallel.float8 import meant
 
 SETS = 2
 V2_LITE_LATENT, V2_LITE_HEADS = LatentAttention(None, 512, 128, 64, 128), 16
@@ -163,12 +164,14 @@ def experts(maker: Maker, name: str, rows: int, sizes: Sizes, elsewhere: int = 0
 
     def exact() -> Tensor:
         (x, copies), layer = inputs[0], layers[0]
-        wide = Experts(layer.gate_up.double(), layer.down.double(), F.silu)
+        gate_up, down = (meant(matrix, x.dtype).double() for matrix in (layer.gate_up, layer.down))
+        wide = Experts(gate_up, down, F.silu)
         return copies.sums(wide.outputs(copies.taken(x.double()), copies.ends))
 
     def kernel(index: int, few: bool = False) -> Tensor:
         (x, copies), layer = inputs[index], layers[index % len(layers)]
-        return (experts_of_few_rows if few else experts_of_many_rows)(x, layer.gate_up, layer.down, copies)
+        gate_up, down = (meant(matrix, x.dtype) for matrix in (layer.gate_up, layer.down))
+        return (experts_of_few_rows if few else experts_of_many_rows)(x, gate_up, down, copies)
 
     matrices = 3 * sizes.hidden * sizes.neurons
     read, flop = sizes.slots * matrices * maker.dtype.itemsize, 2 * rows * sizes.chosen * matrices
@@ -184,8 +187,9 @@ def products(maker: Maker, name: str, rows: int, sizes: Sizes) -> Problem:
 
     def both(index: int) -> Tensor:
         layer = layers[index % len(layers)]
-        F.grouped_mm(x, layer.gate_up.mT, offs=ends)
-        return F.grouped_mm(inner, layer.down.mT, offs=ends)
+        gate_up, down = (meant(matrix, x.dtype) for matrix in (layer.gate_up, layer.down))
+        F.grouped_mm(x, gate_up.mT, offs=ends)
+        return F.grouped_mm(inner, down.mT, offs=ends)
 
     matrices = 3 * sizes.hidden * sizes.neurons
     read, flop = sizes.slots * matrices * maker.dtype.itemsize, 2 * copies * matrices

@@ -96,7 +96,7 @@ class Layout:
 
 def read_layout(config: CoordinatorConfig) -> Layout:
     """Reads the model's files, the weights excepted. Raises ConfigError."""
-    model = read_model_config(config.model)
+    model = read_model_config(config.model, keep_float8=config.keeps_float8)
     if config.speculation == "mtp":
         model = with_prediction(model)
     plan = plan_replica(config, model)
@@ -142,6 +142,7 @@ def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2
     settings = control_pb2.FormEpoch(
         model_path=str(config.model),
         dtype=config.dtype,
+        keep_float8=config.keeps_float8,
         pipeline=config.pipeline,
         data=config.data,
         tensor=config.tensor,

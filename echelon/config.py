@@ -23,6 +23,7 @@ ENVIRONMENT_PREFIX = "ECHELON_"
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 Device = Literal["cpu", "cuda"]
+Float8Storage = Literal["dequantised", "kept"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Journal = Literal["write", "fsync", "off"]
 
@@ -85,6 +86,9 @@ class ServeConfig(BaseModel):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."
     )
+    float8: Float8Storage | Literal["auto"] = Field(
+        default="auto", description="Matrices of 8 bit floats stay so (kept) or not; auto: where that is faster."
+    )
     address: str = Field(default="127.0.0.1:50051", description="Where clients connect; port 0 takes a free one.")
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
     max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")
@@ -111,6 +115,10 @@ class ServeConfig(BaseModel):
     )
     trace_dir: Path | None = Field(default=None, description="Log every operation of every rank there; default: not.")
     metrics_address: str | None = Field(default=None, description="host:port of a Prometheus endpoint; default: none.")
+
+    @property
+    def keeps_float8(self) -> bool:
+        return self.float8 == "kept"
 
     @field_validator("model")
     @classmethod
@@ -161,6 +169,7 @@ class CoordinatorConfig(ServeConfig):
     served_model_name: str
     device: Device
     dtype: Dtype
+    float8: Float8Storage = "dequantised"
     max_context: Count
     state_dir: Path
     ray_address: str

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from models.config import DTYPE_BYTES, ModelConfig, read_model_config
-from models.tables import Parameter, parameter_table
+from models.parameter import Parameter
+from models.tables import parameter_table
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"

@@ -106,12 +106,14 @@ class ModelConfig:
         return self.head_dim if self.latent is None else self.latent.rotary_dim
 
 
-def read_model_config(directory: Path, max_context: int | None = None, *, planning: bool = False) -> ModelConfig:
+def read_model_config(
+    directory: Path, max_context: int | None = None, *, planning: bool = False, keep_float8: bool = False
+) -> ModelConfig:
     """The config of a model directory. Raises ConfigError naming the file and the key.
 
     max_context: tokens of the longest request that will be served, the model's own limit if None. It chooses between
     the two lists of LongRoPE, and changes nothing else. planning: nothing will be computed, so how a checkpoint is
-    quantised does not matter.
+    quantised does not matter. keep_float8: matrices of 8 bit floats stay what they are.
     """
     outer = JsonSource.read(directory / "config.json")
     architecture, family = _architecture(outer)
@@ -150,7 +152,7 @@ def read_model_config(directory: Path, max_context: int | None = None, *, planni
         end_ids=generation.ids("eos_token_id") or source.ids("eos_token_id"),
         default_sampling=_default_sampling(generation),
         latent=latent,
-        quantization=None if planning else read_quantization(outer),
+        quantization=None if planning and not keep_float8 else read_quantization(outer, keep_float8),
         prediction_layers=source.count("num_nextn_predict_layers", 0, minimum=0),
     )
 

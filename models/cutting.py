@@ -6,12 +6,15 @@ It knows no torch and no file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from echelon.errors import ConfigError
 from models.config import ModelConfig
+from models.parameter import Parameter, splitting_ranks
+from models.tables import parameter_table
 from parallel.degrees import Degrees, divisors
-from parallel.sharding import can_split
+from parallel.sharding import Split, can_split, held_regions
 
 
 def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
@@ -34,6 +37,9 @@ def check_degrees(config: ModelConfig, degrees: Degrees) -> None:
         remedy = f"expert may be {', '.join(map(str, fitting))}" if fitting else "change data or tensor"
         raise ConfigError(f"{problem}; {remedy} ({degrees})", field="expert")
     _check_redundancy(config, degrees)
+    problem = _block_problem(config, degrees)
+    if problem is not None:
+        raise ConfigError(f"{problem}; change tensor or expert, or leave --float8 kept out ({degrees})", field="float8")
 
 
 def _check_redundancy(config: ModelConfig, degrees: Degrees) -> None:
@@ -77,6 +83,36 @@ def _split_units(config: ModelConfig, exchanges_rows: bool) -> Iterator[tuple[st
         return
     for shared in {layer.routing.shared_neurons for layer in config.layers if layer.routing is not None} - {0}:
         yield "n_shared_experts * moe_intermediate_size", shared
+
+
+def _block_problem(config: ModelConfig, degrees: Degrees) -> str | None:
+    """Why a matrix that stays 8 bit floats cannot be cut so: no part of it begins or ends within a block."""
+    for parameter in _kept(config):
+        assert parameter.block is not None
+        size = splitting_ranks(degrees, expert=parameter.expert is not None, shared=parameter.shared)
+        regions = [r for rank in range(size) for r in held_regions(parameter.shape, parameter.placement, rank, size)]
+        for dim, length in enumerate(parameter.block):
+            split = isinstance(parameter.placement, Split) and parameter.placement.dim == dim
+            ends = {part for region in regions for part in (region[dim].start, region[dim].stop) if split}
+            cut = min((end for end in ends if end % length), default=None)
+            # What is stacked must end with a block; behind the last column nothing follows.
+            if cut is not None and (dim == 0 or cut < parameter.shape[dim]):
+                kind = "rows" if dim == 0 else "columns"
+                return f"{size} ranks cut {parameter.name} at {cut} of its {kind}, within a block of {length}"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(config: ModelConfig) -> tuple[Parameter, ...]:
+    """One of each kind of matrix that stays 8 bit floats."""
+    if config.quantization is None or config.quantization.held is None:
+        return ()
+    kinds = {
+        (parameter.shape, parameter.placement, parameter.expert is None, parameter.shared): parameter
+        for parameter in parameter_table(config)
+        if parameter.block is not None
+    }
+    return tuple(kinds.values())
 
 
 def _expert_problem(config: ModelConfig, expert: int, expert_tensor: int) -> str | None:

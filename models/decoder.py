@@ -44,6 +44,7 @@ from models.tables import (
 )
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
+from parallel.float8 import Matrix
 from parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
 
 Normalize = Callable[[Tensor], Tensor]
@@ -229,14 +230,17 @@ def _build_attention(
 ) -> SelfAttention:
     family, inputs = config.family, attention_inputs(config)
 
-    def take(*parts: str, kind: str = "weight") -> Tensor:
-        return weights.take(*(tensor_name(config, part, layer, kind) for part in parts))
+    def matrix(*parts: str) -> Matrix:
+        return weights.matrix(*(tensor_name(config, part, layer) for part in parts))
 
     def bias(held: bool, *parts: str) -> Tensor | None:
-        return take(*parts, kind="bias") if held else None
+        return weights.take(*(tensor_name(config, part, layer, "bias") for part in parts)) if held else None
 
     def head_norm(part: str) -> RMSNorm | None:
-        return RMSNorm(take(part), config.rms_norm_eps, family.norms_from_one) if family.normalizes_heads else None
+        if not family.normalizes_heads:
+            return None
+        weight = weights.take(tensor_name(config, part, layer))
+        return RMSNorm(weight, config.rms_norm_eps, family.norms_from_one)
 
     heads, kv_heads = config.num_attention_heads // context.tensor.size, kv_heads_held(config, context.tensor.size)
     return SelfAttention(
@@ -244,10 +248,10 @@ def _build_attention(
         rule=AttentionRule(config.layer(layer).window, config.attention_scale, config.attention_cap),
         head_dim=config.head_dim,
         head_counts=[heads, kv_heads, kv_heads],
-        qkv=ColumnLinear(take(*inputs), bias(config.qkv_bias, *inputs)),
+        qkv=ColumnLinear(matrix(*inputs), bias(config.qkv_bias, *inputs)),
         query_norm=head_norm("self_attn.q_norm"),
         key_norm=head_norm("self_attn.k_norm"),
-        output=RowLinear(take("self_attn.o_proj"), bias(config.output_bias, "self_attn.o_proj"), context.tensor),
+        output=RowLinear(matrix("self_attn.o_proj"), bias(config.output_bias, "self_attn.o_proj"), context.tensor),
     )
 
 

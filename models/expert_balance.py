@@ -41,8 +41,7 @@ def rebalance_experts(model: DecoderModel, context: ParallelContext, first_layer
         held.balanced.copy_(held.loads)
         layout = ExpertLayout(len(loads), context.place.degrees.expert, held.slots_per_rank)
         old, new = held.placement, place_experts(loads, layout, held.placement)
-        weights = (mlp.experts.gate_up, mlp.experts.down)
-        received = move_experts(weights, held, new, dispatcher.stage, dispatcher.expert_tensor)
+        received = move_experts(mlp.experts.parts(), held, new, dispatcher.stage, dispatcher.expert_tensor)
         done[number] = Rebalanced(imbalance(old, loads), imbalance(new, loads), received)
     return done
 

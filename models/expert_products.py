@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.float8 import Matrix
+
 Activation = Callable[[Tensor], Tensor]
 
 _GROUPED_MM_BYTES = 16  # strides must be multiples of it
@@ -25,14 +27,14 @@ _TILE_ROWS = (16, 128)  # least and most: fewer rows cost as much, more are padd
 _WEIGHT_BYTES = 1 << 28  # that are copied at once, if a tile needs no more
 
 
-def can_group(rows: Tensor, down: Tensor) -> bool:
+def can_group(rows: Tensor, down: Matrix) -> bool:
     """Whether torch's grouped product is for these: it waits for no device, and on a CPU most of its turns have rows.
 
     rows: [copies, hidden], down: [slots, hidden, neurons].
     """
     aligned = all(width * rows.element_size() % _GROUPED_MM_BYTES == 0 for width in down.shape[1:])
     if not rows.is_cuda:
-        return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and len(rows) >= len(down)
+        return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and len(rows) >= down.shape[0]
     major, _ = torch.cuda.get_device_capability(rows.device)
     return aligned and rows.dtype == torch.bfloat16 and major in _GROUPED_MM_MAJORS
 

@@ -29,13 +29,13 @@ _REMEDY = "the weights are not those of this config.json: download both again"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-def check_model_directory(directory: Path, *, predicts: bool = False) -> None:
+def check_model_directory(directory: Path, keep_float8: bool = False, *, predicts: bool = False) -> None:
     """Raises ConfigError, naming file and cause, unless the directory can be served, its layer for multi-token
     prediction too if it predicts."""
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise ConfigError(f"model directory {directory} {what}; give a directory in Hugging Face format", field="model")
-    config = read_model_config(directory)
+    config = read_model_config(directory, keep_float8=keep_float8)
     if predicts:
         config = with_prediction(config)
     read_json_object(directory / "tokenizer.json")
@@ -58,6 +58,12 @@ def check_model_directory(directory: Path, *, predicts: bool = False) -> None:
                 f"{stored.file}: {parameter.name} is stored as {stored.dtype}; supported: "
                 f"{', '.join(ELEMENT_BYTES)}; convert the checkpoint to one of them",
                 field="model",
+            )
+        if parameter.block is not None and stored.dtype != FLOAT8:
+            raise ConfigError(
+                f"{stored.file}: {parameter.name} is stored as {stored.dtype}, and cannot stay {FLOAT8} like the "
+                "others; leave --float8 kept out",
+                field="float8",
             )
         if stored.dtype == FLOAT8:
             if config.quantization is None:
@@ -85,8 +91,9 @@ def _refuse_more_experts(config: ModelConfig, index: Mapping[str, StoredTensor])
                 )
 
 
-def model_digest(directory: Path) -> str:
-    """16 hexadecimal digits for config.json and the weights: names, sizes and times of their files, and their headers.
+def model_digest(directory: Path, keep_float8: bool = False) -> str:
+    """16 hexadecimal digits for config.json and the weights: names, sizes and times of their files, and their headers;
+    others where 8 bit floats stay what they are.
 
     The weights themselves are not read, so one file that has taken another's place with its name, size, time and header
     goes unseen.
@@ -95,6 +102,7 @@ def model_digest(directory: Path) -> str:
     digest.update(repr(sorted(weight_stamps(directory).items())).encode())
     for name, stored in sorted(checkpoint_index(directory).items()):
         digest.update(repr((name, stored.file.name, stored.dtype, stored.shape, stored.first_byte)).encode())
+    digest.update(b"float8" * keep_float8)
     return digest.hexdigest()[:16]
 
 

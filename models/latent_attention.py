@@ -20,6 +20,7 @@ from models.latent import LatentAttention
 from models.layers import Attend, RMSNorm, Rotation, Weights, takes_rows
 from models.tables import tensor_name
 from parallel.context import ParallelContext
+from parallel.float8 import Matrix
 from parallel.tensor import ColumnLinear, RowLinear
 
 # Of the norms between the projections, as DeepSeek's code and transformers' have it: rms_norm_eps is for the others.
@@ -150,6 +151,9 @@ def build_latent_attention(
     def take(part: str) -> Tensor:
         return weights.take(tensor_name(config, f"self_attn.{part}", layer))
 
+    def matrix(part: str) -> Matrix:
+        return weights.matrix(tensor_name(config, f"self_attn.{part}", layer))
+
     def norm(part: str) -> RMSNorm:
         return RMSNorm(take(part), _EPSILON, config.family.norms_from_one)
 
@@ -159,12 +163,12 @@ def build_latent_attention(
         rule=AttentionRule(config.layer(layer).window, config.attention_scale, config.attention_cap),
         shape=latent,
         queries=Queries(
-            compress=ColumnLinear(take("q_a_proj")) if compresses else None,
+            compress=ColumnLinear(matrix("q_a_proj")) if compresses else None,
             norm=norm("q_a_layernorm") if compresses else None,
-            project=ColumnLinear(take("q_b_proj" if compresses else "q_proj")),
+            project=ColumnLinear(matrix("q_b_proj" if compresses else "q_proj")),
         ),
-        compress=ColumnLinear(take("kv_a_proj_with_mqa")),
+        compress=ColumnLinear(matrix("kv_a_proj_with_mqa")),
         norm=norm("kv_a_layernorm"),
         expand=take("kv_b_proj"),
-        output=RowLinear(take("o_proj"), None, context.tensor),
+        output=RowLinear(matrix("o_proj"), None, context.tensor),
     )

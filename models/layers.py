@@ -18,12 +18,13 @@ from torch import Tensor
 
 from models.attention import Places
 from models.attention_rule import AttentionRule
+from models.parameter import Parameter
 from models.prefill_attention import LatentHeads
 from models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
-from models.tables import Parameter
 from parallel import kernels
 from parallel.context import ParallelContext
 from parallel.expert import ExpertStep
+from parallel.float8 import Float8, Matrix
 from parallel.linear import takes_few
 from parallel.tensor import ColumnLinear, RowLinear
 
@@ -49,10 +50,16 @@ class Weights:
         context, taken = self._context, [self._pending.pop(name) for name in names]
         shapes = [parameter.held_shape(context.place.degrees) for parameter in taken]
         rows = [shape[0] for shape in shapes]
-        dtype = torch.promote_types(context.dtype, torch.float32) if taken[0].wide else context.dtype
+        dtype = getattr(torch, taken[0].held_dtype(str(context.dtype).removeprefix("torch.")))
         stacked = torch.empty((sum(rows), *shapes[0][1:]), device=context.device, dtype=dtype)
         self._shards.update(zip(names, torch.split(stacked, rows), strict=True))
         return stacked
+
+    def matrix(self, *names: str) -> Matrix:
+        """The same of matrices that are multiplied by, which the table may leave 8 bit floats, with scales."""
+        block, scales = self._pending[names[0]].block, [self._pending[name].scales for name in names]
+        weight = self.take(*names)
+        return weight if block is None else Float8(weight, self.take(*scales), block)
 
     def shards(self) -> Mapping[str, Tensor]:
         """All of them; every tensor of the table has a layer that took it."""
@@ -246,7 +253,7 @@ class GatedMlp:
     def _gated(self, hidden: Tensor) -> Tensor:
         """[T, this rank's neurons]: in one launch for few rows, in two for others."""
         weight, bias = self.gate_up.weight, self.gate_up.bias
-        if self.activation is F.silu and bias is None and takes_few(hidden, weight):
+        if isinstance(weight, Tensor) and self.activation is F.silu and bias is None and takes_few(hidden, weight):
             from parallel.kernels.linear import gated_of_few_rows
 
             return gated_of_few_rows(hidden, weight)

@@ -31,6 +31,7 @@ from parallel.comm import Group
 from parallel.context import ParallelContext
 from parallel.expert import Dispatcher, ExchangedExperts, ExpertStep, SplitExperts
 from parallel.expert_map import ExpertMap
+from parallel.float8 import stacked
 from parallel.tensor import ColumnLinear, RowLinear
 
 
@@ -47,9 +48,9 @@ def build_mlp(config: ModelConfig, context: ParallelContext, weights: Weights, l
         return _experts(config, context, weights, layer, routing)
     inputs = (tensor_name(config, part, layer) for part in mlp_inputs(config))
     return GatedMlp(
-        gate_up=ColumnLinear(weights.take(*inputs)),
+        gate_up=ColumnLinear(weights.matrix(*inputs)),
         activation=ACTIVATIONS[config.activation],
-        down=RowLinear(weights.take(tensor_name(config, "mlp.down_proj", layer)), None, context.tensor),
+        down=RowLinear(weights.matrix(tensor_name(config, "mlp.down_proj", layer)), None, context.tensor),
     )
 
 
@@ -57,14 +58,14 @@ def _experts(
     config: ModelConfig, context: ParallelContext, weights: Weights, layer: int, routing: Routing
 ) -> MixtureOfExperts:
     names = [expert_names(config, layer, expert) for expert in held_experts(config, layer, context.place)]
-    gate_up = weights.take(*(name for gate, up, _ in names for name in (gate, up)))
-    down = weights.take(*(down for _, _, down in names))
+    gate_up = weights.matrix(*(name for gate, up, _ in names for name in (gate, up)))
+    down = weights.matrix(*(down for _, _, down in names))
     slots = len(names)
     return MixtureOfExperts(
         router=_router(config, weights, layer, routing),
         experts=Experts(
-            gate_up.view(slots, -1, config.hidden_size),
-            down.view(slots, config.hidden_size, -1),
+            stacked(gate_up, slots),
+            stacked(down, slots),
             ACTIVATIONS[config.activation],
         ),
         dispatcher=experts_dispatcher(context, routing),
@@ -91,9 +92,9 @@ def _shared(config: ModelConfig, weights: Weights, layer: int) -> GatedMlp:
     """Without a collective: what stands beside the experts is added to their sums before these are."""
     gate, up, down = shared_names(config, layer)
     return GatedMlp(
-        gate_up=ColumnLinear(weights.take(gate, up)),
+        gate_up=ColumnLinear(weights.matrix(gate, up)),
         activation=ACTIVATIONS[config.activation],
-        down=RowLinear(weights.take(down), None, Group()),
+        down=RowLinear(weights.matrix(down), None, Group()),
     )
 
 

@@ -19,9 +19,11 @@ from models.expert_products import can_group, grouped, one_by_one, tiled
 from models.router import Router
 from parallel import kernels
 from parallel.expert import Copies, Dispatcher, ExpertStep
+from parallel.float8 import Float8, Matrix, meant, stored
 from parallel.side_stream import IN_TURN, SideStream
 
-_FEW_COPIES_PER_SLOT = 32  # on average; beyond, arithmetic takes longer than reading weights
+# On average: beyond, arithmetic takes longer than reading weights; or for 8 bit floats than that and dequantising them.
+_FEW_COPIES_PER_SLOT, _FEW_COPIES_PER_FLOAT8_SLOT = 32, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +31,35 @@ class Experts:
     """down(activation(gate(x)) * up(x)) by slot. gate_up: [slots, 2 * neurons held, hidden], gate rows first;
     down: [slots, hidden, neurons held]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     activation: Callable[[Tensor], Tensor]
 
     def __call__(self, rows: Tensor, copies: Copies) -> Tensor:
         """rows [r, hidden] -> [r, hidden], the sum of each row's outputs, weighted, of the slots that want it."""
         if self._are_few(rows, copies):
-            from models.kernels.few_rows import experts_of_few_rows
-
-            return experts_of_few_rows(rows, self.gate_up, self.down, copies)
+            return self._of_few_rows(rows, copies)
         if self._are_fused(rows):
             from models.kernels.many_rows import experts_of_many_rows
 
-            return experts_of_many_rows(rows, self.gate_up, self.down, copies)
+            gate_up, down = meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype)
+            return experts_of_many_rows(rows, gate_up, down, copies)
         return copies.sums(self.outputs(copies.taken(rows), copies.ends))
 
     def try_kernels(self, rows: Tensor, copies: Copies) -> None:
         """Compiles what later rows may need, however many they are: nobody's step is to wait for it."""
         if self._are_few(rows, copies):
-            from models.kernels.few_rows import try_row_tiles
+            from models.kernels import few_rows, float8
 
-            try_row_tiles(rows, self.gate_up, self.down, copies)
+            match self.gate_up, self.down:
+                case Float8() as gate_up, Float8() as down:
+                    float8.try_row_tiles(rows, gate_up, down, copies)
+                case Tensor() as gate_up, Tensor() as down:
+                    few_rows.try_row_tiles(rows, gate_up, down, copies)
         if self._are_fused(rows):
             from models.kernels.many_rows import try_steps
 
-            try_steps(rows, self.gate_up, copies)
+            try_steps(rows, self.gate_up.shape[1], copies)
 
     def outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [copies, hidden] sorted by slot, ends [slots] int32 behind each slot's last -> outputs [copies, hidden];
@@ -63,12 +68,27 @@ class Experts:
             return torch.empty_like(rows)
         elsewhere = tiled if rows.is_cuda else one_by_one
         product = grouped if can_group(rows, self.down) else elsewhere
-        return product(rows, ends, self.gate_up, self.down, self.activation)
+        return product(rows, ends, meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype), self.activation)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """All that an expert is made of, each [slots, ...], to be moved with it."""
+        return tuple(part for matrix in (self.gate_up, self.down) for part in stored(matrix))
+
+    def _of_few_rows(self, rows: Tensor, copies: Copies) -> Tensor:
+        from models.kernels import few_rows, float8
+
+        if isinstance(self.gate_up, Float8) and isinstance(self.down, Float8):
+            return float8.experts_of_few_rows(rows, self.gate_up, self.down, copies)
+        gate_up, down = meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype)
+        return few_rows.experts_of_few_rows(rows, gate_up, down, copies)
 
     def _are_few(self, rows: Tensor, copies: Copies) -> bool:
-        """Whether the kernel for few rows takes these: more, too, where torch has no grouped product for them."""
-        few = len(copies.order) <= _FEW_COPIES_PER_SLOT * len(self.down) or not can_group(rows, self.down)
-        return few and self._are_fused(rows)
+        """Whether a kernel for few rows takes these: more, too, where torch has no grouped product for them."""
+        kept = isinstance(self.down, Float8)
+        most = (_FEW_COPIES_PER_FLOAT8_SLOT if kept else _FEW_COPIES_PER_SLOT) * self.down.shape[0]
+        few = len(copies.order) <= most or not can_group(rows, self.down)
+        known = not isinstance(self.down, Float8) or self.down.has_kernels(rows.dtype)
+        return few and known and self._are_fused(rows)
 
     def _are_fused(self, rows: Tensor) -> bool:
         """Whether there are kernels for what stands between the products."""
@@ -98,9 +118,8 @@ class MixtureOfExperts:
         sums = self.experts(dispatched.rows, dispatched.copies)
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0], step)
 
-    def try_kernels(self) -> None:
-        """Those of its experts, on a row of zeros that goes nowhere."""
-        slots, width, _ = self.experts.down.shape
-        row = self.experts.down.new_zeros(1, width)
+    def try_kernels(self, row: Tensor) -> None:
+        """Those of its experts. row: [1, hidden], goes nowhere."""
+        slots = self.experts.down.shape[0]
         ids, shares = self.router(row)
         self.experts.try_kernels(row, Copies.of_own(ids, shares, slots, None))

@@ -17,6 +17,10 @@ from models.json_source import JsonSource
 from models.stored import FLOAT8, StoredTensor
 from parallel.sharding import Region, Shape
 
+Block = tuple[int, int]
+
+# Of blocks, and of what is computed besides, for which there are kernels that keep 8 bit floats.
+KEPT_BLOCK, KEPT_DTYPES = (128, 128), ("bfloat16", "float16")
 SCALE_DTYPES = ("F32", "BF16", "F16")
 
 _SUPPORTED = (
@@ -30,10 +34,24 @@ _SCALES = ("weight_scale_inv", "weight_scale")  # in its place: DeepSeek's and t
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """rows and columns: of a block of a matrix, which is multiplied by one scale; None for all of the matrix."""
+    """rows and columns: of a block of a matrix, which is multiplied by one scale; None for all of the matrix.
+
+    kept: matrices stay 8 bit floats on the device, those of blocks. kind: what their scales are called.
+    """
 
     rows: int | None = None
     columns: int | None = None
+    kept: bool = False
+    kind: str = "weight_scale_inv"
+
+    @property
+    def held(self) -> Block | None:
+        """Rows and columns of a block of what stays 8 bit floats; None where nothing does."""
+        return (self.rows, self.columns) if self.kept and self.rows and self.columns else None
+
+    def scales_name(self, name: str) -> str:
+        """Of the scales of a matrix."""
+        return f"{name.removesuffix(_WEIGHT)}.{self.kind}"
 
     def blocks(self, shape: Shape) -> tuple[int, int]:
         """Rows and columns of a block of a matrix; of a smaller one at its end."""
@@ -80,8 +98,21 @@ def _covering(part: slice, length: int) -> slice:
     return slice(first, math.ceil(part.stop / length) if part.stop > part.start else first)
 
 
-def read_quantization(config: JsonSource) -> Quantization | None:
-    """quantization_config of config.json, None for a checkpoint that is not quantised. Raises ConfigError."""
+def read_quantization(config: JsonSource, keep: bool = False) -> Quantization | None:
+    """quantization_config of config.json, None for a checkpoint that is not quantised. Raises ConfigError.
+
+    keep: matrices shall stay 8 bit floats, for which each needs scales of blocks.
+    """
+    found = _read(config)
+    if not keep:
+        return found
+    if found is None or found.rows is None or found.columns is None:
+        has = "no quantization_config" if found is None else "one scale for a tensor or a channel"
+        config.refuse(f"{has}: only matrices with scales of blocks are kept as 8 bit floats; leave --float8 kept out")
+    return replace(found, kept=True)
+
+
+def _read(config: JsonSource) -> Quantization | None:
     keys = config.table("quantization_config")
     match keys.get("quant_method"):
         case None:
@@ -134,7 +165,8 @@ def _group(group: JsonSource) -> Quantization:
         case "channel":
             return Quantization(rows=1)
         case "block":
-            return Quantization(*_block(weights, "block_structure", weights.get("block_structure")))
+            block = _block(weights, "block_structure", weights.get("block_structure"))
+            return Quantization(*block, kind="weight_scale")
         case strategy:
             supported = "supported: tensor, channel, block"
             group.refuse(f"quantization_config: weights.strategy={strategy!r} is not supported; {supported}")

@@ -8,78 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
-from models.config import DTYPE_BYTES, ModelConfig
+from models.config import ModelConfig
 from models.families import ExpertKeys
 from models.latent import latent_tensors
+from models.parameter import Parameter
+from models.quantization import Block, Quantization
 from models.routing import Routing
 from parallel.balance import placement_of
-from parallel.degrees import Degrees, Place
+from parallel.degrees import Place
 from parallel.partition import cut
 from parallel.sharding import (
+    Blocks,
     Placement,
-    Region,
     Replicated,
     Shape,
     Split,
     SplitVocabulary,
-    held_regions,
-    held_shape,
     units_held,
 )
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 # Of a layer for multi-token prediction, beside a decoder layer's; its embedding and its head are the model's own.
 PREDICTION_NORMS, PREDICTION_INPUT = ("enorm", "hnorm", "shared_head.norm"), "eh_proj"
-WIDE_BYTES = DTYPE_BYTES["float32"]
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A tensor by its name in the checkpoint; layer is None outside the decoder layers, expert None outside experts.
-
-    shared: of the MLP beside a layer's experts. wide: kept in float32 at least, whatever the dtype of the model.
-    """
-
-    name: str
-    shape: Shape
-    placement: Placement
-    layer: int | None = None
-    expert: int | None = None
-    shared: bool = False
-    wide: bool = False
-
-    def held_shape(self, degrees: Degrees) -> Shape:
-        """The shape that each rank which holds a part of it keeps resident."""
-        return held_shape(self.shape, self.placement, self._splitting_ranks(degrees))
-
-    def held_regions(self, place: Place) -> tuple[Region, ...]:
-        """The parts of the full tensor that a rank reads, and stacks along dim 0."""
-        size = self._splitting_ranks(place.degrees)
-        rank = place.tensor_rank if self.expert is None else place.expert_tensor_rank
-        return held_regions(self.shape, self.placement, rank % size, size)
-
-    def held_dtype(self, dtype: str) -> str:
-        """The dtype that it has in a model of this one."""
-        return "float32" if self.held_bytes(DTYPE_BYTES[dtype]) > DTYPE_BYTES[dtype] else dtype
-
-    def held_bytes(self, dtype_bytes: int) -> int:
-        """Of each of its numbers in a model of so many."""
-        return max(dtype_bytes, WIDE_BYTES) if self.wide else dtype_bytes
-
-    def _splitting_ranks(self, degrees: Degrees) -> int:
-        return splitting_ranks(degrees, expert=self.expert is not None, shared=self.shared)
-
-
-def splitting_ranks(degrees: Degrees, *, expert: bool, shared: bool) -> int:
-    """Ranks that have parts of a tensor of an expert, of what is shared beside them, or of anything else.
-
-    What is shared is whole where each rank minds rows of its own, so that it needs no exchange besides the experts'.
-    """
-    if expert:
-        return degrees.expert_tensor
-    return 1 if shared and degrees.exchanges_rows else degrees.tensor
+_NOT_FLOAT8 = (".gate.weight", ".kv_b_proj.weight")  # of routers, and what heads take apart
 
 
 def tensor_name(config: ModelConfig, part: str, layer: int | None = None, kind: str = "weight") -> str:
@@ -147,13 +100,34 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     vocabulary = (config.vocab_size, config.hidden_size)
     parameters = [Parameter(tensor_name(config, EMBEDDING), vocabulary, SplitVocabulary())]
     for layer in range(config.num_hidden_layers):
-        parameters.extend(_layer(config, layer))
+        parameters.extend(_with_scales(config, _layer(config, layer)))
     if config.prediction is not None:
         parameters.extend(_prediction(config, config.num_hidden_layers))
     parameters.append(Parameter(tensor_name(config, FINAL_NORM), (config.hidden_size,), Replicated()))
     if not config.tie_word_embeddings:
         parameters.append(Parameter(tensor_name(config, HEAD), vocabulary, SplitVocabulary()))
     return tuple(parameters)
+
+
+def _with_scales(config: ModelConfig, parameters: Iterator[Parameter]) -> Iterator[Parameter]:
+    """What stays 8 bit floats is marked, and followed by the scales of its blocks."""
+    quantization = config.quantization or Quantization()
+    for parameter in parameters:
+        plain = len(parameter.shape) != 2 or parameter.name.endswith(_NOT_FLOAT8)
+        if (block := quantization.held) is None or plain or _ends_within(parameter, block):
+            yield parameter
+            continue
+        scales, blocks = quantization.scales_name(parameter.name), Blocks(parameter.placement, parameter.shape, block)
+        yield replace(parameter, block=block, scales=scales)
+        yield replace(parameter, name=scales, shape=blocks.shape, placement=blocks, wide=True)
+
+
+def _ends_within(parameter: Parameter, block: Block) -> bool:
+    """Whether what gates and what is gated end within a block, so that what is stacked on them would begin there."""
+    match parameter.placement:
+        case Split(0, sections) if sum(sections) == parameter.shape[0]:  # neurons, not heads
+            return any(neurons % block[0] for neurons in sections)
+    return False
 
 
 def is_of_prediction(config: ModelConfig, name: str) -> bool:
@@ -232,7 +206,7 @@ def stage_layers(config: ModelConfig, pipeline: int) -> tuple[range, ...]:
     numbers = [0.0] * (config.num_hidden_layers + 1)
     head = config.vocab_size * config.hidden_size
     for parameter in parameter_table(config):
-        if parameter.layer is not None:
+        if parameter.layer is not None and not isinstance(parameter.placement, Blocks):
             numbers[parameter.layer] += math.prod(parameter.shape)
     *layers, prediction = numbers
     return cut(layers, pipeline, last=head + prediction)

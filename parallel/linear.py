@@ -1,7 +1,8 @@
 """Products of rows with a matrix, x W^T + b, as the layers of parallel/tensor.py and gated MLPs ask for them.
 
 In rank processes. Few rows are multiplied by a kernel where there is one for the device, which reads the matrix sooner
-than torch's product does; this is the one place that decides. It knows no model.
+than torch's product does; this is the one place that decides, but among the ways of `parallel/float8.py`. It knows no
+model.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel import kernels
+from parallel import float8, kernels
+from parallel.float8 import Float8, Matrix
 
 FEW_ROWS = 16  # a tile of tensor cores; beyond, torch's product takes less time, as measured
 LEAST_ROWS = (1, 2)  # from each of these on a product of few rows is cut otherwise, which compiles a kernel
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [r, inputs], weight [outputs, inputs] -> [r, outputs]."""
+    if isinstance(weight, Float8):
+        return float8.linear(x, weight, bias)
     if takes_few(x, weight):
         from parallel.kernels.linear import linear_of_few_rows
 

@@ -39,7 +39,27 @@ class SplitVocabulary:
     """dim 0 is the vocabulary, cut into equal runs of ceil(vocabulary / size) rows; the last ones are padded."""
 
 
-Placement = Replicated | Split | SplitVocabulary
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A number for each block of a matrix, which lies where its block does; no rank's part begins within a block.
+
+    placement, matrix: of the matrix, its placement and full shape. block: its rows and columns.
+    """
+
+    placement: Placement
+    matrix: Shape
+    block: tuple[int, int]
+
+    @property
+    def shape(self) -> Shape:
+        return self.over(self.matrix)
+
+    def over(self, shape: Shape) -> Shape:
+        """Blocks of such a part of the matrix."""
+        return tuple(-(-length // size) for length, size in zip(shape, self.block, strict=True))
+
+
+Placement = Replicated | Split | SplitVocabulary | Blocks
 
 
 def can_split(units: int, size: int) -> bool:
@@ -64,6 +84,8 @@ def held_shape(shape: Shape, placement: Placement, size: int) -> Shape:
             return (*shape[:dim], shape[dim] // sum(sections) * held, *shape[dim + 1 :])
         case SplitVocabulary():
             return (math.ceil(shape[0] / size), *shape[1:])
+        case Blocks(of, matrix):
+            return placement.over(held_shape(matrix, of, size))
 
 
 def held_regions(shape: Shape, placement: Placement, rank: int, size: int) -> tuple[Region, ...]:
@@ -86,6 +108,11 @@ def held_regions(shape: Shape, placement: Placement, rank: int, size: int) -> tu
         case SplitVocabulary():
             rows = math.ceil(shape[0] / size)
             return ((slice(min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])), *whole[1:]),)
+        case Blocks(of, matrix, block):
+            return tuple(
+                tuple(slice(part.start // n, -(-part.stop // n)) for part, n in zip(region, block, strict=True))
+                for region in held_regions(matrix, of, rank, size)
+            )
 
 
 def region_shape(region: Region) -> Shape:

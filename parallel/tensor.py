@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import Group
+from parallel.float8 import Matrix
 from parallel.largest import largest, winners
 from parallel.linear import linear
 
@@ -20,7 +21,7 @@ from parallel.linear import linear
 class ColumnLinear:
     """This rank's output features of x W^T + b. weight: [features held, inputs], often several matrices stacked."""
 
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class ColumnLinear:
 class RowLinear:
     """The sum over ranks of x W^T, plus b once. weight: [outputs, inputs held]; x holds this rank's inputs."""
 
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None
     group: Group
 

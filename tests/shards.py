@@ -31,9 +31,10 @@ class KeepingRank:
     dtype: str = "float32"
     digest: str = ""
     predicts: bool = False
+    keep_float8: bool = False
 
     def __post_init__(self) -> None:
-        self.digest = self.digest or model_digest(self.model)
+        self.digest = self.digest or model_digest(self.model, self.keep_float8)
 
     @property
     def folder(self) -> Path:
@@ -51,7 +52,7 @@ class KeepingRank:
 
         held: what a spare has made ready.
         """
-        config = read_model_config(self.model)
+        config = read_model_config(self.model, keep_float8=self.keep_float8)
         if self.predicts:
             config = with_prediction(config)
         dtype = getattr(torch, self.dtype)

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from models.config import ModelConfig, read_model_config
 from models.families import FULL, SLIDING
-from models.tables import EMBEDDING, HEAD, Parameter, parameter_table
+from models.parameter import Parameter
+from models.tables import EMBEDDING, HEAD, parameter_table
 
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"

@@ -202,7 +202,7 @@ class Laps:
 
 
 def _model_config(command: control_pb2.FormEpoch) -> ModelConfig:
-    config = read_model_config(Path(command.model_path), command.max_context)
+    config = read_model_config(Path(command.model_path), command.max_context, keep_float8=command.keep_float8)
     return with_prediction(config) if command.predicts else config
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.files import checkpoint_index
+from models.parameter import Parameter
 from models.stored import ELEMENT_BYTES, FLOAT8
-from models.tables import Parameter, held_parameters, is_of_prediction, parameter_table
+from models.tables import held_parameters, is_of_prediction, parameter_table
 from parallel.context import ParallelContext
 from parallel.degrees import Place
 from parallel.sharding import region_shape
@@ -31,7 +32,8 @@ Progress = Callable[[int, int], None]
 class SourceShare:
     """What a rank reads of a checkpoint, tensor by tensor as they lie in the files. Raises ConfigError.
 
-    A quantised tensor is read with those of its scales that cover what the rank holds.
+    A quantised tensor is read with those of its scales that cover what the rank holds, unless it stays quantised: then
+    these are tensors of their own.
     """
 
     def __init__(self, config: ModelConfig, directory: Path, place: Place) -> None:
@@ -72,7 +74,7 @@ class SourceShare:
 
     def _scales(self, parameter: Parameter) -> Scales | None:
         stored = self._index[parameter.name]
-        if stored.dtype != FLOAT8:
+        if stored.dtype != FLOAT8 or parameter.block is not None:
             return None
         assert self._quantization is not None, f"{parameter.name} is quantised, and its checkpoint was checked"
         found = self._quantization.scales(parameter.name, stored, self._index)

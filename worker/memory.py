@@ -22,6 +22,7 @@ from models.decoder import DecoderModel
 from models.moe import MixtureOfExperts
 from models.tables import kv_bytes_per_block
 from parallel.context import ParallelContext
+from parallel.float8 import SOME_ROWS
 from parallel.linear import LEAST_ROWS
 from worker.cuda_capture import CudaCapture
 from worker.decode_graphs import graph_sizes
@@ -72,7 +73,7 @@ def settle_kv_blocks(
         cache = KVCache(config, context, 1, command.block_tokens, padded=graphs)
         runner = Runner(model, cache, context, limits, matchers)
         plans = rehearsed_steps(rows, command.max_context, command.max_step_tokens, context.epoch, graphs)
-        step_bytes = _peak_bytes(runner, plans, context.device)
+        step_bytes = _peak_bytes(runner, plans, context)
         if graphs:
             graphs_bytes = block_bytes + _graphs_bytes(runner, graph_sizes(rows), context.device)
         del runner, cache
@@ -102,14 +103,14 @@ def rehearsed_steps(
     max_running: int, max_context: int, max_step_tokens: int, epoch: int, graphs: bool
 ) -> list[StepPlan]:
     """The largest step, and small ones, for which kernels are cut otherwise. graphs: whether some will be captured."""
-    sizes = [tokens for tokens in LEAST_ROWS if tokens < max_step_tokens]
+    sizes = [tokens for tokens in (*LEAST_ROWS, SOME_ROWS) if tokens < max_step_tokens]
     plans = [largest_step(min(tokens, max_running), max_context, tokens, epoch) for tokens in (max_step_tokens, *sizes)]
     if not graphs:  # the graph of one row, over the widest table, compiles what a lone step would
         plans.append(lone_step(max_context, epoch))
     return plans
 
 
-def rehearse(runner: Runner, plans: Iterable[StepPlan]) -> None:
+def rehearse(runner: Runner, plans: Iterable[StepPlan], context: ParallelContext) -> None:
     """Run these, and what no plan is sure to meet: kernels of experts are cut by how many rows choose them, and that of
     the head by how many are sampled.
 
@@ -117,9 +118,10 @@ def rehearse(runner: Runner, plans: Iterable[StepPlan]) -> None:
     have been faster than, it would count as one that stands still.
     """
     model = runner.model
+    row = torch.zeros(1, model.config.hidden_size, dtype=context.dtype, device=context.device)
     for layer in model.layers:
         if isinstance(layer.mlp, MixtureOfExperts):
-            layer.mlp.try_kernels()
+            layer.mlp.try_kernels(row)
     if model.norm is not None:
         for rows in LEAST_ROWS:
             model.row_logits(model.norm.weight.new_zeros(rows, model.config.hidden_size))
@@ -148,12 +150,12 @@ def lone_step(max_context: int, epoch: int) -> StepPlan:
     return StepPlan(Fence(0, 0, epoch), 2, (Admit(0, 0, 1, sampling),), (), (row,))
 
 
-def _peak_bytes(runner: Runner, plans: Iterable[StepPlan], device: torch.device) -> int:
+def _peak_bytes(runner: Runner, plans: Iterable[StepPlan], context: ParallelContext) -> int:
     """Device bytes that the steps take at their peak. Block tables start as zeros, so that all rows read block 0."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    rehearse(runner, plans)
-    return torch.cuda.max_memory_allocated(device) - before
+    before = torch.cuda.memory_allocated(context.device)
+    torch.cuda.reset_peak_memory_stats(context.device)
+    rehearse(runner, plans, context)
+    return torch.cuda.max_memory_allocated(context.device) - before
 
 
 def _graphs_bytes(runner: Runner, sizes: Sequence[int], device: torch.device) -> int:

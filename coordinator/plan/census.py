@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from models.config import ModelConfig
+from models.parameter import FLOAT8_BYTES, WIDE_BYTES, splitting_ranks
 from models.routing import Routing
-from models.tables import EMBEDDING, HEAD, WIDE_BYTES, cached_numbers, parameter_table, splitting_ranks, tensor_name
+from models.tables import EMBEDDING, HEAD, cached_numbers, parameter_table, tensor_name
 from parallel.degrees import Degrees
 from parallel.partition import cut
-from parallel.sharding import Placement, Shape, held_shape
+from parallel.sharding import Blocks, Placement, Shape, held_shape
 
 
 class Part(StrEnum):
@@ -30,13 +31,18 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Tensors that are alike. shared and wide: as `models.tables.Parameter` has it."""
+    """Tensors that are alike. shared and wide: as `models.tables.Parameter` has it. float8: they stay 8 bit floats."""
 
     part: Part
     shape: Shape
     placement: Placement
     shared: bool
     wide: bool
+    float8: bool
+
+    def bytes_of_number(self, weight_bytes: int) -> int:
+        """Of each of them in a model of so many."""
+        return FLOAT8_BYTES if self.float8 else max(WIDE_BYTES, weight_bytes) if self.wide else weight_bytes
 
 
 Kinds = tuple[tuple[Kind, int], ...]  # each kind, and how many tensors are of it
@@ -45,7 +51,8 @@ Kinds = tuple[tuple[Kind, int], ...]  # each kind, and how many tensors are of i
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """How many numbers of each part a rank holds; wide: how many of all these are kept in float32 at least; shared: how
-    many of those for every token stand beside experts."""
+    many of those for every token stand beside experts; float8, float8_experts: how many of those for every token, and
+    of experts, stay 8 bit floats."""
 
     embedding: int = 0
     every_token: int = 0
@@ -53,6 +60,8 @@ class Numbers:
     head: int = 0
     wide: int = 0
     shared: int = 0
+    float8: int = 0
+    float8_experts: int = 0
 
     @property
     def total(self) -> int:
@@ -87,6 +96,12 @@ class Census:
         return inside + _numbers(self.outside)
 
     @property
+    def total_bytes(self) -> int:
+        """Of the model's weights, each once."""
+        kinds = [*self.outside, *(entry for pattern in self.of_layer for entry in self.patterns[pattern])]
+        return sum(count * math.prod(kind.shape) * kind.bytes_of_number(self.weight_bytes) for kind, count in kinds)
+
+    @property
     def parameters_per_token(self) -> int:
         """Those that one token passes through; of the embedding it reads one row."""
         routing = self.routing
@@ -94,7 +109,7 @@ class Census:
         kinds = [*self.outside, *(entry for pattern in self.of_layer for entry in self.patterns[pattern])]
         tied = self.config.tie_word_embeddings
         weights = {Part.EMBEDDING: 1.0 if tied else 0.0, Part.EXPERT: share}
-        return round(sum(weights.get(kind.part, 1.0) * count * math.prod(kind.shape) for kind, count in kinds))
+        return round(sum(weights.get(kind.part, 1.0) * _numbers(((kind, count),)) for kind, count in kinds))
 
     def cut(self, pipeline: int) -> tuple[range, ...]:
         """The layers of each stage: those of `models.tables.stage_layers`, without making the table again."""
@@ -110,13 +125,15 @@ class Census:
     def held(self, degrees: Degrees, layers: range, stage: int) -> Numbers:
         """What each rank of a stage holds. Ranks of a stage hold alike many: padding makes them equal."""
         counts: Counter[Part] = Counter()
-        wide = shared = 0
+        wide = shared = float8 = float8_experts = 0
         for pattern, times in Counter(self.of_layer[layer] for layer in self.computed(layers)).items():
             for kind, count in self.patterns[pattern]:
                 held = times * _held(kind, count, degrees)
                 counts[kind.part] += held
                 wide += held * kind.wide
                 shared += held * kind.shared
+                float8 += held * (kind.float8 and kind.part is not Part.EXPERT)
+                float8_experts += held * (kind.float8 and kind.part is Part.EXPERT)
         first, last = stage == 0, stage == degrees.pipeline - 1
         embeds = first or (last and self.config.prediction is not None)
         for kind, count in self.outside:
@@ -127,11 +144,14 @@ class Census:
                 counts[Part.HEAD] += held
             else:
                 counts[kind.part] += held if embeds else 0
-        return Numbers(**{part.value: count for part, count in counts.items()}, wide=wide, shared=shared)
+        special = {"wide": wide, "shared": shared, "float8": float8, "float8_experts": float8_experts}
+        return Numbers(**{part.value: count for part, count in counts.items()}, **special)
 
     def bytes_of(self, numbers: Numbers) -> int:
         """Of weights."""
-        return numbers.total * self.weight_bytes + numbers.wide * max(0, WIDE_BYTES - self.weight_bytes)
+        wide_bytes = numbers.wide * max(0, WIDE_BYTES - self.weight_bytes)
+        saved_bytes = (numbers.float8 + numbers.float8_experts) * (self.weight_bytes - FLOAT8_BYTES)
+        return numbers.total * self.weight_bytes + wide_bytes - saved_bytes
 
     def kv_bytes_per_token(self, degrees: Degrees, layers: range) -> int:
         """Of keys and values on a rank that computes these layers."""
@@ -157,7 +177,8 @@ def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Ce
     counts: defaultdict[int | None, Counter[Kind]] = defaultdict(Counter)
     for parameter in parameter_table(config):
         part = Part.EXPERT if parameter.expert is not None else parts.get(parameter.name, Part.EVERY_TOKEN)
-        kind = Kind(part, parameter.shape, parameter.placement, parameter.shared, parameter.wide)
+        narrow = parameter.block is not None
+        kind = Kind(part, parameter.shape, parameter.placement, parameter.shared, parameter.wide, narrow)
         counts[parameter.layer][kind] += 1
     layers = config.num_hidden_layers + (config.prediction is not None)
     by_layer = [tuple(counts[layer].items()) for layer in range(layers)]
@@ -167,7 +188,8 @@ def take_census(config: ModelConfig, weight_bytes: int, number_bytes: int) -> Ce
 
 
 def _numbers(kinds: Kinds) -> int:
-    return sum(count * math.prod(kind.shape) for kind, count in kinds)
+    """Of the model: scales are none."""
+    return sum(count * math.prod(kind.shape) for kind, count in kinds if not isinstance(kind.placement, Blocks))
 
 
 def _held(kind: Kind, count: int, degrees: Degrees) -> int:

@@ -27,14 +27,15 @@ class Gpu:
     flops: float
     link_bytes_s: float
     float8: bool = True  # twice the rate of 16 bit
+    float8_blocks: bool = False  # products of them with scales of blocks were measured to be faster
 
 
 # NVIDIA's data sheets of the SXM modules (H200, H100, A100 80GB) and of HGX B200; without sparsity, links one way.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="h200", memory_bytes=141e9, read_bytes_s=4.8e12, flops=989e12, link_bytes_s=450e9),
-        Gpu(name="h100", memory_bytes=80e9, read_bytes_s=3.35e12, flops=989e12, link_bytes_s=450e9),
+        Gpu(name="h200", memory_bytes=141e9, read_bytes_s=4.8e12, flops=989e12, link_bytes_s=450e9, float8_blocks=True),
+        Gpu(name="h100", memory_bytes=80e9, read_bytes_s=3.35e12, flops=989e12, link_bytes_s=450e9, float8_blocks=True),
         Gpu(name="b200", memory_bytes=180e9, read_bytes_s=8e12, flops=2250e12, link_bytes_s=900e9),
         Gpu(name="a100", memory_bytes=80e9, read_bytes_s=2.04e12, flops=312e12, link_bytes_s=300e9, float8=False),
     )

@@ -73,9 +73,12 @@ class Roofline:
             rows = batch.tokens * self.degrees.data
             chosen = routing.experts_per_token / routing.experts
             touched = 1 - (1 - chosen) ** rows  # of the experts, if tokens choose at random
-            experts = self._seconds(numbers.expert * touched * size, 2 * numbers.expert * chosen * rows)
+            read_bytes = numbers.expert * size - numbers.float8_experts * (size - 1)
+            experts = self._seconds(read_bytes * touched, 2 * numbers.expert * chosen * rows)
         return Slot(
-            weights=self._seconds(numbers.every_token * size, 2 * self._products(numbers) * batch.tokens),
+            weights=self._seconds(
+                numbers.every_token * size - numbers.float8 * (size - 1), 2 * self._products(numbers) * batch.tokens
+            ),
             experts=experts,
             attention=self._attention_s(load, batch),
             head=self._head_s(numbers, batch.sampled) if batch.sampled else 0.0,

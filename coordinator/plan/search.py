@@ -67,7 +67,7 @@ class Planner:
 
     def rank(self, fixed: Mapping[str, int], latency: bool) -> Ranking:
         """All layouts with these degrees over all devices, or over as many as any layout fits. Raises ConfigError."""
-        least = math.ceil(self.census.parameters * self.census.weight_bytes / self.machines.usable_bytes)
+        least = math.ceil(self.census.total_bytes / self.machines.usable_bytes)
         for gpus in range(self.machines.gpus, least - 1, -1):
             divided = [degrees for degrees in self.layouts(gpus, fixed) if self._divides(degrees)]
             fitting = [held for held in map(self._load, divided) if held.fits(self.limits)]
@@ -133,7 +133,7 @@ class Planner:
     def _nothing_fits(self, fixed: Mapping[str, int]) -> str:
         """Why no layout of these devices holds the model, by the bytes of all of them together."""
         machines, census = self.machines, self.census
-        weights = census.parameters * census.weight_bytes
+        weights = census.total_bytes
         room = machines.gpus * machines.usable_bytes
         asked = f" with {' '.join(f'--{name} {degree}' for name, degree in fixed.items())}" if fixed else ""
         parts = (

@@ -21,9 +21,19 @@ from tokenizers import Tokenizer
 
 from coordinator.placement import degrees_of, plan_replica
 from coordinator.ray_port import reach_ray
+from coordinator.supervisor.float8 import settled_float8
 from coordinator.supervisor.hub import model_directory, served_name
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
-from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
+from echelon.config import (
+    CoordinatorConfig,
+    Device,
+    Dtype,
+    Float8Storage,
+    ServeConfig,
+    flag_of,
+    join_address,
+    split_address,
+)
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_model_config, with_prediction
 from models.files import check_model_directory, model_digest
@@ -46,6 +56,7 @@ CHANGEABLE = (
     "spares",
     "spare_devices",
     "dtype",
+    "float8",
     "max_context",
     "max_running",
     "cuda_graphs",
@@ -71,6 +82,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
     directory, model = _checked_model(config)
     device = _device(config)
+    dtype = _dtype(config, model, device)
+    config, model = _with_float8(config, settled_float8(config, directory, device, dtype), model)
     host, port = split_address(config.address)
     if port != 0 and config.metrics_address == config.address:
         raise ConfigError(f"address and metrics-address are both {config.address}; choose two", field="metrics_address")
@@ -84,7 +97,7 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "model": directory,
             "served_model_name": config.served_model_name or served_name(config.model, directory),
             "device": device,
-            "dtype": _dtype(config, model, device),
+            "dtype": dtype,
             "max_context": _max_context(config, model),
             "address": public,
             "internal_address": join_address(internal_host, _claim(internal_host, 0, "internal address")),
@@ -92,7 +105,7 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "state_dir": _writable("state-dir", config.state_dir or folder / "state"),
             "trace_dir": config.trace_dir and _writable("trace-dir", config.trace_dir),
             "checkpoint_dir": config.checkpoint_dir and config.checkpoint_dir.resolve(),
-            "model_digest": model_digest(directory) if config.checkpoint_dir else "",
+            "model_digest": model_digest(directory, config.keeps_float8) if config.checkpoint_dir else "",
         }
     )
     plan_replica(settled, model)
@@ -116,15 +129,17 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
     directory, model = _checked_model(wanted)
     if serving.device == "cuda" and _device(wanted) == "cpu":
         raise ConfigError(f"dtype={wanted.dtype} is for device=cpu, and the cluster is on cuda", field="dtype")
+    dtype = _dtype(wanted, model, serving.device)
+    wanted, model = _with_float8(wanted, settled_float8(wanted, directory, serving.device, dtype), model)
     settled = CoordinatorConfig.model_validate(
         serving.model_dump()
         | {name: getattr(wanted, name) for name in CHANGEABLE}
         | {
             "model": directory,
             "served_model_name": wanted.served_model_name or served_name(wanted.model, directory),
-            "dtype": _dtype(wanted, model, serving.device),
+            "dtype": dtype,
             "max_context": _max_context(wanted, model),
-            "model_digest": model_digest(directory) if serving.checkpoint_dir else "",
+            "model_digest": model_digest(directory, wanted.keeps_float8) if serving.checkpoint_dir else "",
         }
     )
     plan_replica(settled, model)
@@ -133,10 +148,18 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
 
 def _checked_model(config: ServeConfig) -> tuple[Path, ModelConfig]:
     directory = model_directory(config.model).resolve()
-    check_model_directory(directory, predicts=config.speculation == "mtp")
+    check_model_directory(directory, predicts=config.speculation == "mtp", keep_float8=config.keeps_float8)
     _check_tokenizer(directory)
-    model = read_model_config(directory)
+    model = read_model_config(directory, keep_float8=config.keeps_float8)
     return directory, with_prediction(model) if config.speculation == "mtp" else model
+
+
+def _with_float8(config: ServeConfig, float8: Float8Storage, model: ModelConfig) -> tuple[ServeConfig, ModelConfig]:
+    """Both as it was settled, for a model that was checked as config had it."""
+    if float8 == config.float8:
+        return config, model
+    settled = config.model_copy(update={"float8": float8})
+    return settled, _checked_model(settled)[1] if settled.keeps_float8 else model
 
 
 def _check_tokenizer(directory: Path) -> None:

@@ -30,10 +30,10 @@ def experts_of_many_rows(rows: Tensor, gate_up: Tensor, down: Tensor, copies: Co
     return weighted_sums(F.grouped_mm(inner, down.mT, offs=copies.ends), copies.weights, places)
 
 
-def try_steps(rows: Tensor, gate_up: Tensor, copies: Copies) -> None:
-    """Launches what stands around the products, for nothing."""
+def try_steps(rows: Tensor, width: int, copies: Copies) -> None:
+    """Launches what stands around the products, for nothing. width: of gate and up."""
     taken, places = taken_and_places(rows, copies)
-    silu_and_multiply(gate_up.new_zeros(len(taken), gate_up.shape[1]))
+    silu_and_multiply(rows.new_zeros(len(taken), width))
     weighted_sums(taken, copies.weights, places)
 
 

@@ -10,6 +10,8 @@ import torch
 
 DTYPES = (torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # before it, bfloat16 is multiplied nowhere
+HOPPER = (9, 0)
+FLOAT8_COLUMNS = 128  # of a block of 8 bit floats, or a multiple: what a kernel multiplies at once has one scale
 
 log = structlog.get_logger("kernels")
 
@@ -30,5 +32,27 @@ def _work_on(device: torch.device) -> bool:
         launch(device)
     except Exception as error:  # noqa: BLE001 - a missing compiler, a folder, a driver: each says it in its own way
         log.warning("no kernel can be compiled, torch stands in", device=str(device), reason=repr(error))
+        return False
+    return True
+
+
+@functools.cache
+def has_float8(device: torch.device) -> bool:
+    """Whether a CUDA device converts 8 bit floats itself."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether torch multiplies 8 bit floats with scales of blocks there: cuBLAS does for Hopper, since 12.9. Found out
+    once, where kernels can run; without it matrices are dequantised for many rows."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+        return False
+    from parallel.kernels.float8_rows import attempt
+
+    try:
+        attempt(device)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        log.warning("torch multiplies no 8 bit floats by blocks", device=str(device), reason=repr(error))
         return False
     return True

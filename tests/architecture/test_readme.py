@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def flag_rows() -> dict[str, str]:
     """Flag -> default, from the table."""
     rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) \|", README, re.MULTILINE)
-    return {flag: default.strip(" `") for flags, default in rows for flag in re.findall(r"--([a-z-]+)", flags)}
+    return {flag: default.strip(" `") for flags, default in rows for flag in re.findall(r"--([a-z0-9-]+)", flags)}
 
 
 def test_the_first_screen_is_the_two_commands() -> None:

@@ -128,9 +128,10 @@ def new_runner(
     graphs: Sequence[int] = (),
     predicts: bool = False,
     padded: bool = False,
+    keep_float8: bool = False,
 ) -> Runner:
     """graphs: numbers of rows that are captured, as far as there is no device. padded: others may be later."""
-    config = read_model_config(directory)
+    config = read_model_config(directory, keep_float8=keep_float8)
     if predicts:
         config = with_prediction(config)
     model = build_model(config, context)

@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.assembly import Layout, read_layout
 from echelon.config import CoordinatorConfig
+from examples.quantize_fp8 import quantise_checkpoint
 from tests.predicting import make_circle
 from tests.tiny import make_checkpoint
 
@@ -46,6 +47,15 @@ def test_a_layer_for_prediction_is_planned_and_told_where_it_is_asked_for(tmp_pa
     assert predicting.settings.predicts and predicting.model.prediction is not None
     assert min(predicting.plan.parameter_bytes) > max(plain.plan.parameter_bytes)
     assert predicting.plan.block_bytes[0] * 3 == plain.plan.block_bytes[0] * 4, "of three layers and one more"
+
+
+def test_ranks_are_told_what_stays_8_bit_floats_and_hold_less(tmp_path: Path) -> None:
+    quantise_checkpoint(make_checkpoint(tmp_path / "source"), tmp_path / "float8", (16, 16))
+    plain, kept = (layout(tmp_path, model=tmp_path / "float8", float8=float8) for float8 in ("dequantised", "kept"))
+    assert (plain.settings.keep_float8, kept.settings.keep_float8) == (False, True)
+    assert plain.settings.layout != kept.settings.layout
+    held = (made.plan.parameter_bytes for made in (kept, plain))
+    assert all(less < more for less, more in zip(*held, strict=True))
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_dir": None}, {"device": "cpu"}], ids=["no store", "no device"])

@@ -35,9 +35,9 @@ def check(slots: Tensor, own: bool, total: int | None = None) -> None:
     chosen = slots.to(DEVICE)
     copies = Copies.of_own(chosen, weights, SLOTS, total) if own else Copies.of(chosen, weights, SLOTS)
     rows = random(len(slots), HIDDEN, seed=1) * HIDDEN**0.5
-    experts = Experts(random(SLOTS, 2 * NEURONS, HIDDEN), random(SLOTS, HIDDEN, NEURONS, seed=2), F.silu)
-    found = experts_of_few_rows(rows, experts.gate_up, experts.down, copies, *SMALL)
-    wide = Experts(experts.gate_up.double(), experts.down.double(), F.silu)
+    gate_up, down = random(SLOTS, 2 * NEURONS, HIDDEN), random(SLOTS, HIDDEN, NEURONS, seed=2)
+    found = experts_of_few_rows(rows, gate_up, down, copies, *SMALL)
+    wide = Experts(gate_up.double(), down.double(), F.silu)
     expected = copies.sums(wide.outputs(copies.taken(rows.double()), copies.ends))
     assert found.dtype == torch.float16 and found.shape == rows.shape
     # Every product with a weight is rounded, and what lies between the matrices too.

@@ -80,9 +80,10 @@ def test_heads_are_the_layers_and_stored(
 def test_a_latent_is_the_layers_and_stored(
     heads: int, rank: int, plain_dim: int, turning: int, interleaved: bool, wide: torch.dtype
 ) -> None:
-    nothing, norm = ColumnLinear(random(1, 1)), RMSNorm(random(rank, seed=5), 1e-6, False)
-    output, shape = RowLinear(nothing.weight, None, Group()), LatentAttention(None, rank, plain_dim, turning, 4)
-    layer = LatentSelfAttention(0, RULE, shape, Queries(None, None, nothing), nothing, norm, nothing.weight, output)
+    one, norm = random(1, 1), RMSNorm(random(rank, seed=5), 1e-6, False)
+    nothing, output = ColumnLinear(one), RowLinear(one, None, Group())
+    shape = LatentAttention(None, rank, plain_dim, turning, 4)
+    layer = LatentSelfAttention(0, RULE, shape, Queries(None, None, nothing), nothing, norm, one, output)
     query, given = random(TOKENS, heads, plain_dim + turning), 3 * random(TOKENS, rank + turning, seed=1)
     turn, expected, found = rotation(turning, wide, interleaved), *(places(1, rank + turning, None) for _ in range(2))
     turned = layer.placed(query, given, turn, expected)

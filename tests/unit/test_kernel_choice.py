@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.quantize_fp8 import quantise_checkpoint
 from parallel import kernels
 from parallel.context import solo_context
 from tests.kernel_device import DEVICE
@@ -37,6 +38,8 @@ Variant = tuple[object, ...]
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As if the CPU had kernels, of float32 too, and few processors."""
     monkeypatch.setattr(kernels, "can_run", lambda device: True)
+    monkeypatch.setattr(kernels, "has_float8", lambda device: True)
+    monkeypatch.setattr(kernels, "FLOAT8_COLUMNS", 16)
     monkeypatch.setattr(kernels, "DTYPES", (torch.float16, torch.float32))
     device = SimpleNamespace(multi_processor_count=4, shared_memory_per_multiprocessor=1 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_: device)
@@ -91,22 +94,26 @@ def special_of(name: str, value: Any) -> object:
 
 @interpreted
 @pytest.mark.parametrize("graphs", [(), (3, 1)], ids=["eager", "graphs"])
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "gemma2", "deepseek-v2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "gemma2", "deepseek-v2", "qwen3-moe, kept", "llama, kept"])
 def test_nothing_is_left_to_be_compiled_in_a_step_with_a_deadline(
     family: str, graphs: tuple[int, ...], tmp_path: Path, on_cpu: pytest.MonkeyPatch
 ) -> None:
     """With graphs of few rows, what is later is all that has none: prompts beside decode rows, and more rows."""
     layers = {"num_hidden_layers": 2, "sliding_window": 300} if family == "gemma2" else {"num_hidden_layers": 2}
+    family, _, kept = family.partition(", ")
     directory = make_checkpoint(tmp_path / family, family, max_position_embeddings=2048, **layers)
+    if kept:
+        quantise_checkpoint(directory, tmp_path / "float8", (16, 16))
+        directory = tmp_path / "float8"
     context = solo_context(CPU, torch.float16, FENCE.epoch)
     limits = RunnerLimits(max_running=70, max_context=1200, block_tokens=16)
 
     def run(plan: StepPlan) -> None:
-        new_runner(directory, context, limits, 1).run(decode(encode(plan)))
+        new_runner(directory, context, limits, 1, keep_float8=bool(kept)).run(decode(encode(plan)))
 
     def before() -> None:
-        runner = new_runner(directory, context, limits, 1, graphs=graphs)  # their work is done once, as it would be
-        rehearse(runner, rehearsed_steps(3, 1200, 40, FENCE.epoch, bool(graphs)))
+        runner = new_runner(directory, context, limits, 1, graphs=graphs, keep_float8=bool(kept))
+        rehearse(runner, rehearsed_steps(3, 1200, 72 if kept else 40, FENCE.epoch, bool(graphs)), context)
 
     def later() -> None:
         for running, stored, tokens in ((1, 1, 1), (2, 3, 1), (2, 600, 2), (1, 40, 30), (60, 2, 59), (1, 90, 70)):

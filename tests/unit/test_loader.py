@@ -15,8 +15,9 @@ from torch import Tensor
 from echelon.internal.v1 import control_pb2
 from models.config import read_model_config
 from models.files import check_model_directory, checkpoint_index
+from models.parameter import Parameter
 from models.registry import build_model
-from models.tables import Parameter, held_parameters
+from models.tables import held_parameters
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees, Place
 from parallel.sharding import region_shape

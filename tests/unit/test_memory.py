@@ -159,7 +159,7 @@ def test_what_is_run_before_a_rank_serves_runs_on_every_layout(tmp_path: Path, d
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "run", watched)
-            rehearse(runner, plans)
+            rehearse(runner, plans, context)
         return drawn
 
     drawn = as_ranks(degrees, as_rank, torch.float32, epoch=3)

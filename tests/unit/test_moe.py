@@ -15,6 +15,7 @@ from parallel.comm import Group
 from parallel.context import ParallelContext
 from parallel.degrees import Degrees
 from parallel.expert import PREFILL, Copies, SplitExperts
+from parallel.float8 import meant
 from tests.ranks import as_ranks
 
 
@@ -25,10 +26,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def one_by_one(hidden: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
     """Each row through each of its experts, as the formula says."""
     sums = torch.zeros_like(hidden)
+    gate_up, down = (meant(matrix, hidden.dtype) for matrix in (experts.gate_up, experts.down))
     for row in range(len(hidden)):
         for expert, weight in zip(expert_ids[row].tolist(), weights[row].tolist(), strict=True):
-            gate, up = (experts.gate_up[expert] @ hidden[row]).chunk(2)
-            sums[row] += weight * (experts.down[expert] @ (F.silu(gate) * up))
+            gate, up = (gate_up[expert] @ hidden[row]).chunk(2)
+            sums[row] += weight * (down[expert] @ (F.silu(gate) * up))
     return sums
 
 
@@ -60,13 +62,14 @@ def test_experts_compute_the_formula(rows: int, chosen: int, seed: int) -> None:
 
 
 def test_what_stands_beside_experts_is_added_once_by_ranks_that_split_it() -> None:
-    hidden, experts = random(6, 8), Experts(random(3, 12, 8), random(3, 8, 6, seed=1), F.silu)
+    hidden, gate_up, down = random(6, 8), random(3, 12, 8), random(3, 8, 6, seed=1)
+    experts = Experts(gate_up, down, F.silu)
     router = SoftmaxRouter(random(3, 8, seed=2), 2, normalizes=True, rounds=False)
     routed = MixtureOfExperts(router, experts, SplitExperts(Group(), 3))(hidden, PREFILL)
 
     def as_rank(context: ParallelContext) -> Tensor:
         part = slice(3 * context.tensor.rank, 3 * context.tensor.rank + 3)
-        mine = Experts(experts.gate_up.view(3, 2, 6, 8)[:, :, part].flatten(1, 2), experts.down[:, :, part], F.silu)
+        mine = Experts(gate_up.view(3, 2, 6, 8)[:, :, part].flatten(1, 2), down[:, :, part], F.silu)
         share = torch.zeros(8).double().index_fill(0, torch.arange(4) + 4 * context.tensor.rank, 1.0)
         layer = MixtureOfExperts(router, mine, SplitExperts(context.tensor, 3), lambda rows, step: rows * share)
         return layer(hidden, PREFILL)

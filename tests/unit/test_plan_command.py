@@ -14,6 +14,9 @@ from typer.testing import CliRunner, Result
 from echelon.cli.app import app
 from echelon.cli.plan.units import byte_count, case_numbers, flop_rate
 from echelon.errors import ConfigError
+from models.config import read_model_config
+from models.tables import parameter_bytes
+from parallel.degrees import Degrees
 from tests.published import PUBLISHED, QWEN3_8B, write_config, write_published
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +54,22 @@ def test_a_directory_with_a_config_is_enough(name: str) -> None:
     assert result.exit_code == 0, result.output
     for part in ("parameters", "KV cache", "decoding", "prefill", "what limits it", "why this layout"):
         assert part in result.stdout
+
+
+def write_few_layers() -> None:
+    published = json.loads(Path("deepseek-r1/config.json").read_text())
+    write_config(Path("few-layers"), published | {"num_hidden_layers": 5, "n_routed_experts": 32})
+
+
+def test_matrices_that_stay_8_bit_floats_are_planned_as_they_are_held() -> None:
+    write_few_layers()
+    asked = ("--model", "few-layers", "--gpus", "16", "--gpu", "h200", "--tensor", "8", "--pipeline", "2")
+    plain, kept = (planned(*asked, "--dtype", "bfloat16", "--float8", how) for how in ("dequantised", "kept"))
+    assert kept["parameters"] == plain["parameters"] and kept["weight_bytes"] < 0.7 * plain["weight_bytes"]
+    config, places = read_model_config(Path("few-layers"), keep_float8=True), Degrees(pipeline=2, tensor=8)
+    held = [parameter_bytes(config, places.place(rank), 2) for rank in (0, 8)]
+    assert [stage["weight_bytes"] for stage in kept["stages"]] == held
+    assert "leave --float8 kept out" in refused("--model", "qwen3-8b", "--gpus", "1", "--float8", "kept")
 
 
 def test_json_has_every_stage_and_the_ranking() -> None:
@@ -92,10 +111,10 @@ def test_fewer_bytes_a_weight_leave_more_cache() -> None:
 
 
 def test_a_layer_of_prediction_takes_room_on_the_last_stage() -> None:
-    layout = ("--model", "deepseek-r1", "--gpus", "16", "--gpu", "h200", "--pipeline", "2", "--data", "8")
-    plain = planned(*layout, "--expert", "8")
-    found = planned(*layout, "--expert", "8", "--speculation", "mtp")
-    assert planned(*layout, "--expert", "8", "--speculation", "ngram")["stages"] == plain["stages"]
+    degrees = ("--pipeline", "2", "--data", "8", "--expert", "8")
+    layout = ("--model", "deepseek-r1", "--gpus", "16", "--gpu", "h200", "--float8", "dequantised", *degrees)
+    plain, found = planned(*layout), planned(*layout, "--speculation", "mtp")
+    assert planned(*layout, "--speculation", "ngram")["stages"] == plain["stages"]
     assert found["stages"][0] == plain["stages"][0]
     for part in ("weight_bytes", "kv_bytes_per_token"):
         assert found["stages"][1][part] > plain["stages"][1][part]
@@ -155,7 +174,22 @@ def test_a_large_model_is_planned_from_its_config_alone() -> None:
     found = planned("--model", "deepseek-r1", "--gpus", "16", "--gpu", "h200", "--auto")
     assert found["parameters"] == 671_026_419_200
     assert sum(found["degrees"].values()) > 5 and found["ranks"] == 16
-    assert "11 such GPUs hold the weights alone" in refused("--model", "deepseek-r1", "--gpus", "8", "--gpu", "h200")
+    eight = ("--model", "deepseek-r1", "--gpus", "8", "--gpu", "h200")
+    assert "11 such GPUs hold the weights alone" in refused(*eight, "--float8", "dequantised")
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [("--gpu", "b200"), ("--dtype", "float32"), ("--model", "qwen3-8b"), ("--tensor", "32", "--pipeline", "1")],
+    ids=" ".join,
+)
+def test_matrices_are_planned_as_serve_settles_them(otherwise: tuple[str, ...]) -> None:
+    """Dequantised on other devices, in other dtypes, where there are none, and where ranks would cut their blocks."""
+    write_few_layers()
+    asked = ("--model", "few-layers", "--gpus", "32", "--gpu", "h200", "--tensor", "16", "--pipeline", "2")
+    assert planned(*asked)["weight_bytes"] == planned(*asked, "--float8", "kept")["weight_bytes"]
+    plain = planned(*asked, *otherwise, "--float8", "dequantised")
+    assert planned(*asked, *otherwise)["weight_bytes"] == plain["weight_bytes"]
 
 
 def test_missing_flags_are_named() -> None:

@@ -33,17 +33,11 @@ from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config, with_prediction
-from models.tables import (
-    Parameter,
-    held_parameters,
-    kv_bytes_per_block,
-    parameter_bytes,
-    parameter_table,
-    stage_layers,
-)
+from models.parameter import Parameter
+from models.tables import held_parameters, kv_bytes_per_block, parameter_bytes, parameter_table, stage_layers
 from parallel.context import solo_context
 from parallel.degrees import Degrees, Place
-from parallel.sharding import Replicated, Split, SplitVocabulary
+from parallel.sharding import Blocks, Replicated, Split, SplitVocabulary
 from tests.published import PUBLISHED, write_config, write_published
 from worker.kv_cache import KVCache
 
@@ -137,7 +131,10 @@ def copies(parameter: Parameter, degrees: Degrees) -> int:
         return 1
     if parameter.shared and (degrees.data > 1 or degrees.expert > 1):
         return degrees.stage_ranks
-    match parameter.placement:
+    placement = parameter.placement.placement if isinstance(parameter.placement, Blocks) else parameter.placement
+    match placement:
+        case Blocks():
+            raise AssertionError("blocks of blocks")
         case Replicated():
             return degrees.stage_ranks
         case SplitVocabulary():

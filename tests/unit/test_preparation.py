@@ -7,15 +7,18 @@ import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+import coordinator.supervisor.float8
 from coordinator.placement import plan_replica
 from coordinator.supervisor import preparation
 from coordinator.supervisor.preparation import prepare, prepare_change, temporary_folder
 from echelon.config import ServeConfig, split_address
 from echelon.errors import ConfigError, UnavailableError
+from examples.quantize_fp8 import quantise_checkpoint
 from models.config import read_model_config
 from tests.tiny import make_checkpoint, write_weights
 
@@ -59,6 +62,62 @@ def test_with_a_store_the_model_s_files_are_told_apart(tmp_path: Path, monkeypat
     assert changed == settled.model_copy(update={"model_digest": changed.model_digest}) != settled
     without, _ = prepare(config(tmp_path / "model"), tmp_path)
     assert (without.checkpoint_dir, without.model_digest) == (None, "")
+
+
+def test_matrices_may_stay_8_bit_floats_where_a_checkpoint_has_them(model: Path, tmp_path: Path) -> None:
+    """Shards of them lie apart; and it may change while a cluster serves."""
+    quantise_checkpoint(model, tmp_path / "float8", (16, 16))
+    plain, kept = (
+        config(tmp_path / "float8", checkpoint_dir=tmp_path, float8=float8) for float8 in ("dequantised", "kept")
+    )
+    settled, _ = prepare(plain, tmp_path)
+    changed = prepare_change(kept, plain, settled)
+    assert (settled.float8, changed.float8) == ("dequantised", "kept")
+    assert changed.model_digest != settled.model_digest == prepare_change(plain, plain, changed).model_digest
+    with pytest.raises(ConfigError, match=r"no quantization_config: .* leave --float8 kept out"):
+        prepare(config(model, float8="kept"), tmp_path)
+
+
+SQUARE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "asked", "capabilities", "float8"),
+    [
+        (128, {}, ["9.0", "9.0"], "kept"),
+        (128, {"tensor": 2}, ["9.0", "9.0"], "dequantised"),  # a rank would begin within a block
+        (64, {}, ["9.0", "9.0"], "dequantised"),
+        (None, {}, ["9.0", "9.0"], "dequantised"),
+        (128, {"dtype": "float32"}, ["9.0", "9.0"], "dequantised"),
+        (128, {}, ["9.0", "10.0"], "dequantised"),
+        (128, {}, [], "dequantised"),
+        (128, {"float8": "dequantised"}, ["9.0"], "dequantised"),
+        (64, {"float8": "kept"}, [], "kept"),
+        (128, {"device": "cpu"}, ["9.0"], "dequantised"),
+    ],
+)
+def test_matrices_stay_8_bit_floats_by_themselves_where_that_is_faster(
+    block: int | None,
+    asked: dict[str, object],
+    capabilities: list[str],
+    float8: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a start, and when it changes; what is refused when asked for is left alone otherwise."""
+    monkeypatch.setattr(preparation, "_gpus", lambda: 2)
+    monkeypatch.setattr(coordinator.supervisor.float8, "compute_capabilities", lambda: capabilities)
+    model = make_checkpoint(tmp_path / "model", **SQUARE)
+    if block is not None:
+        quantise_checkpoint(model, tmp_path / "float8", (block, block))
+        model = tmp_path / "float8"
+    given = config(model, **({"device": "cuda", "dtype": "bfloat16"} | asked))
+    settled, _ = prepare(given, tmp_path)
+    assert settled.float8 == float8
+    assert prepare_change(given, given, settled) == settled
 
 
 def test_the_cache_holds_what_was_asked_for_or_a_full_batch_of_full_contexts(model: Path, tmp_path: Path) -> None:

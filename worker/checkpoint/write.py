@@ -24,7 +24,8 @@ import torch
 from echelon.errors import ConfigError
 from models.config import ModelConfig
 from models.files import Stamp, read_header, weight_stamps
-from models.tables import Parameter, held_parameters
+from models.parameter import Parameter
+from models.tables import held_parameters
 from parallel.sharding import Shape
 from worker.checkpoint.checksum import checksum
 from worker.checkpoint.manifest import (

@@ -18,6 +18,7 @@ from coordinator.plan.forecast import Case
 from coordinator.plan.hardware import GPUS, Gpu, Machines, nearest_gpu
 from coordinator.plan.memory import Limits
 from coordinator.plan.search import Planner
+from coordinator.plan.storage import keeps_float8
 from echelon.cli import output
 from echelon.cli.plan.report import as_json as report_json
 from echelon.cli.plan.report import print_plan
@@ -36,6 +37,14 @@ class Speculation(StrEnum):
     OFF = "off"
     NGRAM = "ngram"
     MTP = "mtp"
+
+
+class Stored(StrEnum):
+    """What becomes of matrices that a checkpoint has in 8 bit floats, as of `echelon serve`."""
+
+    AUTO = "auto"
+    DEQUANTISED = "dequantised"
+    KEPT = "kept"
 
 
 class Goal(StrEnum):
@@ -67,38 +76,38 @@ def plan(
     gpu_memory_fraction: Annotated[float, typer.Option(min=0.1, max=1, help="Share for weights and KV cache.")] = 0.9,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; default: the model's.")] = "",
     speculation: Annotated[Speculation, typer.Option(help="As of serve: mtp holds one layer more.")] = Speculation.OFF,
+    float8: Annotated[Stored, typer.Option(help="As of serve: whether matrices of 8 bit floats stay.")] = Stored.AUTO,
     as_json: output.AsJson = False,
 ) -> None:
     """Plan a model over GPUs from its config.json alone: bytes, KV cache and lower bounds of time for each stage.
 
     Example: echelon plan --model DIR --gpus 16 --gpu-memory 141GB --auto --for throughput
     """
-    config = _config(model, max_context, speculation)
+    degrees = {"replicas": replicas, "pipeline": pipeline, "data": data, "tensor": tensor, "expert": expert}
+    fixed = {name: degree for name, degree in degrees.items() if degree is not None}
+    device = _gpu(gpu, gpu_memory, gpu_bandwidth, gpu_flops)
+    stays = float8 is Stored.KEPT or (float8 is Stored.AUTO and keeps_float8(model, device, dtype, Degrees(**fixed)))
+    config = _config(model, max_context, speculation, stays)
     machines = Machines(
-        gpu=_gpu(gpu, gpu_memory, gpu_bandwidth, gpu_flops),
+        gpu=device,
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         network_bytes_s=byte_count(network_bandwidth, "--network-bandwidth"),
         memory_fraction=gpu_memory_fraction,
     )
-    load = _case(case, gpus if goal is Goal.THROUGHPUT else 0, _context(config, max_context))
-    limits = Limits(max_context=_context(config, max_context), step_tokens=max_step_tokens, requests=load.requests)
-    dtype = _dtype(dtype, config)
-    weight_bytes = DTYPES[dtype]
+    load = _case(case, gpus if goal is Goal.THROUGHPUT else 0, context := _context(config, max_context))
+    limits = Limits(max_context=context, step_tokens=max_step_tokens, requests=load.requests)
+    weight_bytes = DTYPES[dtype := _dtype(dtype, config)]
     planner = Planner(take_census(config, weight_bytes, max(weight_bytes, 2)), machines, limits, load)
-    degrees = {"replicas": replicas, "pipeline": pipeline, "data": data, "tensor": tensor, "expert": expert}
-    fixed = {name: degree for name, degree in degrees.items() if degree is not None}
     notes = _notes(planner, dtype, speculation, named=bool(gpu))
     ranking = planner.rank(fixed, goal is Goal.LATENCY) if auto or not fixed else None
     chosen = ranking.plans[0] if ranking else planner.plan(Degrees(**fixed))
-    if as_json:
-        output.json_line(report_json(planner, chosen, ranking, goal is Goal.LATENCY, notes))
-    else:
-        print_plan(planner, chosen, ranking, goal is Goal.LATENCY, notes)
+    said = planner, chosen, ranking, goal is Goal.LATENCY, notes
+    output.json_line(report_json(*said)) if as_json else print_plan(*said)
 
 
-def _config(model: Path, max_context: int | None, speculation: Speculation) -> ModelConfig:
-    config = read_model_config(model, max_context, planning=True)
+def _config(model: Path, max_context: int | None, speculation: Speculation, keep_float8: bool) -> ModelConfig:
+    config = read_model_config(model, max_context, planning=True, keep_float8=keep_float8)
     return with_prediction(config) if speculation is Speculation.MTP else config
 
 
@@ -158,7 +167,7 @@ def _notes(planner: Planner, dtype: str, speculation: Speculation, named: bool) 
     if machines.gpus > machines.gpus_per_node:
         notes.append(f"between nodes: {machines.network_bytes_s / 1e9:g} GB/s a GPU, by data sheet and not measured")
     if dtype == FLOAT8:
-        notes.append("float8 is planned, of weights alone, and not computed yet: served checkpoints of it take 16 bit")
+        notes.append("float8 is planned for all weights alike; --float8 kept plans what is served of such a checkpoint")
     if speculation is not Speculation.OFF:
         counted = ": what it needs is counted" if speculation is Speculation.MTP else ""
         notes.append(f"speculation={speculation}{counted}, and no guess that comes true")

@@ -48,10 +48,12 @@ RANKING_COLUMNS = ("layout", "running", "round", "prefill tokens/s", "first toke
 def _head(planner: Planner, degrees: Degrees) -> Iterator[str]:
     census, machines = planner.census, planner.machines
     gpu, size = machines.gpu, census.weight_bytes
+    quantization = census.config.quantization
+    kept = ", 1 where it stays an 8 bit float" if quantization is not None and quantization.kept else ""
     yield (
         f"{census.config.architecture}: {billions(census.parameters)} parameters, "
-        f"{billions(census.parameters_per_token)} for each token; {gigabytes(census.parameters * size)} at {size} "
-        f"byte{'s' if size > 1 else ''} a weight"
+        f"{billions(census.parameters_per_token)} for each token; {gigabytes(census.total_bytes)} at {size} "
+        f"byte{'s' if size > 1 else ''} a weight{kept}"
     )
     nodes = -(-machines.gpus // machines.gpus_per_node)
     yield (
@@ -135,7 +137,7 @@ def as_json(planner: Planner, plan: Plan, ranking: Ranking | None, latency: bool
         "architecture": census.config.architecture,
         "parameters": census.parameters,
         "parameters_per_token": census.parameters_per_token,
-        "weight_bytes": census.parameters * census.weight_bytes,
+        "weight_bytes": census.total_bytes,
         "machines": asdict(planner.machines),
         "limits": asdict(planner.limits),
         **_plan_json(plan),
