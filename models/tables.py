@@ -123,10 +123,13 @@ def _with_scales(config: ModelConfig, parameters: Iterator[Parameter]) -> Iterat
 
 
 def _ends_within(parameter: Parameter, block: Block) -> bool:
-    """Whether what gates and what is gated end within a block, so that what is stacked on them would begin there."""
+    """Whether what gates and what is gated end within a block, so that what is stacked on them would begin there. All
+    of an expert is held alike."""
     match parameter.placement:
         case Split(0, sections) if sum(sections) == parameter.shape[0]:  # neurons, not heads
             return any(neurons % block[0] for neurons in sections)
+        case Split(1, (neurons,)) if parameter.expert is not None:
+            return neurons % block[0] != 0
     return False
 
 

@@ -202,6 +202,13 @@ def test_what_is_stacked_but_ends_within_a_block_is_dequantised_alone(tmp_path: 
     assert held_bytes == parameter_bytes(config, context.place, 8) < plain_bytes
 
 
+def test_an_expert_is_held_alike_in_all_its_parts(tmp_path: Path) -> None:
+    directory = quantised(tmp_path, "deepseek-v3", **DEEPSEEK | {"moe_intermediate_size": 20})
+    config = read_model_config(directory, keep_float8=True)
+    assert {p.block for p in matrices(config) if p.expert is not None} == {None}
+    assert {p.block for p in matrices(config) if "self_attn.o_proj" in p.name} == {BLOCK}
+
+
 def test_columns_are_cut_between_blocks_too(tmp_path: Path) -> None:
     directory = quantised(tmp_path, "qwen3", (4, 16), intermediate_size=40)
     with pytest.raises(ConfigError, match=r"down_proj.weight at 20 of its columns, within a block of 16"):

@@ -103,7 +103,7 @@ def test_nothing_is_left_to_be_compiled_in_a_step_with_a_deadline(
     family, _, kept = family.partition(", ")
     directory = make_checkpoint(tmp_path / family, family, max_position_embeddings=2048, **layers)
     if kept:
-        quantise_checkpoint(directory, tmp_path / "float8", (16, 16))
+        quantise_checkpoint(directory, tmp_path / "float8", (8, 16))
         directory = tmp_path / "float8"
     context = solo_context(CPU, torch.float16, FENCE.epoch)
     limits = RunnerLimits(max_running=70, max_context=1200, block_tokens=16)
