@@ -123,7 +123,7 @@ async def _serve(bench: Bench, stage: Stage, degrees: Degrees, arguments: argpar
     leads, taken = arguments.rank == 0, watch.count
     resources = SimpleNamespace(callback=lambda call: None)
     if leads:
-        plans, lead = await asyncio.to_thread(_lead, spec, FENCE, command)
+        plans, lead = await asyncio.to_thread(_lead, spec, FENCE, command, ())
         lead.core.step = watch.time("engine_us", lead.core.step)  # type: ignore[method-assign]
         leader = Leader(lead.core, address, lead.send_plans, lambda: FENCE.term, lambda broken: os._exit(1))
         leading = asyncio.create_task(leader.run())
