@@ -20,6 +20,7 @@ from coordinator.clock import SteadyClock
 from coordinator.events import EventLog
 from coordinator.frontend import GenerateFields, Prompt, check_received, prompt_ids, resolve
 from coordinator.journal.state import Finished, Opened, Record, Tokens
+from coordinator.merging import shown
 from coordinator.metrics import Metrics
 from coordinator.model_facts import ModelFacts, check_vocabulary
 from coordinator.recorder import Journal, Recorder
@@ -110,7 +111,8 @@ class Service:
             self.post(ModelChanged())
 
     async def submit(self, fields: GenerateFields, received: Received | None = None) -> AsyncGenerator[Shown]:
-        """A request's events, ending with its one terminal event. Leaving early parks the request.
+        """A request's events, ending with its one terminal event; what waits for the reader comes merged. Leaving early
+        parks the request.
 
         Raises EchelonError when the request is refused before the core knows it.
         """
@@ -128,10 +130,10 @@ class Service:
         try:
             self.post(Submit(number, request, received))
             while True:
-                event = await stream.queue.get()
-                yield event
-                if isinstance(event, Outcome):
-                    return
+                for event in await shown(stream.queue):
+                    yield event
+                    if isinstance(event, Outcome):
+                        return
         finally:
             if self._streams.pop(number, None) is not None:
                 self.post(StreamClosed(number))

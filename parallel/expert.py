@@ -143,8 +143,7 @@ class ExchangedExperts:
     def restore(self, rows: Tensor, total: int, step: ExpertStep) -> Tensor:
         if self._everywhere(step):
             return rows
-        padded = _pad_rows(rows, -(-total // self.tensor.size))
-        return self.tensor.all_gather(padded)[:total]
+        return self.tensor.all_gather(_pad_rows(rows, -(-total // self.tensor.size)))[:total]
 
     def dispatch(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, step: ExpertStep) -> Dispatched:
         padding = None if step.padding is None else self.share(step.padding, step)
@@ -202,15 +201,17 @@ class ExchangedExperts:
         """Fixed shape, for decode: every row goes to every rank, which computes what its slots are asked.
 
         1. Rows are padded to `padded` on every rank, the padding wanting no slot.
-        2. All-gather of rows [ranks * padded, h] and of their routing (slots and weights, [.., 2k] int32).
+        2. One all-gather of rows and, behind each, its routing (slots and weights): [ranks * padded, .. + 2k] int32.
         3. Each rank copies rows for its own slots, sorted by slot; the shape allows for every choice of every row.
         4. combine: reduce-scatter adds the ranks' weighted sums, and each rank gets those of its own rows.
         """
-        got = self.stage.all_gather(_pad_rows(rows, padded))
-        packed = _packed(_pad_rows(slots, padded, -1), _pad_rows(weights, padded))
+        words = _pad_rows(rows, padded).view(torch.int32)
+        routing = _packed(_pad_rows(slots, padded, -1), _pad_rows(weights, padded))
+        together = self.stage.all_gather(torch.cat((words, routing), dim=-1))
+        words, routing = together.split((words.shape[-1], routing.shape[-1]), dim=-1)
+        got, copies = words.contiguous().view(rows.dtype), self._copies(*_unpacked(routing), None)
         elsewhere = padded * (self.stage.size - 1)
         self.traffic.add(elsewhere, elsewhere)
-        copies = self._copies(*_unpacked(self.stage.all_gather(packed)), None)
 
         def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             return _added(self.stage.reduce_scatter(sums)[: rows.shape[0]], beside)
@@ -296,4 +297,4 @@ def _added(total: Tensor, beside: Beside | None) -> Tensor:
 
 
 def _pad_rows(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
-    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=value)
+    return F.pad(tensor, (0, 0, 0, rows - len(tensor)), value=value) if rows > len(tensor) else tensor
