@@ -59,7 +59,7 @@ class LaterGraphs:
         refused = torch.tensor([int(graph is None)], device=self._context.device)
         if self._context.stage.all_gather(refused).any():
             if graph is not None:
-                graph.captured.reset()
+                graph.reset()
             self._left.clear()
             log.warning("no more CUDA graphs are captured", rows=rows, reason=reason)
         elif graph is not None:
