@@ -258,7 +258,7 @@ class Ended(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Of some number of rows, with the buffers that it reads, and where it leaves its end. prediction: the second one."""
+    """Of some number of rows, the buffers that it reads, and where it leaves its end. prediction: the second one."""
 
     inputs: Tensor
     hidden: Tensor | None

@@ -12,6 +12,7 @@ from torch import Tensor
 from echelon.errors import ConfigError
 from parallel.context import solo_context
 from parallel.degrees import Degrees
+from tests.predicting import make_circle
 from tests.tiny import make_checkpoint
 from tests.unit.again import Again, Recorder
 from tests.unit.paged_device import request
@@ -135,3 +136,26 @@ def test_what_is_captured_while_all_are_let_go_of_is_let_go_of_too(models: dict[
     with pytest.raises(AssertionError, match="let go"):
         recorder.made[0].replay()
     assert not told
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_both_graphs_of_a_model_that_predicts_are_let_go_of(tmp_path: Path, fails: bool) -> None:
+    """When the second is refused, and when the epoch ends."""
+    model = make_circle(tmp_path / "model")
+    runner = new_runner(model, solo_context(CPU, torch.float64, FENCE.epoch), predicts=True, padded=True)
+    recorder, told = Recorder(), list[Later]()
+
+    def capture(work: Callable[[], Tensor]) -> Again:
+        if fails and len(recorder.made) == 1:
+            raise CaptureRefused("not permitted")
+        return recorder(work)
+
+    runner.capture_later(capture, (3,), told.append)
+    result = runner.run(decode(encode(decodes(captures=3))))
+    assert len(result.drafts) == 1 and told[0].captured == (not fails)
+    assert recorder.replays == ([0] if fails else [1, 1])
+    if not fails:
+        runner.reset_graphs()
+    for made in recorder.made:
+        with pytest.raises(AssertionError, match="let go"):
+            made.replay()
