@@ -68,10 +68,8 @@ def agreed(own: str, replica: Group) -> str:
     return own or ("another rank of the replica can capture none" if refused.any() else "")
 
 
-def failed(rows: int, error: RuntimeError) -> Exception:
-    """What is raised where a capture ends in an error: of a peer it is that one's, else it comes with the remedy."""
-    if of_peer(error):
-        return error
+def failed(rows: int, error: RuntimeError) -> ConfigError:
+    """What is raised where a capture ends in an error that is not of a peer: it comes with the remedy."""
     return ConfigError(
         f"a decode step of {rows} rows could not be captured as a CUDA graph: {error}; serve with "
         "cuda-graphs=off, or lower max-running if memory ran out",
@@ -126,6 +124,8 @@ class DecodeGraphs:
             try:
                 self.add(rows, self.captured(capture, rows))
             except RuntimeError as error:  # what torch raises for all that goes wrong on a device
+                if of_peer(error):
+                    raise
                 raise failed(rows, error) from error
 
     @torch.inference_mode()

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from echelon.errors import ConfigError
-from parallel.context import solo_context
+from parallel.comm import of_peer
+from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Degrees
+from parallel.mesh import close
 from tests.predicting import make_circle
+from tests.ranks import as_ranks
 from tests.tiny import make_checkpoint
 from tests.unit.again import Again, Recorder
 from tests.unit.paged_device import request
@@ -118,6 +121,30 @@ def test_an_error_of_the_work_comes_with_the_remedy_and_is_of_no_request(models:
     runner.capture_later(breaks, SIZES, lambda later: None)
     with pytest.raises(ConfigError, match=r"step of 3 rows .* out of memory; serve with cuda-graphs=off"):
         runner.run(decode(encode(decodes(captures=3))))
+
+
+def test_a_rank_that_dies_while_others_capture_is_a_fault_like_others(models: dict[str, Path]) -> None:
+    """Those that wait for it in what is captured tell that a peer is gone, whose requests nobody blames."""
+    found: dict[int, Exception] = {}
+
+    def as_rank(context: ParallelContext) -> None:
+        runner = new_runner(models["llama"], context, padded=True)
+
+        def dies(work: Callable[[], Tensor]) -> Again:
+            close(context)
+            raise RuntimeError("the device is lost")
+
+        runner.capture_later(Again if context.tensor.rank == 0 else dies, SIZES, lambda later: None)
+        try:
+            runner.run(decode(encode(decodes(captures=3))))
+        except Exception as error:
+            found[context.tensor.rank] = error
+            raise
+
+    with pytest.raises(Exception, match=r".+"):
+        as_ranks(Degrees(tensor=2), as_rank, epoch=FENCE.epoch)
+    assert of_peer(found[0]) and not isinstance(found[0], ConfigError)
+    assert isinstance(found[1], ConfigError)
 
 
 def test_what_is_captured_while_all_are_let_go_of_is_let_go_of_too(models: dict[str, Path]) -> None:
