@@ -92,6 +92,7 @@ class Again:
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
         self.replay = work
+        self.made = work()
 
     def reset(self) -> None:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 import structlog
 
@@ -27,6 +27,9 @@ class EventLog:
         self._next = (term << TERM_SHIFT) + 1
         self._events: deque[ClusterEvent] = deque(maxlen=KEPT_EVENTS)
         self._grown = asyncio.Event()
+
+    def __iter__(self) -> Iterator[ClusterEvent]:
+        return iter(tuple(self._events))
 
     def __len__(self) -> int:
         return len(self._events)

@@ -38,6 +38,7 @@ from coordinator.reserve import Want
 from coordinator.server import BatchJobServicer, ClusterServicer, GenerationServicer
 from coordinator.serving import Serving
 from coordinator.spares import Need, Spares
+from coordinator.startup import startup_phases
 from echelon import types
 from echelon.config import CoordinatorConfig
 
@@ -63,7 +64,7 @@ class Coordinator:
         self._serving = Serving(
             lambda: self._replicas.services,
             lambda serves: self._spawn(self._ports.set_serving(serves)),
-            lambda: self._tell(ready=self._config.address),
+            lambda: self._tell(ready=self._config.address, phases=startup_phases(self._service.events, time.time())),
         )
         self._service.on_proven(self._serving.proven)
         self._replicas = self._build_replicas(layout)

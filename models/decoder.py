@@ -122,17 +122,21 @@ class DecoderModel:
 
     def sampled(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
         """[T, hidden] from the last layer -> those of the sampled tokens, normalized: [S, hidden]."""
+        return self.normalized(hidden.index_select(0, batch.sample_index))
+
+    def normalized(self, hidden: Tensor) -> Tensor:
+        """Hidden states from the last layer, as the head reads them."""
         assert self.norm is not None, "the last stage has the norm"
-        return self.norm(hidden.index_select(0, batch.sample_index))
+        return self.norm(hidden)
 
     def predict(self, batch: ForwardBatch, kv_cache: PagedCache, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        """hidden [T, hidden] from the last layer, next_ids [T] that follow the batch's -> of what follows the sampled
-        tokens' next ids, normalized: [S, hidden]. Keys of all tokens are stored, behind those of the stage's layers."""
-        assert self.norm is not None and self.prediction is not None, "the last stage predicts, where that is asked for"
+        """hidden [T, hidden] from the last layer, normalized, next_ids [T] behind the batch's -> of what follows
+        the sampled tokens' next ids, normalized: [S, hidden]. Keys of all tokens are stored, behind those of layers."""
+        assert self.prediction is not None, "the last stage predicts, where that is asked for"
         rule = self.layers[-1].attention.rule
         rotation = self.rotations(batch.positions, hidden.dtype)[self.layers[-1].rope]
         attend = PagedAttention(batch, kv_cache, {rule.window})
-        made = self.prediction(next_ids, self.norm(hidden), rotation, attend, batch.experts)
+        made = self.prediction(next_ids, hidden, rotation, attend, batch.experts)
         return self.prediction.norm(made.index_select(0, batch.sample_index))
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[Rope, Rotation]:

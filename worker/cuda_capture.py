@@ -15,6 +15,10 @@ from torch import Tensor
 class Captured(Protocol):
     """Work that can be done again over what its buffers hold by then."""
 
+    @property
+    def made(self) -> Tensor:
+        """Where a replay leaves what it makes: another work may read it there."""
+
     def replay(self) -> Tensor:
         """What it makes; the next replay of any work of the same capture overwrites it."""
 
@@ -52,15 +56,15 @@ class CudaCapture:
 
 
 class _Replayed:
-    """made: kept alive, as what is captured later would else be given its memory."""
+    """made is kept alive, as what is captured later would else be given its memory."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor) -> None:
         self._graph = graph
-        self._made = made
+        self.made = made
 
     def replay(self) -> Tensor:
         self._graph.replay()
-        return self._made
+        return self.made
 
     def reset(self) -> None:
         self._graph.reset()

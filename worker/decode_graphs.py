@@ -5,7 +5,7 @@ where it must serve soon, between its steps (`later_graphs.py`); in one pool of 
 side by side, so the largest comes first. A graph reads slots and positions from a buffer that each
 step fills by one copy, and all else where it lies. Rows that are missing are padding: of a slot that no request has,
 whose block nobody reads, and which want no expert. The last stage's ends with logits and the greedy ids of its rows;
-whoever draws otherwise takes the logits.
+whoever draws otherwise takes the logits. What a model predicts behind the ids that were drawn is a second graph.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def graph_sizes(most_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most_rows), most_rows)
 
 
-def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, predicts: bool) -> str:
+def refusal(wanted: bool, device: torch.device, dtype: torch.dtype) -> str:
     """Why decode steps of an epoch are launched one kernel at a time; empty if they are captured."""
     if not wanted:
         return "cuda-graphs is off"
@@ -58,8 +58,6 @@ def refusal(wanted: bool, device: torch.device, dtype: torch.dtype, predicts: bo
         return "no kernel runs on the device"
     if dtype not in kernels.DTYPES:
         return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
-    if predicts:
-        return "speculation is mtp, whose layer is computed behind the ids that a step has drawn"
     return ""
 
 
@@ -70,10 +68,8 @@ def agreed(own: str, replica: Group) -> str:
     return own or ("another rank of the replica can capture none" if refused.any() else "")
 
 
-def failed(rows: int, error: RuntimeError) -> Exception:
-    """What is raised where a capture ends in an error: of a peer it is that one's, else it comes with the remedy."""
-    if of_peer(error):
-        return error
+def failed(rows: int, error: RuntimeError) -> ConfigError:
+    """What is raised where a capture ends in an error that is not of a peer: it comes with the remedy."""
     return ConfigError(
         f"a decode step of {rows} rows could not be captured as a CUDA graph: {error}; serve with "
         "cuda-graphs=off, or lower max-running if memory ran out",
@@ -128,6 +124,8 @@ class DecodeGraphs:
             try:
                 self.add(rows, self.captured(capture, rows))
             except RuntimeError as error:  # what torch raises for all that goes wrong on a device
+                if of_peer(error):
+                    raise
                 raise failed(rows, error) from error
 
     @torch.inference_mode()
@@ -135,7 +133,15 @@ class DecodeGraphs:
         """Of so many rows; no step uses it yet. Raises what capture does."""
         inputs, hidden = self._buffers(rows)
         ended = self._end_buffers(rows)
-        return Graph(inputs, hidden, ended, capture(functools.partial(self.compute, inputs, hidden, ended)))
+        layers = capture(functools.partial(self.compute, inputs, hidden, ended))
+        if self._model.prediction is None:
+            return Graph(inputs, hidden, ended, layers)
+        try:
+            prediction = capture(functools.partial(self.compute_drafts, inputs, layers.made))
+        except RuntimeError:
+            layers.reset()
+            raise
+        return Graph(inputs, hidden, ended, layers, prediction)
 
     def add(self, rows: int, graph: Graph) -> None:
         """From now on it computes steps, unless all graphs have been let go of meanwhile: then it is too."""
@@ -143,7 +149,7 @@ class DecodeGraphs:
             self._graphs[rows] = graph
             self._sizes = sorted(self._graphs)
             if self._closed:
-                graph.captured.reset()
+                graph.reset()
 
     def rows_for(self, tables: PlanTables) -> int:
         """Rows of the graph that computes a plan's step; 0 if none does."""
@@ -162,7 +168,7 @@ class DecodeGraphs:
         if graph.hidden is not None:
             assert hidden is not None, "a stage behind the first computes on what the one before sent"
             graph.hidden[: rows.tokens].copy_(hidden)
-        made = graph.captured.replay()[: rows.tokens]
+        made = graph.layers.replay()[: rows.tokens]
         return made.clone() if self._model.norm is None else made
 
     def ended(self, rows: DecodeRows) -> Ended:
@@ -170,6 +176,12 @@ class DecodeGraphs:
         ended = self._graphs[rows.inputs.shape[1]].ended
         assert ended is not None, "the last stage has a head"
         return Ended(*(each[: rows.tokens] for each in ended))
+
+    def predict(self, rows: DecodeRows) -> Tensor:
+        """As DecoderModel predicts behind the rows of the last replay, whose ids have been drawn: [rows, hidden]."""
+        prediction = self._graphs[rows.inputs.shape[1]].prediction
+        assert prediction is not None, "the model predicts"
+        return prediction.replay()[: rows.tokens]
 
     def reset(self) -> None:
         """Must come before their groups are closed, which else wait for graphs that hold their collectives.
@@ -179,16 +191,32 @@ class DecodeGraphs:
         with self._closing:
             self._closed = True
             for graph in self._graphs.values():
-                graph.captured.reset()
+                graph.reset()
 
     def compute(self, inputs: Tensor, hidden: Tensor | None, ended: Ended | None = None) -> Tensor:
         """What a graph holds: nothing here may wait for the device, or depend on what a buffer says.
 
         inputs as in DecodeRows, hidden [rows, hidden]. ended: filled, if it is given, of so many rows.
         """
+        made = self._model(self._batch(inputs), self._kv_cache, hidden)
+        if ended is not None and self._last is not None:
+            slots, positions = inputs
+            part = self._model.part_logits(made)
+            ended.part.copy_(part)
+            ended.greedy.copy_(self._last.greedy(part))
+            self._state.write(slots, positions + 1, ended.greedy[:, ID])
+        return made
+
+    def compute_drafts(self, inputs: Tensor, hidden: Tensor) -> Tensor:
+        """The same of a second graph, behind the ids that were drawn from the first: hidden is what that made."""
+        slots, positions = inputs
+        next_ids = self._state.history[slots, positions + 1].long()
+        return self._model.predict(self._batch(inputs), self._kv_cache, hidden, next_ids)
+
+    def _batch(self, inputs: Tensor) -> ForwardBatch:
         state, (slots, positions) = self._state, inputs
         blocks = state.block_tables[slots, positions // state.block_tokens]
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids=state.history[slots, positions].long(),
             positions=positions,
             slot_mapping=blocks * state.block_tokens + positions % state.block_tokens,
@@ -201,13 +229,6 @@ class DecodeGraphs:
                 True, (len(slots),) * self._context.place.degrees.data, padding=slots == state.padding_slot
             ),
         )
-        made = self._model(batch, self._kv_cache, hidden)
-        if ended is not None and self._last is not None:
-            part = self._model.part_logits(made)
-            ended.part.copy_(part)
-            ended.greedy.copy_(self._last.greedy(part))
-            state.write(slots, positions + 1, ended.greedy[:, ID])
-        return made
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Of a graph: its inputs, all padding; and hidden states, where a stage before makes them."""
@@ -237,9 +258,15 @@ class Ended(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Of some number of rows, with the buffers that it reads, and where it leaves its end."""
+    """Of some number of rows, the buffers that it reads, and where it leaves its end. prediction: the second one."""
 
     inputs: Tensor
     hidden: Tensor | None
     ended: Ended | None
-    captured: Captured
+    layers: Captured
+    prediction: Captured | None = None
+
+    def reset(self) -> None:
+        self.layers.reset()
+        if self.prediction is not None:
+            self.prediction.reset()

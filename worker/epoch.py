@@ -119,7 +119,7 @@ def form_epoch(
     laps.end("weights")
     matchers = _matchers(config, Path(command.model_path), compiling)
     resources.callback(matchers.close)
-    no_graphs = agreed(refusal(command.cuda_graphs, device, context.dtype, command.predicts), context.replica)
+    no_graphs = agreed(refusal(command.cuda_graphs, device, context.dtype), context.replica)
     runner, ready = _runner(model, config, context, command, matchers, not no_graphs, laps)
     later = _prepare_graphs(runner, command, context, no_graphs, resources, captured)
     laps.end("graphs")

@@ -7,7 +7,7 @@ the best of its part of the vocabulary. It knows no plan and no other stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,13 +51,21 @@ class LastStage:
         if rows is not None and scored:
             scores = self._score(rows[sampled:], batch.targets)
         if hidden is not None and self._model.prediction is not None:
-            drawn[:, DRAFT] = self._predict(hidden, batch.forward, batch)
+            next_ids = self._state.history[batch.token_slots, batch.forward.positions + 1].long()
+            normalized = self._model.normalized(hidden)
+            predicted = self._model.predict(batch.forward, self._kv_cache, normalized, next_ids)
+            drawn[:, DRAFT] = self._drafts(predicted, batch)
         return Drawn(drawn, batch.logprobs, scores, batch.scored)
 
-    def draw_ended(self, part: Tensor, greedy: Tensor, batch: StepBatch, masks: Masks | None) -> Drawn:
+    def draw_ended(
+        self, part: Tensor, greedy: Tensor, batch: StepBatch, masks: Masks | None, predict: Callable[[], Tensor]
+    ) -> Drawn:
         """Of rows that a graph has computed, all of them sampled: part [S, rows held] of their logits, which it has
-        left, and greedy [S, 2], their outcome if all are greedy, as its history has them already."""
+        left, and greedy [S, 2], their outcome if all are greedy, as its history has them already. predict: what the
+        model predicts behind the ids that were drawn, [S, hidden]."""
         outcome = greedy.clone() if batch.greedy else self._sample(part, batch, masks)
+        if self._model.prediction is not None:
+            outcome[:, DRAFT] = self._drafts(predict(), batch)
         return Drawn(outcome, batch.logprobs)
 
     def greedy(self, part: Tensor) -> Tensor:
@@ -67,13 +75,11 @@ class LastStage:
         outcome[:, ID] = self._model.head.greedy(part)
         return outcome
 
-    def _predict(self, hidden: Tensor, forward: ForwardBatch, batch: StepBatch) -> Tensor:
+    def _drafts(self, predicted: Tensor, batch: StepBatch) -> Tensor:
         """What may be drawn behind the sampled rows' ids, on the noise that will be there, though without rules: [S].
 
-        Every rank of the stage takes part, whether it has rows or not. hidden [T, hidden].
+        predicted [S + C, hidden], as the model makes it; every rank of the stage takes part in that, with rows or not.
         """
-        next_ids = self._state.history[batch.token_slots, forward.positions + 1].long()
-        predicted = self._model.predict(forward, self._kv_cache, hidden, next_ids)
         share, sampled = batch.share, len(batch.logprobs)
         if not sampled:
             return predicted.new_empty(0)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import structlog
 import torch
 
+from parallel.comm import of_peer
 from parallel.context import ParallelContext
 from worker.cuda_capture import Capture, CaptureRefused
 from worker.decode_graphs import DecodeGraphs, Graph, failed
@@ -59,7 +60,7 @@ class LaterGraphs:
         refused = torch.tensor([int(graph is None)], device=self._context.device)
         if self._context.stage.all_gather(refused).any():
             if graph is not None:
-                graph.captured.reset()
+                graph.reset()
             self._left.clear()
             log.warning("no more CUDA graphs are captured", rows=rows, reason=reason)
         elif graph is not None:
@@ -77,4 +78,6 @@ class LaterGraphs:
         except CaptureRefused as error:
             return None, f"a decode step of {rows} rows: {error}"
         except RuntimeError as error:
+            if of_peer(error):
+                raise
             raise failed(rows, error) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -183,7 +184,8 @@ class Runner:
         if isinstance(batch.forward, ForwardBatch):
             return last.draw(hidden, batch, masks)
         assert self._graphs is not None, "rows of a graph"
-        return last.draw_ended(*self._graphs.ended(batch.forward), batch, masks)
+        predict = partial(self._graphs.predict, batch.forward)
+        return last.draw_ended(*self._graphs.ended(batch.forward), batch, masks, predict)
 
     # Between stages.
 

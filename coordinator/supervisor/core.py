@@ -82,6 +82,7 @@ class SupervisorCore:
         self._ray_lost = False  # ours is to be started again; another's is awaited
         self._ray_failures = 0
         self._shown_ready = False
+        self._began_s = 0.0
         self._exit = Exit(0)
 
     @property
@@ -92,6 +93,7 @@ class SupervisorCore:
         """Take one event in; the effects are to be executed in order."""
         match event:
             case Begin():
+                self._began_s = now
                 return self._start_ray() if self._owns_ray else self._start_coordinator(now)
             case RayUp() if self._state is State.RAY_STARTING:
                 self._ray_failures = 0
@@ -152,7 +154,8 @@ class SupervisorCore:
                 self._state, self._exit = State.STOPPING, Exit(1, reason)
                 self._kill_at_s = now + CLEAN_UP_S
             case {"ready": str(address)}:
-                shown: list[Effect] = [] if self._shown_ready else [ShowReady(address)]
+                took_s = _phases(message.get("phases"), now - self._began_s)
+                shown: list[Effect] = [] if self._shown_ready else [ShowReady(address, took_s)]
                 self._shown_ready = True
                 # A change that a coordinator died of may be done by its successor.
                 return [*shown, PrepareSuccessor(), *self._changed()]
@@ -237,3 +240,11 @@ class SupervisorCore:
         if self._state in (State.STOPPING, State.REPLACING) and now >= self._kill_at_s:
             return [SignalCoordinator(signal.SIGKILL)]
         return []
+
+
+def _phases(told: object, total_s: float) -> dict[str, float]:
+    """Of a start that took so long in all: before the coordinator, and what that has told; empty if it told nothing."""
+    if not isinstance(told, Mapping) or not told:
+        return {}
+    phases = {str(name): float(took_s) for name, took_s in told.items()}
+    return {"Ray and coordinator": max(total_s - sum(phases.values()), 0.0), **phases}

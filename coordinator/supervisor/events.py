@@ -6,7 +6,7 @@ Frozen values without behaviour, between the core and its shell in the superviso
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +140,10 @@ class ShowLoading:
 
 @dataclass(frozen=True, slots=True)
 class ShowReady:
-    """The cluster serves at this address. Once."""
+    """The cluster serves at this address. Once. took_s: of each part of its start, one after the other."""
 
     address: str
+    took_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ class Display(Protocol):
     def loading(self, loaded_bytes: int, total_bytes: int) -> None:
         """Weights are being loaded."""
 
-    def ready(self, address: str) -> None:
-        """The cluster serves."""
+    def ready(self, address: str, took_s: Mapping[str, float]) -> None:
+        """The cluster serves. took_s: of each part of its start."""
 
     def warn(self, message: str) -> None:
         """Something went wrong and was dealt with."""
@@ -243,8 +243,8 @@ class Supervisor:
                 self._config = self._wanted if read else self._earlier
             case supervision.ShowLoading(loaded_bytes, total_bytes):
                 self._display.loading(loaded_bytes, total_bytes)
-            case supervision.ShowReady(address):
-                self._display.ready(address)
+            case supervision.ShowReady(address, took_s):
+                self._display.ready(address, took_s)
             case supervision.Warn(message):
                 self._display.warn(message)
             case supervision.Exit():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from echelon.config import CoordinatorConfig, ServeConfig, flag_of, resolve_config
 from echelon.errors import ConfigError
+
+SHOWN_S = 0.05  # parts of a start that took less are not worth a word
 
 
 class Terminal:
@@ -43,9 +45,12 @@ class Terminal:
         if loaded_bytes >= total_bytes:
             self.close()
 
-    def ready(self, address: str) -> None:
-        """Scripts wait for this line."""
+    def ready(self, address: str, took_s: Mapping[str, float]) -> None:
+        """Scripts wait for this line. Before it, what the start took."""
         self.close()
+        parts = [f"{part} {seconds:.1f} s" for part, seconds in took_s.items() if seconds >= SHOWN_S]
+        if parts:
+            self.warn(f"started in {sum(took_s.values()):.1f} s: {', '.join(parts)}")
         typer.echo(f"echelon: ready {address}")
         sys.stdout.flush()
 

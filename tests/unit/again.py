@@ -12,13 +12,13 @@ class Again:
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
         self._work: Callable[[], Tensor] | None = work
-        self._made = work().clone()
+        self.made = work().clone()
         self.replays = 0
 
     def replay(self) -> Tensor:
         assert self._work is not None, "it was let go of"
         self.replays += 1
-        return self._made.copy_(self._work())
+        return self.made.copy_(self._work())
 
     def reset(self) -> None:
         self._work = None

@@ -259,13 +259,12 @@ def test_data_ranks_agree_by_what_all_of_them_know() -> None:
 
 def test_what_is_not_captured_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_work_on", lambda device: True)
-    assert refusal(True, CUDA, torch.bfloat16, predicts=False) == ""
-    assert "mtp" in refusal(True, CUDA, torch.bfloat16, predicts=True)
-    assert refusal(False, CUDA, torch.bfloat16, predicts=False) == "cuda-graphs is off"
-    assert refusal(True, CPU, torch.float32, predicts=False) == "the device is cpu"
-    assert refusal(True, CUDA, torch.float32, predicts=False) == "there are no kernels for float32"
+    assert refusal(True, CUDA, torch.bfloat16) == ""
+    assert refusal(False, CUDA, torch.bfloat16) == "cuda-graphs is off"
+    assert refusal(True, CPU, torch.float32) == "the device is cpu"
+    assert refusal(True, CUDA, torch.float32) == "there are no kernels for float32"
     monkeypatch.setattr(kernels, "_work_on", lambda device: False)
-    assert refusal(True, CUDA, torch.bfloat16, predicts=False) == "no kernel runs on the device"
+    assert refusal(True, CUDA, torch.bfloat16) == "no kernel runs on the device"
 
 
 @pytest.mark.parametrize("without", [None, 0, 1])

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from echelon.errors import ConfigError
-from parallel.context import solo_context
+from parallel.comm import of_peer
+from parallel.context import ParallelContext, solo_context
 from parallel.degrees import Degrees
+from parallel.mesh import close
+from tests.predicting import make_circle
+from tests.ranks import as_ranks
 from tests.tiny import make_checkpoint
 from tests.unit.again import Again, Recorder
 from tests.unit.paged_device import request
@@ -119,6 +123,30 @@ def test_an_error_of_the_work_comes_with_the_remedy_and_is_of_no_request(models:
         runner.run(decode(encode(decodes(captures=3))))
 
 
+def test_a_rank_that_dies_while_others_capture_is_a_fault_like_others(models: dict[str, Path]) -> None:
+    """Those that wait for it in what is captured tell that a peer is gone, whose requests nobody blames."""
+    found: dict[int, Exception] = {}
+
+    def as_rank(context: ParallelContext) -> None:
+        runner = new_runner(models["llama"], context, padded=True)
+
+        def dies(work: Callable[[], Tensor]) -> Again:
+            close(context)
+            raise RuntimeError("the device is lost")
+
+        runner.capture_later(Again if context.tensor.rank == 0 else dies, SIZES, lambda later: None)
+        try:
+            runner.run(decode(encode(decodes(captures=3))))
+        except Exception as error:
+            found[context.tensor.rank] = error
+            raise
+
+    with pytest.raises(Exception, match=r".+"):
+        as_ranks(Degrees(tensor=2), as_rank, epoch=FENCE.epoch)
+    assert of_peer(found[0]) and not isinstance(found[0], ConfigError)
+    assert isinstance(found[1], ConfigError)
+
+
 def test_what_is_captured_while_all_are_let_go_of_is_let_go_of_too(models: dict[str, Path]) -> None:
     """The epoch ends in another thread while a graph is half captured: its groups are closed behind it."""
     runner = new_runner(models["llama"], solo_context(CPU, torch.float64, FENCE.epoch), padded=True)
@@ -135,3 +163,26 @@ def test_what_is_captured_while_all_are_let_go_of_is_let_go_of_too(models: dict[
     with pytest.raises(AssertionError, match="let go"):
         recorder.made[0].replay()
     assert not told
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_both_graphs_of_a_model_that_predicts_are_let_go_of(tmp_path: Path, fails: bool) -> None:
+    """When the second is refused, and when the epoch ends."""
+    model = make_circle(tmp_path / "model")
+    runner = new_runner(model, solo_context(CPU, torch.float64, FENCE.epoch), predicts=True, padded=True)
+    recorder, told = Recorder(), list[Later]()
+
+    def capture(work: Callable[[], Tensor]) -> Again:
+        if fails and len(recorder.made) == 1:
+            raise CaptureRefused("not permitted")
+        return recorder(work)
+
+    runner.capture_later(capture, (3,), told.append)
+    result = runner.run(decode(encode(decodes(captures=3))))
+    assert len(result.drafts) == 1 and told[0].captured == (not fails)
+    assert recorder.replays == ([0] if fails else [1, 1])
+    if not fails:
+        runner.reset_graphs()
+    for made in recorder.made:
+        with pytest.raises(AssertionError, match="let go"):
+            made.replay()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
 import grpc.aio
 import pytest
+from torch import Tensor
 
 from coordinator.assembly import build_service, read_layout
 from coordinator.expert_loads import ExpertLoads
@@ -31,6 +33,9 @@ from echelon.internal.v1 import control_pb2_grpc, link_pb2_grpc
 from echelon.sampling import SamplingParams
 from echelon.types import Completion
 from tests.tiny import POISON, make_poisoned_checkpoint
+from tests.unit.again import Again, Recorder
+from worker import epoch
+from worker.decode_graphs import graph_sizes
 from worker.plan import PlanTables
 from worker.rank import RankProcess
 from worker.runner import Runner
@@ -219,3 +224,47 @@ def test_the_coordinator_hears_how_often_experts_are_chosen(run: Run) -> None:
         assert site.expert_loads.describe({0: 2}) == []
 
     run(test, "mixtral")
+
+
+@pytest.mark.long
+def test_a_replica_whose_rank_died_serves_before_it_has_its_graphs_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start they are captured first; what is asked for meanwhile gets the same ids."""
+    captured: list[tuple[int, bool]] = []
+
+    class Capture(Recorder):
+        def __init__(self, device: object) -> None:
+            super().__init__()
+
+        def __call__(self, work: Callable[[], Tensor]) -> Again:
+            captured.append((len(self.made), threading.current_thread().name == "_launch"))
+            return super().__call__(work)
+
+    monkeypatch.setattr(epoch, "CudaCapture", Capture)
+    monkeypatch.setattr(epoch, "refusal", lambda *asked: "")
+
+    async def test(site: Site) -> None:
+        sizes = graph_sizes(4)
+        assert captured == [(number, False) for number in range(len(sizes))], "before it serves"
+        expected = await asyncio.gather(site.ask(5, 6, 7, max_tokens=30), site.ask(8, 9, max_tokens=30))
+        captured.clear()
+        asked = [asyncio.create_task(site.ask(*prompt, max_tokens=30)) for prompt in ((5, 6, 7), (8, 9))]
+        await asyncio.sleep(0.05)
+        await site.kill(0, None)
+        found = await asyncio.gather(*asked)
+        assert [_ids(each) for each in found] == [_ids(each) for each in expected]
+        async with asyncio.timeout(30):
+            while "graphs.captured" not in site.kinds():
+                await asyncio.sleep(0.01)
+        assert captured == [(number, True) for number in range(len(sizes))], "between its steps"
+        (told,) = [event.detail for event in site.service.events._events if event.kind == "graphs.captured"]
+        assert (told["epoch"], told["count"]) == (2, len(sizes))
+        assert _ids(await site.ask(5, 6, 7, max_tokens=30)) == _ids(expected[0])
+
+    run(test)
+
+
+def _ids(outcome: Outcome) -> tuple[int, ...]:
+    assert isinstance(outcome, Completion)
+    return outcome.token_ids

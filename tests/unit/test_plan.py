@@ -59,6 +59,8 @@ plans = st.builds(
     blocks=some(st.tuples(counts, counts, counts)),
     rows=some(rows),
     told=some(st.builds(Told, slot=counts, first=counts, ids=some(ids))),
+    rebalances=st.booleans(),
+    captures=counts,
 )
 
 
@@ -76,6 +78,7 @@ def parts(tables: PlanTables) -> Iterator[tuple[int, ...]]:
 def test_a_plan_arrives_as_it_was_written(plan: StepPlan) -> None:
     tables = decode(encode(plan))
     assert (tables.fence, tables.step) == (plan.fence, plan.step)
+    assert (tables.rebalances, tables.captures) == (plan.rebalances, plan.captures)
     assert tables.blocks.tolist() == [list(change) for change in plan.blocks]
     assert tables.admits["slot"].tolist() == [admit.slot for admit in plan.admits]
     assert tables.admits["choice"].tolist() == [admit.choice for admit in plan.admits]

@@ -31,11 +31,14 @@ from tests.unit.paged_device import request
 from tests.unit.pipelines import Pipeline
 from tests.unit.plans import CPU, FENCE, new_runner
 from tests.unit.test_engine_on_model import BLOCK_TOKENS, MAX_CONTEXT, Answers, Replica, check_same
+from worker.batch import DecodeRows
+from worker.decode_graphs import DecodeGraphs
 from worker.limits import EngineLimits
 from worker.runner import RunnerLimits
 from worker.speculation import Speculation
 
 PROMPT = (5, 6, 7, 40, 41, 42, 43, 44, 45, 46, 47)
+PREDICT = Speculation.predict
 WITHIN = 1e-6  # rotations and routers are float32, and round otherwise in each shape of batch
 
 
@@ -154,6 +157,49 @@ def test_several_ranks_predict_what_one_does(checkpoint: Path, drafts: Drafts, d
     shared = alone.keys() & drafts.told.keys()
     assert len(shared) >= 39 and all(alone[place] == drafts.told[place] for place in shared)
     assert pipeline.core.stats().counters["accepted_tokens"] > 5
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        Degrees(),
+        Degrees(tensor=2, expert=2),
+        pytest.param(Degrees(pipeline=2), marks=pytest.mark.long),
+        pytest.param(Degrees(data=2, expert=2), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_graphs_predict_what_eager_steps_do(
+    checkpoint: Path, drafts: Drafts, monkeypatch: pytest.MonkeyPatch, degrees: Degrees
+) -> None:
+    """Answers and guesses, of one row and of several with padding: the prediction is a second graph, behind the ids."""
+    replayed: list[int] = []
+    predict = DecodeGraphs.predict
+
+    def counting(graphs: DecodeGraphs, rows: DecodeRows) -> torch.Tensor:
+        replayed.append(rows.tokens)
+        return predict(graphs, rows)
+
+    monkeypatch.setattr(DecodeGraphs, "predict", counting)
+    sizes: dict[str, Any] = {"stages": degrees.pipeline, "depth": degrees.pipeline, "data": degrees.data}
+    limits = EngineLimits(12, 60, BLOCK_TOKENS, 24, MAX_CONTEXT, speculation_tokens=1, predicts=True, **sizes)
+
+    def answers(assigns: list[Assign], graphs: tuple[int, ...]) -> Answers:
+        with Pipeline(checkpoint, degrees, limits, graphs=graphs) as pipeline:
+            found = Answers()
+            found.take(pipeline.answer(assigns))
+        assert pipeline.core.stats().counters["accepted_tokens"] > 5
+        return found
+
+    expected = answers([greedy()], ())
+    alone, drafts.told = drafts.told, {}
+    assert not replayed
+    check_same(answers([greedy()], (3, 12)), expected, within=WITHIN)
+    shared = alone.keys() & drafts.told.keys()
+    assert len(shared) >= 39 and all(alone[place] == drafts.told[place] for place in shared)
+    assert {1, 2} <= set(replayed), "rows with and without a draft behind them"
+    monkeypatch.setattr(Speculation, "predict", PREDICT)
+    check_same(answers(several(), (3, 12)), answers(several(), ()), within=WITHIN)
 
 
 @pytest.mark.parametrize("kv_blocks", [24, 200])

@@ -43,6 +43,7 @@ def test_a_step_that_is_like_no_other_has_no_kind() -> None:
     sampling = Sampling(1.0, 1.0, 0, 8, 1, grammar="start: /a/")
     assert kind_of(tables((Row(0, 0, 2, (1, 2), True),), admits=(Admit(0, 0, 2, sampling),))) == ""
     assert kind_of(tables((Row(0, 5, 1, None, True),), rebalances=True)).endswith("experts move")
+    assert kind_of(tables((Row(0, 5, 1, None, True),), captures=8)).endswith("a graph is captured")
 
 
 def run(times: StepTimes, clock: Clock, took_s: float, step: PlanTables) -> None:

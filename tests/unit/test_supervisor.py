@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ class Recorder:
     def loading(self, loaded_bytes: int, total_bytes: int) -> None:
         self.told.append(f"loading {loaded_bytes}/{total_bytes}")
 
-    def ready(self, address: str) -> None:
+    def ready(self, address: str, took_s: Mapping[str, float]) -> None:
         self.told.append(f"ready {address}")
         os.kill(os.getpid(), self.then)
 
@@ -88,7 +89,7 @@ def test_a_dead_coordinator_gets_a_successor_with_the_same_configuration_in_an_e
 class Patient(Recorder):
     """Signals nobody."""
 
-    def ready(self, address: str) -> None:
+    def ready(self, address: str, took_s: Mapping[str, float]) -> None:
         self.told.append(f"ready {address}")
 
 
