@@ -99,8 +99,12 @@ class MixtureOfExperts:
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0], step)
 
     def try_kernels(self) -> None:
-        """Those of its experts, on a row of zeros that goes nowhere."""
+        """Those of its experts and of what sorts rows for them, on a row of zeros that goes nowhere."""
         slots, width, _ = self.experts.down.shape
         row = self.experts.down.new_zeros(1, width)
         ids, shares = self.router(row)
         self.experts.try_kernels(row, Copies.of_own(ids, shares, slots, None))
+        if kernels.can_run(row.device):
+            from parallel.kernels.by_slot import try_parts
+
+            try_parts(slots, row.device)
