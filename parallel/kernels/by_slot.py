@@ -33,8 +33,8 @@ def by_slot(slots: Tensor, held: int) -> tuple[Tensor, Tensor]:
 
 def try_parts(held: int, device: torch.device) -> None:
     """Launches what sorts many choices, for one."""
-    ends = torch.empty(held, dtype=torch.int32, device=device)
-    _place_parts(*(torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)), ends)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    _place_parts(slots, torch.empty_like(slots), torch.empty(held, dtype=torch.int32, device=device))
 
 
 def _place_parts(slots: Tensor, order: Tensor, ends: Tensor) -> None:
