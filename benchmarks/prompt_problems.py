@@ -212,7 +212,8 @@ def served(maker: Maker, family: str) -> Iterator[Problem]:
         yield latent(maker, "latent, 16 x 512 at 4,096", [(whole // 2, 4 * whole)] * 16)
         return
     for title, sizes in (("V2-Lite", Sizes(2048, 1408, 64, 6)), ("Qwen3-30B", Sizes(2048, 768, 128, 8))):
-        scaled = Sizes(sizes.hidden // small, sizes.neurons // small, sizes.slots, sizes.chosen)
+        neurons = max(8, sizes.neurons // small // 8 * 8)  # as wide as torch groups
+        scaled = Sizes(sizes.hidden // small, neurons, sizes.slots, sizes.chosen)
         for rows in (512, 2048, 8192):
             fewer = max(1, rows // small)
             yield experts(maker, f"experts of {title}, {rows:,} rows", fewer, scaled, few=rows < 8192)
@@ -226,10 +227,13 @@ def odd(maker: Maker, family: str) -> Iterator[Problem]:
     """To be checked alone."""
     chunks = [(1, 1), (17, 17), (300, 300), (1, 40), (64, 129), (100, 1025), (200, 200)]
     if family == "prompts":
-        wide = (Heads(28, 4, 128, 128), Heads(8, 4, 256, 256), Heads(12, 12, 64, 64), Heads(32, 1, 128, 128))
-        for heads in (*wide, Heads(28, 4, 80, 80), Heads(12, 4, 96, 96), Heads(4, 2, 24, 24)):
-            for rule in (PLAIN, AttentionRule(100, 0.1, 30.0), AttentionRule(64, 0.1, None)):
-                yield attention(maker, f"prompts, {heads} {rule}", chunks, heads, rule)
+        near, bent = AttentionRule(64, 0.1, None), AttentionRule(100, 0.1, 30.0)
+        for heads, rule in (
+            *((Heads(28, 4, 128, 128), rule) for rule in (PLAIN, near, bent)),
+            *((heads, PLAIN) for heads in (Heads(12, 12, 64, 64), Heads(32, 1, 128, 128), Heads(28, 4, 80, 80))),
+            *((heads, bent) for heads in (Heads(8, 4, 256, 256), Heads(12, 4, 96, 96), Heads(4, 2, 24, 24))),
+        ):
+            yield attention(maker, f"prompts, {heads} {rule}", chunks, heads, rule)
         yield latent(maker, "latent prompts of any length", chunks)
         return
     for sizes in (Sizes(200, 104, 7, 3), Sizes(256, 64, 1, 1), Sizes(64, 72, 30, 4)):

@@ -119,7 +119,11 @@ class MixtureOfExperts:
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0], step)
 
     def try_kernels(self, row: Tensor) -> None:
-        """Those of its experts. row: [1, hidden], goes nowhere."""
+        """Those of its experts and of what sorts rows for them. row: [1, hidden], goes nowhere."""
         slots = self.experts.down.shape[0]
         ids, shares = self.router(row)
         self.experts.try_kernels(row, Copies.of_own(ids, shares, slots, None))
+        if kernels.can_run(row.device):
+            from parallel.kernels.by_slot import try_parts
+
+            try_parts(slots, row.device)

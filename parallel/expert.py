@@ -274,10 +274,9 @@ class Copies:
 def _by_slot(slots: Tensor, held: int) -> tuple[Tensor, Tensor]:
     """The choices sorted by slot, and where each of the held slots ends among them."""
     if kernels.can_run(slots.device):
-        from parallel.kernels.by_slot import MOST_CHOICES, by_slot
+        from parallel.kernels.by_slot import by_slot
 
-        if slots.numel() <= MOST_CHOICES:
-            return by_slot(slots, held)
+        return by_slot(slots, held)
     found, order = slots.flatten().sort(stable=True)
     return order, torch.searchsorted(found, torch.arange(held, device=slots.device), right=True, out_int32=True)
 

@@ -92,8 +92,12 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     assert spoilt[1].isnan().all() and torch.equal(spoilt[[0, 2]], plain[[0, 2]])
 
 
-@pytest.mark.parametrize(("choices", "held"), [(1, 1), (7, 3), (1024, 4), (1500, 9)])
-def test_choices_are_sorted_as_torch_sorts_them(choices: int, held: int) -> None:
+@pytest.mark.parametrize("most", [1 << 14, 0], ids=["few", "many"])
+@pytest.mark.parametrize(("choices", "held"), [(1, 1), (7, 3), (256, 5), (1024, 4), (1500, 9)])
+def test_choices_are_sorted_as_torch_sorts_them(
+    choices: int, held: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel.kernels.by_slot.MOST_CHOICES", most)
     slots = torch.randint(0, held + 1, (choices, 1), generator=torch.Generator().manual_seed(choices)).to(DEVICE)
     found, expected = slots.flatten().sort(stable=True)
     order, ends = by_slot(slots, held)

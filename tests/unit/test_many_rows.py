@@ -16,6 +16,7 @@ from tests.kernel_device import DEVICE
 from models.expert_products import grouped
 from models.kernels.many_rows import experts_of_many_rows, taken_and_places, weighted_sums
 from models.kernels.rows import silu_and_multiply
+from models.moe import Experts
 from parallel.expert import Copies
 
 # The interpreter's, of what lies behind the last end.
@@ -86,6 +87,24 @@ def test_no_rows_make_nothing() -> None:
 def test_any_choices(rows: int, chosen: int, seed: int, own: bool) -> None:
     spare = 2 if own else 0
     check(torch.rand(rows, SLOTS + spare, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :chosen], own)
+
+
+def test_experts_take_it_for_many_rows_and_not_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.kernels.can_run", lambda device: True)
+    seen: list[int] = []
+
+    def watched(rows: Tensor, *others: Tensor | Copies) -> Tensor:
+        seen.append(len(rows))
+        return rows
+
+    monkeypatch.setattr("models.kernels.many_rows.experts_of_many_rows", watched)
+    experts = Experts(random(SLOTS, 2 * NEURONS, HIDDEN), random(SLOTS, HIDDEN, NEURONS, seed=2), F.silu)
+    gelu = Experts(experts.gate_up, experts.down, F.gelu)
+    for rows in (4, 170):
+        hidden, copies = random(rows, HIDDEN), copies_of(torch.arange(rows).view(-1, 1) % SLOTS, own=False)
+        gelu(hidden, copies)
+        experts(hidden, copies)
+    assert seen == [170]
 
 
 @pytest.mark.parametrize("hidden", [24, 1500, 4100])  # a program has a row, or a part of one
