@@ -23,7 +23,7 @@ from parallel.float8 import Float8, Matrix, meant, stored
 from parallel.side_stream import IN_TURN, SideStream
 
 # On average: beyond, arithmetic takes longer than reading weights; or for 8 bit floats than that and dequantising them.
-_FEW_COPIES_PER_SLOT, _FEW_COPIES_PER_FLOAT8_SLOT = 32, 256
+_FEW_COPIES_PER_SLOT, _FEW_COPIES_PER_FLOAT8_SLOT = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
