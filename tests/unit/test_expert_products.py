@@ -143,8 +143,8 @@ def test_on_cuda_torch_groups_what_it_has_a_kernel_for(
 @pytest.mark.parametrize(
     ("dtype", "major", "copies", "by_kernel"),
     [
-        (torch.bfloat16, 9, 64, True),
-        (torch.bfloat16, 9, 65, False),
+        (torch.bfloat16, 9, 128, True),
+        (torch.bfloat16, 9, 129, False),
         (torch.bfloat16, 8, 65, True),
         (torch.float16, 9, 65, True),
         (torch.float32, 9, 1, False),
