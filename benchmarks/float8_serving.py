@@ -23,6 +23,7 @@ from benchmarks.serve import Case, run_case
 from echelon.testing import LocalCluster
 from examples.make_checkpoint import cut_config, small_config, write_checkpoint
 from examples.quantize_fp8 import quantise_checkpoint
+from models.config import read_model_config
 
 WAYS = ("dequantised", "kept")
 AT_ONCE = 16
@@ -97,7 +98,8 @@ def main() -> None:
         write_checkpoint(plain, config, device=arguments.device)
         quantise_checkpoint(plain, quantised, (128, 128))
         found = {}
-        flags = {"device": arguments.device, "cuda_graphs": arguments.cuda_graphs, "max_context": 1024}
+        flags = {"device": arguments.device, "dtype": read_model_config(plain).dtype, "max_context": 1024}
+        flags["cuda_graphs"] = arguments.cuda_graphs
         with LocalCluster(quantised, float8=WAYS[0], start_timeout_s=300.0, **flags) as cluster:
             for way in WAYS:
                 if way != WAYS[0]:
