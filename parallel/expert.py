@@ -18,6 +18,7 @@ from torch import Tensor
 from parallel import kernels
 from parallel.comm import Group
 from parallel.expert_map import ExpertMap
+from parallel.travel import returned_sums, travelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,10 @@ class ExchangedExperts:
         ranks = torch.arange(self.stage.size, device=slots.device)[:, None, None] // self.expert_tensor
         wanted = owners == ranks  # [ranks, m, k]
         asked = wanted.any(-1)
+        going, places = travelling(asked)
         counts = torch.stack((asked.sum(-1), wanted.sum((-1, -2))), dim=-1)
         sent, received, copied = torch.cat((counts[:, :1], self.stage.all_to_all(counts)), dim=-1).t().tolist()
-        tokens = asked.nonzero()[:, 1]
+        tokens = going[: sum(sent)]
         got = self.stage.all_to_all_rows(rows[tokens], sent, received)
         routing = self.stage.all_to_all_rows(_packed(slots, weights)[tokens], sent, received)
         others = [rank for rank in range(self.stage.size) if rank != self.stage.rank]
@@ -190,10 +192,7 @@ class ExchangedExperts:
 
         def combine(sums: Tensor, beside: Beside | None) -> Tensor:
             back = self.stage.all_to_all_rows(sums, received, sent)
-            total = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-            for part, where in zip(back.split(sent), tokens.split(sent), strict=True):
-                total.index_add_(0, where, part.to(total.dtype))  # no row twice in a part, so the order is fixed
-            return _added(total.to(rows.dtype), beside)
+            return _added(returned_sums(back, tokens, sent, places), beside)
 
         return Dispatched(got, copies, combine)
 

@@ -14,10 +14,12 @@ from tests.kernel_device import DEVICE
 # isort: split
 # Not without Triton: this file is skipped before.
 from models.expert_products import grouped
-from models.kernels.many_rows import experts_of_many_rows, taken_and_places, weighted_sums
+from models.kernels.many_rows import experts_of_many_rows, taken_and_places
 from models.kernels.rows import silu_and_multiply
 from models.moe import Experts
 from parallel.expert import Copies
+from parallel.kernels.sums import weighted_sums
+from parallel.travel import returned_sums, travelling
 
 # The interpreter's, of what lies behind the last end.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
@@ -44,8 +46,8 @@ def check(slots: Tensor, own: bool, total: int | None = None) -> None:
     expected = copies.sums(grouped(copies.taken(rows), copies.ends, gate_up, down, F.silu))
     found = experts_of_many_rows(rows, gate_up, down, copies)
     assert found.dtype == DTYPE and found.shape == rows.shape
-    # The reference rounds where this does; only the order of a sum may turn a last bit.
-    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(DTYPE).eps, atol=1e-4)
+    # The reference rounds where this does; only exponentials and the order of a sum may turn a last bit.
+    assert (found - expected).norm() <= torch.finfo(DTYPE).eps * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,19 @@ def test_no_rows_make_nothing() -> None:
 def test_any_choices(rows: int, chosen: int, seed: int, own: bool) -> None:
     spare = 2 if own else 0
     check(torch.rand(rows, SLOTS + spare, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :chosen], own)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_what_comes_back_is_added_up_as_torch_adds_it(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = torch.rand(ranks, 9, generator=torch.Generator().manual_seed(ranks)) < 0.6
+    asked[:, 3] = False  # a row whose experts are all elsewhere, as padding is
+    going, places = travelling(asked.to(DEVICE))
+    sent = asked.sum(-1).tolist()
+    tokens, back = going[: sum(sent)], random(sum(sent), HIDDEN)
+    expected = returned_sums(back.float(), tokens, sent, places).to(DTYPE)
+    monkeypatch.setattr("parallel.kernels.can_run", lambda device: True)
+    found = returned_sums(back, tokens, sent, places)
+    assert found.dtype == DTYPE and torch.equal(found, expected)
 
 
 def test_experts_take_it_for_many_rows_and_not_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
