@@ -85,6 +85,9 @@ class ServeConfig(BaseModel):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is the checkpoint's; float64 on cpu only."
     )
+    load_format: Literal["auto", "random"] = Field(
+        default="auto", description="random: weights from a fixed seed by config.json alone, to measure speed by."
+    )
     address: str = Field(default="127.0.0.1:50051", description="Where clients connect; port 0 takes a free one.")
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
     max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")

@@ -26,10 +26,11 @@ from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
 from echelon.config import CoordinatorConfig, Device, Dtype, ServeConfig, flag_of, join_address, split_address
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_model_config, with_prediction
-from models.files import check_model_directory, model_digest
+from models.files import check_is_directory, check_model_directory, model_digest
 from models.json_source import read_json_object
 
 LOCAL_HOST = "127.0.0.1"
+TOKENIZER_FILE = "tokenizer.json"
 MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
 CHANGEABLE = (
     "model",
@@ -71,6 +72,7 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
     directory, model = _checked_model(config)
     device = _device(config)
+    store = None if config.load_format == "random" else config.checkpoint_dir  # what is made is not kept
     host, port = split_address(config.address)
     if port != 0 and config.metrics_address == config.address:
         raise ConfigError(f"address and metrics-address are both {config.address}; choose two", field="metrics_address")
@@ -91,8 +93,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "ray_address": config.ray_address or join_address(LOCAL_HOST, _claim(LOCAL_HOST, 0, "Ray")),
             "state_dir": _writable("state-dir", config.state_dir or folder / "state"),
             "trace_dir": config.trace_dir and _writable("trace-dir", config.trace_dir),
-            "checkpoint_dir": config.checkpoint_dir and config.checkpoint_dir.resolve(),
-            "model_digest": model_digest(directory) if config.checkpoint_dir else "",
+            "checkpoint_dir": store and store.resolve(),
+            "model_digest": model_digest(directory) if store else "",
         }
     )
     plan_replica(settled, model)
@@ -133,15 +135,19 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
 
 def _checked_model(config: ServeConfig) -> tuple[Path, ModelConfig]:
     directory = model_directory(config.model).resolve()
-    check_model_directory(directory, predicts=config.speculation == "mtp")
-    _check_tokenizer(directory)
+    if config.load_format == "random":
+        check_is_directory(directory)
+    else:
+        check_model_directory(directory, predicts=config.speculation == "mtp")
+    if config.load_format == "auto" or (directory / TOKENIZER_FILE).exists():
+        _check_tokenizer(directory)
     model = read_model_config(directory)
     return directory, with_prediction(model) if config.speculation == "mtp" else model
 
 
 def _check_tokenizer(directory: Path) -> None:
     """By the parser alone: what reads its companions too takes seconds to import, and is the coordinator's."""
-    file = directory / "tokenizer.json"
+    file = directory / TOKENIZER_FILE
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # the parser raises bare Exception
