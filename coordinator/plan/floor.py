@@ -27,7 +27,8 @@ class Rates:
 class Floor:
     """least_s: products and reads overlap perfectly; most_s: no prompt is computed while others decode.
 
-    step_bytes: of weights, on the rank that reads most, in a step of decoding; kv_token_bytes: of all ranks together.
+    flop and read_bytes: of the whole case, of all devices together. step_bytes: of weights in a step of decoding, on
+    the rank that reads most; kv_token_bytes: of all ranks together.
     distinct_experts: of a layer in a step, None where there are none.
     """
 
@@ -35,6 +36,8 @@ class Floor:
     most_s: float
     prefill_s: float
     decode_s: float
+    flop: float
+    read_bytes: float
     step_bytes: float
     kv_token_bytes: int
     distinct_experts: float | None
@@ -46,36 +49,44 @@ def floor(census: Census, degrees: Degrees, case: Case, rates: Rates, distinct_e
     distinct_experts: as counted; else as many as are expected of rows that choose at random.
     """
     config = census.config
-    rows = -(-case.requests // (degrees.replicas * degrees.data))
-    cohorts = min(degrees.pipeline, rows)
-    cohort_rows = -(-rows // cohorts)
+    cohorts, cohort_rows = decode_rows(degrees, case)
     if distinct_experts is None:
         distinct_experts = expected_experts(census, cohort_rows * degrees.data)
     touched = 0.0 if census.routing is None or distinct_experts is None else distinct_experts / census.routing.experts
     context_tokens = case.prompt_tokens + case.output_tokens / 2
-    slots_s, step_bytes, kv_token_bytes = [], 0.0, 0
+    slots_s, slots_bytes, step_bytes, kv_token_bytes = [], [], 0.0, 0
     for stage, layers in enumerate(census.cut(degrees.pipeline)):
         numbers = census.held(degrees, layers, stage)
         weights = (numbers.every_token + numbers.head + touched * numbers.expert) * census.weight_bytes
         kv_bytes = census.kv_bytes_per_token(degrees, layers)
-        read_s = (weights + cohort_rows * context_tokens * kv_bytes) / rates.read_bytes_s
+        slots_bytes.append(weights + cohort_rows * context_tokens * kv_bytes)
         reduces = 2 * len(census.computed(layers)) if degrees.tensor > 1 else 0
-        slots_s.append(read_s + reduces * rates.all_reduce_s)
+        slots_s.append(slots_bytes[-1] / rates.read_bytes_s + reduces * rates.all_reduce_s)
         step_bytes, kv_token_bytes = max(step_bytes, weights), kv_token_bytes + kv_bytes * degrees.tensor
     decode_s = case.output_tokens * sum(slots_s)  # each cohort is in one of as many equal stages
     head = config.vocab_size * config.hidden_size
     body, every = census.parameters_per_token - head, census.parameters_per_token
-    prefill_s = 2 * body * case.requests * case.prompt_tokens / rates.flops / degrees.ranks
-    products_s = prefill_s + 2 * every * case.output_count / rates.flops / degrees.ranks
+    prefill_flop = 2 * body * case.requests * case.prompt_tokens
+    flop = prefill_flop + 2 * every * case.output_count
+    prefill_s, products_s = (count / rates.flops / degrees.ranks for count in (prefill_flop, flop))
     return Floor(
         least_s=max(products_s, decode_s),
         most_s=max(products_s, prefill_s + decode_s),
         prefill_s=prefill_s,
         decode_s=decode_s,
+        flop=flop,
+        read_bytes=case.output_tokens * cohorts * sum(slots_bytes) * degrees.ranks / degrees.pipeline,
         step_bytes=step_bytes,
         kv_token_bytes=kv_token_bytes,
         distinct_experts=distinct_experts,
     )
+
+
+def decode_rows(degrees: Degrees, case: Case) -> tuple[int, int]:
+    """Cohorts that take turns on the stages, and the rows of each on one data rank."""
+    rows = -(-case.requests // (degrees.replicas * degrees.data))
+    cohorts = min(degrees.pipeline, rows)
+    return cohorts, -(-rows // cohorts)
 
 
 def expected_experts(census: Census, rows: int) -> float | None:

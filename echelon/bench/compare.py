@@ -6,13 +6,13 @@ none of that layout, by our best on as many devices, in a layout that no row of 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echelon.bench.lines import read_lines
 from echelon.errors import ConfigError
 
 DEGREES = ("replicas", "pipeline", "data", "tensor", "expert")
@@ -54,21 +54,17 @@ class Pair:
 
 def read_rows(path: Path, flag: str) -> list[Row]:
     """The cases of a file of JSON lines; other lines are passed over. Raises ConfigError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag} {path} cannot be read: {error}", field=flag.lstrip("-")) from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for values in read_lines(path, flag):
+        if "case" not in values or "seconds" not in values:
+            continue
         try:
-            values = json.loads(line) if line.strip() else {}
-            if isinstance(values, dict) and "case" in values and "seconds" in values:
-                rows.append(_row(values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{flag} {path}, line {number} is no row of figures: {error!r}"
-            raise ConfigError(problem, field=flag.lstrip("-")) from None
+            rows.append(_row(values))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            problem = f"{flag} {path}: the row of case {values['case']} is not whole: {error!r}"
+            raise ConfigError(problem, field=flag.lstrip("-").lower()) from None
     if not rows:
-        raise ConfigError(f"{flag} {path} has no line with a case and its seconds", field=flag.lstrip("-"))
+        raise ConfigError(f"{flag} {path} has no line with a case and its seconds", field=flag.lstrip("-").lower())
     return rows
 
 

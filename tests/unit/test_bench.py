@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from echelon.bench.cases import Case, prompts
 from echelon.bench.compare import Row, pairs, read_rows, table
-from echelon.bench.experts import distinct
+from echelon.bench.experts import distinct, expected_distinct
 from echelon.cli.app import app
 from echelon.errors import ConfigError
 from tests.published import write_published
@@ -68,6 +68,12 @@ def test_experts_are_counted_once_whichever_rank_has_chosen_them() -> None:
     assert distinct([[], []]) is None
 
 
+def test_experts_that_are_chosen_more_often_are_fewer() -> None:
+    """Evenly two of four: each with a half; else what a row chooses always, and one of three thirds."""
+    assert expected_distinct([[5, 5, 5, 5], [0, 0, 0, 0]], 2, rows=3) == pytest.approx(4 * (1 - 0.5**3))
+    assert expected_distinct([[30, 10, 10, 10]], 2, rows=2) == pytest.approx(1 + 3 * (1 - (2 / 3) ** 2))
+
+
 def row(model: str, layout: dict[str, int], seconds: float, **more: object) -> dict[str, object]:
     return {"model": model, "layout": layout, "case": "1x2x3", "seconds": seconds, "output_tokens_per_s": 3.0, **more}
 
@@ -120,7 +126,12 @@ def test_the_peer_s_file_is_whole() -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("no JSON\n", "line 1 is no row of figures"), ("{}\n", "has no line with a case"), (None, "cannot be read")],
+    [
+        ("no JSON\n", "line 1 is no JSON object"),
+        ('{"case": "1x2x3", "seconds": "soon"}\n', "row of case 1x2x3 is not whole"),
+        ("{}\n", "has no line with a case"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str | None, complaint: str) -> None:
     path = tmp_path / "peers.jsonl"

@@ -25,13 +25,14 @@ from coordinator.supervisor.preparation import prepare, temporary_folder
 from echelon.bench.cases import Case
 from echelon.bench.experts import distinct
 from echelon.bench.offline import Outcome
-from echelon.cli.bench.setting import Setting
+from echelon.cli.bench.setting import Experts, Setting
 from echelon.config import CoordinatorConfig
 from echelon.errors import ConfigError, UnavailableError
 
 MARK = "echelon-bench: "  # as worker/bench.py has it
 START_TIMEOUT_S, CASE_TIMEOUT_S, END_S = 600.0, 600.0, 10.0
 SHOWN_LINES = 15
+COUNTED = "counted by the engine in a run that was not timed"
 
 
 class Rank:
@@ -107,7 +108,8 @@ class Rank:
 class EngineRanks:
     """A replica's ranks that serve nobody but us."""
 
-    def __init__(self, ranks: Sequence[Rank], start_s: float) -> None:
+    def __init__(self, setting: Setting, ranks: Sequence[Rank], start_s: float) -> None:
+        self.setting = setting
         self.start_s: float | None = start_s
         self._ranks = ranks
 
@@ -117,13 +119,14 @@ class EngineRanks:
         runs = [Outcome(run["begun_s"], run["total_s"], run["first_s"]) for run in told]
         return runs, sum(run["cached_tokens"] for run in told)
 
-    def distinct_experts(self, case: Case, vocabulary: int, seed: int) -> float | None:
-        """Of a layer in a step of decoding, on average over a run that is not timed; None if nobody counts them."""
+    def distinct_experts(self, case: Case, vocabulary: int, seed: int) -> Experts | None:
+        """On average over a run that is not timed; None if nobody counts them."""
         ask_all(self._ranks, CASE_TIMEOUT_S, do="count")
         self._leader(do="run", case=str(case), vocabulary=vocabulary, seed=seed)
         steps = case.output_tokens - 1  # all but the first id of each
         told = ask_all(self._ranks, CASE_TIMEOUT_S, do="counted", steps=steps) if steps else []
-        return distinct(answer["chosen"] for answer in told)
+        found = distinct(answer["chosen"] for answer in told)
+        return None if found is None else Experts(found, COUNTED)
 
     def _leader(self, **values: object) -> dict[str, Any]:
         """Its answer, while all others live."""
@@ -146,7 +149,7 @@ def engine_ranks(setting: Setting) -> Iterator[EngineRanks]:
         ranks = [Rank(number, config.device, Path(logs) / f"rank-{number}.log") for number in numbers]
         try:
             form(ranks, setting, config)
-            yield EngineRanks(ranks, round(time.perf_counter() - began_s, 2))
+            yield EngineRanks(setting, ranks, round(time.perf_counter() - began_s, 2))
         except BaseException:
             for rank in ranks:
                 rank.kill()

@@ -11,20 +11,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from coordinator.plan.floor import decode_rows
 from echelon.bench.cases import Case
+from echelon.bench.experts import expected_distinct
 from echelon.bench.offline import Outcome, run_case
-from echelon.cli.bench.setting import Setting
+from echelon.cli.bench.setting import Experts, Setting
 from echelon.client import Client
 from echelon.errors import UnavailableError
 from echelon.testing import LocalCluster
+from parallel.degrees import Degrees
 
 START_TIMEOUT_S = 600.0
+SHARES = "expected of rows that choose by the shares that GetExpertLoad tells"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A cluster that serves. start_s: None of one that ran before."""
+    """A cluster that serves. start_s: None of one that ran before, whose layout is in the setting."""
 
+    setting: Setting
     address: str
     start_s: float | None
 
@@ -35,12 +40,23 @@ class Target:
             runs = [asyncio.run(run_case(self.address, case, vocabulary, seed)) for seed in seeds]
             return runs, _cached_tokens(client) - before
 
+    def distinct_experts(self, case: Case) -> Experts | None:
+        """By how often each expert was chosen so far; None if nobody says."""
+        routing = self.setting.census.routing
+        with Client(self.address) as client:
+            loads = [load.rows for load in client.expert_load()]
+        if routing is None or not any(map(sum, loads)):
+            return None
+        degrees = self.setting.degrees
+        rows = decode_rows(degrees, case)[1] * degrees.data
+        return Experts(expected_distinct(loads, routing.experts_per_token, rows), SHARES)
+
 
 @contextlib.contextmanager
 def cluster(setting: Setting, address: str | None) -> Iterator[Target]:
     """address: of one that runs; else one is started with the setting's flags, and ended."""
     if address is not None:
-        yield Target(address, None)
+        yield Target(setting.laid_out(_degrees(address)), address, None)
         return
     flags = setting.config.model_dump(exclude={"address"})
     began_s = time.perf_counter()
@@ -49,7 +65,16 @@ def cluster(setting: Setting, address: str | None) -> Iterator[Target]:
     except (RuntimeError, TimeoutError) as error:
         raise UnavailableError(_reason(str(error))) from error
     with started:
-        yield Target(started.target, round(time.perf_counter() - began_s, 2))
+        yield Target(setting, started.target, round(time.perf_counter() - began_s, 2))
+
+
+def _degrees(address: str) -> Degrees:
+    """By the places of its ranks."""
+    with Client(address) as client:
+        ranks = client.ranks()
+    names = ("replica", "pipeline", "data", "tensor", "expert")
+    replicas, pipeline, data, tensor, expert = (1 + max(getattr(rank, name) for rank in ranks) for name in names)
+    return Degrees(replicas=replicas, pipeline=pipeline, data=data, tensor=tensor, expert=expert)
 
 
 def _cached_tokens(client: Client) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from coordinator.placement import degrees_of
 from coordinator.plan.census import Census, take_census
-from coordinator.plan.floor import Floor, Rates, floor
+from coordinator.plan.floor import Rates, floor
 from echelon.bench import about
 from echelon.bench.cases import Case
 from echelon.config import ServeConfig, resolve_config
@@ -27,7 +27,8 @@ from parallel.degrees import NAMES, Degrees
 DEFAULTS: Mapping[str, object] = {"max_running": 256, "max_step_tokens": 8192}  # of bench, where serve has others
 RATES_TIMEOUT_S = 180.0
 ALL_REDUCE_US = 9.0
-COUNTED, EXPECTED = "counted by the engine in a run that was not timed", "expected of rows that choose at random"
+EXPECTED = "expected of rows that choose at random"
+TOLD = ("max_running", "max_step_tokens", "cuda_graphs")  # flags that rows say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,14 @@ class Machine:
     rates: Rates
     hardware: str
     devices: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """distinct: of a layer in a step of decoding, on average; source: how that is known."""
+
+    distinct: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -89,30 +98,26 @@ class Setting:
         size = DTYPE_BYTES[self.dtype]
         return take_census(self.model, size, size)
 
-    def floor(self, case: Case, rates: Rates, distinct_experts: float | None = None) -> Floor:
-        """Of a case."""
-        return floor(self.census, self.degrees, case, rates, distinct_experts)
+    def laid_out(self, degrees: Degrees) -> Setting:
+        """The same model in another layout, as a cluster that runs has it."""
+        return Setting(self.config.model_copy(update={name: getattr(degrees, name) for name in NAMES}), self.model)
 
-    def about(self, machine: Machine | None) -> dict[str, object]:
-        """What every row says of where it comes from."""
-        degrees = {name: degree for name in NAMES if (degree := getattr(self.degrees, name)) > 1}
+    def about(self, machine: Machine | None, target: str | None) -> dict[str, object]:
+        """What every row says of where it comes from. target: a cluster whose flags are not known."""
         found: dict[str, object] = {
             "date": about.today(),
-            "model": self.directory.name,
-            "layout": degrees,
-            "dtype": self.dtype,
-            "weights": self.config.load_format,
-            "cuda_graphs": self.config.cuda_graphs,
-            "max_running": self.config.max_running,
-            "max_step_tokens": self.config.max_step_tokens,
-            "max_context": self.max_context,
+            "model": self.directory.resolve().name,
+            "layout": {name: degree for name in NAMES if (degree := getattr(self.degrees, name)) > 1},
         }
-        if machine is not None:
+        if target is None:
+            found |= {"dtype": self.dtype, "weights": self.config.load_format, "max_context": self.max_context}
+            found |= {name: getattr(self.config, name) for name in TOLD}
+        if machine is not None and machine.hardware:
             found |= {"hardware": machine.hardware, "devices": machine.devices}
         return found | {"versions": about.versions(), "commit": about.commit()}
 
 
-def settle(flags: Mapping[str, str | None], cases: list[Case]) -> Setting:
+def settle(flags: Mapping[str, str | None]) -> Setting:
     """Checked before anything is started. Raises ConfigError."""
     config = resolve_config({name: str(value) for name, value in DEFAULTS.items()} | _given(flags))
     if config.speculation != "off":
@@ -128,8 +133,6 @@ def settle(flags: Mapping[str, str | None], cases: list[Case]) -> Setting:
         )
     setting = Setting(config, read_model_config(directory, config.max_context))
     check_degrees(setting.model, setting.degrees)
-    for case in cases:
-        case.check_fits(setting.max_context)
     return setting
 
 
@@ -151,8 +154,9 @@ def measure_machine(setting: Setting, given: Given) -> Machine:
     return Machine(given.rates(found["read_bytes_s"], found["flops"]), found["hardware"], found["devices"])
 
 
-def floor_row(found: Floor, rates: Rates, case: Case, seconds: float, counted: bool) -> dict[str, object]:
+def floor_row(setting: Setting, rates: Rates, case: Case, seconds: float, experts: Experts | None) -> dict[str, object]:
     """The floor, what it is made of, and which part of the time it is, at perfect overlap and at none."""
+    found = floor(setting.census, setting.degrees, case, rates, None if experts is None else experts.distinct)
     bounds = found.least_s, found.most_s
     row: dict[str, object] = {
         "floor_seconds": [round(bound, 4) for bound in bounds],
@@ -161,14 +165,15 @@ def floor_row(found: Floor, rates: Rates, case: Case, seconds: float, counted: b
         "floor_of": {
             "prefill_s": round(found.prefill_s, 4),
             "decode_s": round(found.decode_s, 4),
+            "flop": round(found.flop),
+            "read_bytes": round(found.read_bytes),
             "step_bytes": round(found.step_bytes),
             "kv_token_bytes": found.kv_token_bytes,
+            "devices": setting.degrees.ranks,
             **asdict(rates),
         },
     }
     if found.distinct_experts is not None:
-        row["distinct_experts"] = {
-            "of_a_layer_in_a_step": round(found.distinct_experts, 2),
-            "from": COUNTED if counted else EXPECTED,
-        }
+        source = EXPECTED if experts is None else experts.source
+        row["distinct_experts"] = {"of_a_layer_in_a_step": round(found.distinct_experts, 2), "from": source}
     return row
