@@ -31,9 +31,9 @@ from worker.engine import Broken, Commanded, Completed, Drain, Event, LinkOpened
 from worker.epoch import Lead, form_epoch
 from worker.memory import free_memory_bytes
 from worker.plan import DRAIN, StepResult, encode
-from worker.rank import THREADS_BESIDE_CUDA, THREADS_ON_CPU, end_epoch
+from worker.rank import THREADS_BESIDE_CUDA, THREADS_ON_CPU
 from worker.spec import RankSpec
-from worker.steps import Steps
+from worker.steps import Steps, end_epoch
 
 MARK = "echelon-bench: "
 FENCE = Fence(term=1, replica=0, epoch=1)
@@ -152,7 +152,7 @@ def main() -> None:
 
 def serve(spec: RankSpec, command: control_pb2.FormEpoch, device: torch.device) -> None:
     """Form the epoch, then do what is asked until nobody asks."""
-    epoch = form_epoch(spec, FENCE, command, device, lambda *_: None, contextlib.nullcontext)
+    epoch = form_epoch(spec, FENCE, command, device, lambda *_: None, contextlib.nullcontext, lambda _: None)
     choices = None
     if command.pipeline == 1:
         choices = Choices(epoch.expert_loads.loads, epoch.plans)
@@ -160,7 +160,12 @@ def serve(spec: RankSpec, command: control_pb2.FormEpoch, device: torch.device) 
     engine = None if epoch.lead is None else Engine(epoch.lead)
     steps = Steps(epoch, _ignore if engine is None else engine.take, _end)
     steps.start()
-    say(ready=True, took_s=dict(epoch.took_s), parameter_bytes=epoch.parameter_bytes, kv_bytes=epoch.kv_bytes)
+    say(
+        ready=True,
+        took_s=dict(epoch.took_s),
+        parameter_bytes=epoch.ready.parameter_bytes,
+        kv_bytes=epoch.ready.kv_bytes,
+    )
     while (told := hear()) is not None:
         say(**_done(told, engine, choices))
     end_epoch(epoch, steps)
