@@ -5,7 +5,7 @@
 
 Writes random weights for the config (DeepSeek-V3's sizes with few layers, if none is given), quantises their matrices
 in blocks of 128 x 128 and serves them, each way in its turn over the same processes. Answers are compared by ids before
-the first difference and by log-probabilities; the cases are those of serve.py, the best of two.
+the first difference and by log-probabilities; the cases are those of `echelon bench`, the best of two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benchmarks.layouts_figures import Answer, agreement
 from benchmarks.layouts_session import ask
-from benchmarks.serve import Case, run_case
+from echelon.bench.cases import Case
+from echelon.bench.offline import run_case
 from echelon.testing import LocalCluster
 from examples.make_checkpoint import cut_config, small_config, write_checkpoint
 from examples.quantize_fp8 import quantise_checkpoint

@@ -3,7 +3,7 @@
     python benchmarks/layouts.py --model DIR --device cuda --dtypes bfloat16 --layouts "tensor=2 pipeline=2 \
         pipeline=2,pipeline_depth=1" --cases 64x512x128,256x1024x128 --out FOLDER
 
-Each layout, one device first: 32 greedy requests with logprobs, compared with one device's, then the cases of serve.py
+Each layout, one device first: 32 greedy requests with logprobs, compared with one device's, then cases N x I x O
 (in the last dtype; warmed up by a few requests). A pipeline's operations are logged: the figures of the last case,
 whole and while all decode, and a picture of both. One device also answers once more, fewer requests at once:
 what differs then is rounding. A layout that fails is named with its error, and the next one goes on. One JSON line a
@@ -17,8 +17,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,8 +31,19 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the modules beside this one, by the names tests import
 
 from benchmarks.layouts_figures import Agreement, Answer, Executed, agreement
-from benchmarks.layouts_session import REQUESTS, WARM_UP_REQUESTS, WARM_UP_TOKENS, Layout, Session, Settings, timeline
-from benchmarks.serve import Case, case_row, machine, rank_rows
+from benchmarks.layouts_session import (
+    REQUESTS,
+    WARM_UP_REQUESTS,
+    WARM_UP_TOKENS,
+    Layout,
+    Session,
+    Settings,
+    rank_rows,
+    timeline,
+)
+from echelon.bench.about import commit, versions
+from echelon.bench.cases import Case
+from echelon.bench.offline import case_row
 from echelon.errors import EchelonError
 from echelon.testing import LocalCluster
 from models.config import read_model_config
@@ -184,13 +195,6 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def commit() -> str:
-    """Of the code that runs, if git knows."""
-    folder = Path(__file__).resolve().parent
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
-
-
 def ended(number: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM: end the cluster, print what there is."""
     raise SystemExit(128 + number)
@@ -239,7 +243,8 @@ def main() -> None:
             vocabulary=read_model_config(arguments.model).vocab_size,
             emit=emit,
         )
-        about = {"model": arguments.model.name, "commit": arguments.commit or commit(), **machine(arguments.device)}
+        about = {"model": arguments.model.name, "commit": arguments.commit or commit(), "versions": versions()}
+        about |= {"device": arguments.device, "machine": platform.processor() or platform.machine()}
         config = json.loads((arguments.model / "config.json").read_text())
         emit({"what": "run", "date": time.strftime("%Y-%m-%d"), **about, "config": config})
         rows: list[Row] = []

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.layouts_figures import Answer, Executed, between, executed, forwards, rounds_from
-from benchmarks.serve import DEGREES, Case, Outcome, run_case
 from echelon import AsyncClient
+from echelon.bench.cases import Case
+from echelon.bench.offline import Outcome, run_case
 from echelon.cli.trace.drawing import to_png, to_svg
 from echelon.cli.trace.figures import figures
 from echelon.cli.trace.picture import Panel, draw
@@ -26,6 +27,9 @@ from echelon.testing import LocalCluster
 from parallel.timeline import OpRecord
 from parallel.trace import merged, parse_records
 
+DEGREES = ("replicas", "pipeline", "data", "tensor", "expert", "pipeline_depth")
+RANK = ("replica", "pipeline", "data", "tensor", "expert", "device")
+RANK_BYTES = ("parameter_bytes", "planned_parameter_bytes", "kv_bytes", "planned_kv_bytes")
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, (16, 256), 64
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 16, 4
 DRAWN_MICROBATCHES = 16
@@ -124,6 +128,12 @@ class Session:
         lines = {path: path.read_text().splitlines() for path in self.trace_dir.glob("replica-0-*.jsonl")}
         found = [record for path, text in lines.items() for record in parse_records(text, path.name)]
         return merged(between(found, since_s, until_s))
+
+
+def rank_rows(cluster: LocalCluster) -> list[dict[str, object]]:
+    """Where each rank stands, and what is resident there."""
+    ranks = [dataclasses.asdict(rank) for rank in cluster.ranks()]
+    return [{name: rank[name] for name in RANK + RANK_BYTES} for rank in ranks]
 
 
 def timeline(session: Session, case: Case, outcome: Outcome) -> Executed | None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.serve import DEGREES
+from benchmarks.layouts_session import DEGREES
 from echelon import AsyncClient
 from echelon.testing import LocalCluster, Victim
 from echelon.types import ClusterEvent

@@ -32,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.tiny
 
 import itertools
 
-from benchmarks.serve import Case, run_case
 from coordinator.fences import Fences
 from coordinator.journal.file import JournalFile
 from coordinator.journal.state import Assigned, Opened, Tokens
 from coordinator.requests.nouns import Request
 from coordinator.supervisor.ray_head import RayHead, RayHeadConfig
+from echelon.bench.cases import Case
+from echelon.bench.offline import run_case
 from echelon.internal.link import Sampling
 from echelon.testing import LocalCluster
 from models.config import read_model_config

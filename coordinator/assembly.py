@@ -5,7 +5,6 @@ In the coordinator process, by `coordinator/process.py` and `reconfiguration.py`
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +12,11 @@ from coordinator.answer_text import AnswerText, Stops
 from coordinator.clock import ClockOrigin, SteadyClock
 from coordinator.cluster import Cluster
 from coordinator.detokenizer import Detokenizer
+from coordinator.epoch_settings import epoch_settings
 from coordinator.events import EventLog
 from coordinator.fences import Fences
 from coordinator.grammars import Grammars
+from coordinator.id_tokenizer import IdTokenizer
 from coordinator.journal.file import JournalFile
 from coordinator.journal.memory import NoJournal
 from coordinator.metrics import Metrics
@@ -101,8 +102,15 @@ def read_layout(config: CoordinatorConfig) -> Layout:
         model = with_prediction(model)
     plan = plan_replica(config, model)
     facts = ModelFacts.of(config.served_model_name, config.max_context, model)
-    served = Served(facts, Tokenizer.from_directory(config.model), Grammars(config.model, facts))
-    return Layout(config, model, plan, _epoch_settings(config, plan), served)
+    served = Served(facts, _tokenizer(config, model), Grammars(config.model, facts))
+    return Layout(config, model, plan, epoch_settings(config, plan), served)
+
+
+def _tokenizer(config: CoordinatorConfig, model: ModelConfig) -> Tokenizer:
+    """Where no file of weights is asked for, none of a tokenizer is."""
+    if config.load_format == "random" and not (config.model / "tokenizer.json").exists():
+        return IdTokenizer(config.model, model.vocab_size)
+    return Tokenizer.from_directory(config.model)
 
 
 def build_service(layout: Layout, fences: Fences) -> Service:
@@ -135,32 +143,3 @@ def _open_journal(config: CoordinatorConfig, fences: Fences, origin: ClockOrigin
         return JournalFile(folder, fences.term, fsync=config.journal == "fsync", origin=origin, check_term=fences.check)
     except OSError as error:
         raise ConfigError(f"the journal in {folder} cannot be used: {error}", field="state_dir") from None
-
-
-def _epoch_settings(config: CoordinatorConfig, plan: ReplicaPlan) -> control_pb2.FormEpoch:
-    """What every rank is told of an epoch besides its store and its blocks."""
-    settings = control_pb2.FormEpoch(
-        model_path=str(config.model),
-        dtype=config.dtype,
-        keep_float8=config.keeps_float8,
-        pipeline=config.pipeline,
-        data=config.data,
-        tensor=config.tensor,
-        expert=config.expert,
-        pipeline_depth=config.pipeline_depth or config.pipeline,
-        rebalance_steps=config.rebalance_steps,
-        redundant_experts=config.redundant_experts,
-        predicts=config.speculation == "mtp",
-        speculation_tokens=0 if config.speculation == "off" else config.speculation_tokens,
-        trace_dir=str(config.trace_dir or ""),
-        block_tokens=plan.block_tokens,
-        max_running=config.max_running,
-        cuda_graphs=config.cuda_graphs == "auto",
-        max_step_tokens=config.max_step_tokens,
-        max_context=config.max_context,
-        kv_blocks_limit=plan.kv_blocks_limit or 0,
-        checkpoint_dir=str(config.checkpoint_dir or ""),
-        model_digest=config.model_digest,
-    )
-    settings.layout = hashlib.sha256(settings.SerializeToString(deterministic=True)).hexdigest()
-    return settings

@@ -14,7 +14,7 @@ from typing import cast
 from llguidance import LLTokenizer
 
 from coordinator.model_facts import ModelFacts
-from echelon.errors import InvalidRequestError
+from echelon.errors import ConfigError, InvalidRequestError
 from echelon.sampling import Constraint
 from models.constraints import Kind, check, compile_constraint, constraint_tokenizer
 
@@ -41,7 +41,10 @@ class Grammars:
         except ValueError as error:
             raise InvalidRequestError(f"{kind} cannot be used: {error}", field=field) from None
         with self._reading:
-            tokenizer = self._tokenizer
+            try:
+                tokenizer = self._tokenizer
+            except ConfigError as error:  # of a model that is served without one
+                raise InvalidRequestError(f"{kind} cannot be used: {error}", field=field) from None
         if refused := check(tokenizer, grammar):
             raise InvalidRequestError(f"{kind} cannot be used: {refused}", field=field)
         return grammar

@@ -89,6 +89,9 @@ class ServeConfig(BaseModel):
     float8: Float8Storage | Literal["auto"] = Field(
         default="auto", description="Matrices of 8 bit floats stay so (kept) or not; auto: where that is faster."
     )
+    load_format: Literal["auto", "random"] = Field(
+        default="auto", description="random: weights from a fixed seed by config.json alone, to measure speed by."
+    )
     address: str = Field(default="127.0.0.1:50051", description="Where clients connect; port 0 takes a free one.")
     max_context: Count | None = Field(default=None, description="Tokens of prompt and answer; default: the model's.")
     max_running: Count = Field(default=64, description="Requests in one batch, for each data rank.")

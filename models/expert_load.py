@@ -48,6 +48,14 @@ class ExpertLoads:
                 placed.balanced.zero_()
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
 
+    def snapshot(self) -> Tensor | None:
+        """[layers, experts]: what has been counted by when what is queued has run; None where there is nothing to."""
+        rows = [
+            loads.diff(prepend=loads.new_zeros(1)) if placed is None else loads.clone()
+            for loads, placed in self._layers.values()
+        ]
+        return torch.stack(rows) if rows else None
+
     def read(self) -> Mapping[int, LayerLoad]:
         """What has been counted, by layer; on CUDA by when this was called before, and nothing if it is not here."""
         if not self._layers:

@@ -32,9 +32,7 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 def check_model_directory(directory: Path, keep_float8: bool = False, *, predicts: bool = False) -> None:
     """Raises ConfigError, naming file and cause, unless the directory can be served, its layer for multi-token
     prediction too if it predicts."""
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise ConfigError(f"model directory {directory} {what}; give a directory in Hugging Face format", field="model")
+    check_is_directory(directory)
     config = read_model_config(directory, keep_float8=keep_float8)
     if predicts:
         config = with_prediction(config)
@@ -74,6 +72,13 @@ def check_model_directory(directory: Path, keep_float8: bool = False, *, predict
                 )
             config.quantization.scales(parameter.name, stored, index)
     _refuse_more_experts(config, index)
+
+
+def check_is_directory(directory: Path) -> None:
+    """Raises ConfigError unless a model can lie there."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise ConfigError(f"model directory {directory} {what}; give a directory in Hugging Face format", field="model")
 
 
 def _refuse_more_experts(config: ModelConfig, index: Mapping[str, StoredTensor]) -> None:

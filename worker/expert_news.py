@@ -23,7 +23,7 @@ class ExpertLoadNews:
     """Of one epoch."""
 
     def __init__(self, loads: ExpertLoads) -> None:
-        self._loads = loads
+        self.loads = loads
         self._told: Mapping[int, LayerLoad] = {}
         self._looked_s = -math.inf
 
@@ -38,7 +38,7 @@ class ExpertLoadNews:
             return None
         self._looked_s = now_s
         try:
-            found = self._loads.read()
+            found = self.loads.read()
         except RuntimeError as error:  # of the device: what runs there tells it as a fault, and a rank's life goes on
             log.warning("choices of experts cannot be read", error=str(error))
             return None

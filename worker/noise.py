@@ -29,10 +29,15 @@ def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Uniforms in (0, 1), never either end: element t of the splitmix64 stream that starts at the row's key."""
-    bits = _mix_(keys + (token_ids + 1) * _GOLDEN)
+    """Uniforms in (0, 1), never either end, of `random_bits`."""
+    bits = random_bits(keys, token_ids)
     # 52 bits and a half: exact in float64. A 53rd bit would round the largest value up to 1.
     return _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
+
+
+def random_bits(keys: Tensor, elements: Tensor) -> Tensor:
+    """64 of them each: element t of the splitmix64 stream that starts at the key. All int64; both broadcast."""
+    return _mix_(keys + (elements + 1) * _GOLDEN)
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -23,11 +23,12 @@ from worker.checkpoint.manifest import MANIFEST_FILE, ShardAddress, UnfitShardEr
 from worker.checkpoint.restore import restore
 from worker.checkpoint.write import ShardWriter
 from worker.loader import Progress, left_in_files, load_weights
+from worker.random_weights import fill_randomly
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """origin: "shard" or "source"; bytes as they lie there; reason: why it was not the shard, if there is a store.
+    """origin: "shard", "source" or "random"; bytes as they lie there; reason: why not the shard, if there is a store.
 
     left: what the source has besides and no rank reads.
 
@@ -60,6 +61,9 @@ def bring_weights(
     Raises ConfigError or OSError when neither shard nor source can be used.
     """
     begun_s, source = time.monotonic(), Path(command.model_path)
+    if command.random_weights:
+        made_bytes = fill_randomly(model, config, context, progress)
+        return Loaded("random", made_bytes, time.monotonic() - begun_s)
     if not command.checkpoint_dir:
         loaded_bytes = load_weights(model, config, source, context, progress)
         return Loaded("source", loaded_bytes, time.monotonic() - begun_s, left=left_in_files(config, source))

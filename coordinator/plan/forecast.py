@@ -12,27 +12,11 @@ from dataclasses import dataclass
 
 from coordinator.plan.memory import Limits, Load
 from coordinator.plan.roofline import Batch, Roofline, Slot
+from echelon.bench.cases import Case
 from parallel.schedule import Kind, Op, decode_rounds
 from parallel.timeline import simulate
 
 ROUNDS = 4  # simulated: from the second on they are alike
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """requests at once, each with a prompt and an answer of so many tokens."""
-
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.requests}x{self.prompt_tokens}x{self.output_tokens}"
-
-    @property
-    def tokens(self) -> int:
-        """Of a request at its end."""
-        return self.prompt_tokens + self.output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.plan.census import Census
-from coordinator.plan.forecast import Case, Forecast, forecast
+from coordinator.plan.forecast import Forecast, forecast
 from coordinator.plan.hardware import Machines
 from coordinator.plan.memory import Limits, Load, StageLoad, load
 from coordinator.plan.roofline import roofline
+from echelon.bench.cases import Case
 from echelon.errors import ConfigError
 from models.cutting import check_degrees
 from parallel.degrees import NAMES, Degrees

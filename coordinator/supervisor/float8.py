@@ -24,6 +24,8 @@ _LIMIT_S = 10.0
 
 def settled_float8(config: ServeConfig, directory: Path, device: Device, dtype: Dtype) -> Float8Storage:
     """What is asked for; or by device, dtype, layout and checkpoint, none of which is refused for it."""
+    if config.load_format == "random":
+        return "dequantised"  # what is made has no scales
     if config.float8 != "auto":
         return config.float8
     possible = device == "cuda" and dtype in KEPT_DTYPES and _all_can_stay(config, directory)

@@ -36,10 +36,11 @@ from echelon.config import (
 )
 from echelon.errors import ConfigError, UnavailableError
 from models.config import ModelConfig, read_model_config, with_prediction
-from models.files import check_model_directory, model_digest
+from models.files import check_is_directory, check_model_directory, model_digest
 from models.json_source import read_json_object
 
 LOCAL_HOST = "127.0.0.1"
+TOKENIZER_FILE = "tokenizer.json"
 MAX_FOLDER_LENGTH = 30  # Ray makes UNIX sockets far below it, and their paths end at 107 bytes
 CHANGEABLE = (
     "model",
@@ -82,6 +83,7 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
     """Check and settle everything. Raises ConfigError, or UnavailableError where this machine is in the way."""
     directory, model = _checked_model(config)
     device = _device(config)
+    store = None if config.load_format == "random" else config.checkpoint_dir  # what is made is not kept
     dtype = _dtype(config, model, device)
     config, model = _with_float8(config, settled_float8(config, directory, device, dtype), model)
     host, port = split_address(config.address)
@@ -104,8 +106,8 @@ def prepare(config: ServeConfig, folder: Path) -> tuple[CoordinatorConfig, RayHe
             "ray_address": config.ray_address or join_address(LOCAL_HOST, _claim(LOCAL_HOST, 0, "Ray")),
             "state_dir": _writable("state-dir", config.state_dir or folder / "state"),
             "trace_dir": config.trace_dir and _writable("trace-dir", config.trace_dir),
-            "checkpoint_dir": config.checkpoint_dir and config.checkpoint_dir.resolve(),
-            "model_digest": model_digest(directory, config.keeps_float8) if config.checkpoint_dir else "",
+            "checkpoint_dir": store and store.resolve(),
+            "model_digest": model_digest(directory, config.keeps_float8) if store else "",
         }
     )
     plan_replica(settled, model)
@@ -148,8 +150,12 @@ def prepare_change(wanted: ServeConfig, started: ServeConfig, serving: Coordinat
 
 def _checked_model(config: ServeConfig) -> tuple[Path, ModelConfig]:
     directory = model_directory(config.model).resolve()
-    check_model_directory(directory, predicts=config.speculation == "mtp", keep_float8=config.keeps_float8)
-    _check_tokenizer(directory)
+    if config.load_format == "random":
+        check_is_directory(directory)
+    else:
+        check_model_directory(directory, predicts=config.speculation == "mtp", keep_float8=config.keeps_float8)
+    if config.load_format == "auto" or (directory / TOKENIZER_FILE).exists():
+        _check_tokenizer(directory)
     model = read_model_config(directory, keep_float8=config.keeps_float8)
     return directory, with_prediction(model) if config.speculation == "mtp" else model
 
@@ -164,7 +170,7 @@ def _with_float8(config: ServeConfig, float8: Float8Storage, model: ModelConfig)
 
 def _check_tokenizer(directory: Path) -> None:
     """By the parser alone: what reads its companions too takes seconds to import, and is the coordinator's."""
-    file = directory / "tokenizer.json"
+    file = directory / TOKENIZER_FILE
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # the parser raises bare Exception

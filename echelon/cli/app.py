@@ -1,7 +1,7 @@
 """Puts the verbs together, and turns what they raise into one line and an exit code.
 
-Runs in the user's terminal. Knows no verb's options, and imports nothing of the server unless `serve` is named, but
-for the planner, which is arithmetic and needs none of the server's packages.
+Runs in the user's terminal. Knows no verb's options, and imports nothing of the server unless `serve` or `bench` is
+named, but for the planner, which is arithmetic and needs none of the server's packages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class Commands(TyperGroup):
-    """Adds `serve` without importing it, and is the one place where a command's error is caught."""
+    """Adds `serve` and `bench` without importing them, and is the one place where a command's error is caught."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["serve", *super().list_commands(ctx)]
+        return ["serve", *super().list_commands(ctx), "bench"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _serve_command() if cmd_name == "serve" else super().get_command(ctx, cmd_name)
+        match cmd_name:
+            case "serve":
+                return _serve_command()
+            case "bench":
+                return _bench_command()
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,16 +76,32 @@ app.command("chaos")(chaos.chaos)
 
 
 def _serve_command() -> Any:
-    serve = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     try:
-        from echelon.cli.serve import serve as serve_function
+        from echelon.cli.serve import serve
     except ModuleNotFoundError as error:
-        missing = error.name
+        return _unavailable("serve", "Start a cluster on this machine (needs the server packages).", error.name)
+    made = _typer()
+    made.command("serve")(serve)
+    return typer.main.get_command(made)
 
-        @serve.command("serve")
-        def unavailable() -> None:
-            """Start a cluster on this machine (needs the server packages)."""
-            raise ConfigError(f"serve needs {missing}: pip install 'echelon[server]'")
-    else:
-        serve.command("serve")(serve_function)
-    return typer.main.get_command(serve)
+
+def _bench_command() -> Any:
+    try:
+        from echelon.cli.bench.command import app as bench
+    except ModuleNotFoundError as error:
+        return _unavailable("bench", "Measure how fast a model is served (needs the server packages).", error.name)
+    return typer.main.get_command(bench)
+
+
+def _unavailable(name: str, text: str, missing: str | None) -> Any:
+    made = _typer()
+
+    @made.command(name, help=text)
+    def unavailable() -> None:
+        raise ConfigError(f"{name} needs {missing}: pip install 'echelon[server]'")
+
+    return typer.main.get_command(made)
+
+
+def _typer() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)

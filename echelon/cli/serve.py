@@ -7,10 +7,9 @@ completion need the flags alone.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from echelon.config import CoordinatorConfig, ServeConfig, flag_of, resolve_config
+from echelon.cli.flags import with_flags
+from echelon.config import CoordinatorConfig, resolve_config
 from echelon.errors import ConfigError
 
 SHOWN_S = 0.05  # parts of a start that took less are not worth a word
@@ -65,7 +65,11 @@ class Terminal:
             self._progress = None
 
 
-def run(config: Path | None, **flags: str | None) -> None:
+def run(
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of the keys below.")] = None,
+    *,
+    flags: Mapping[str, str | None],
+) -> None:
     """Start a cluster on this machine (or on the Ray at --ray-address) and serve until Ctrl-C.
 
     A flag --max-context is also ECHELON_MAX_CONTEXT and the key max-context of the --config file, in this order.
@@ -105,26 +109,4 @@ def _read(path: Path | None) -> str:
         raise ConfigError(f"--config {path} is not UTF-8 at byte {error.start}", field="config") from None
 
 
-def _command() -> Callable[..., None]:
-    """`run` with a signature that names every flag, for typer to read."""
-    file_option = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the keys below.")]
-    parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option)]
-    for name, field in ServeConfig.model_fields.items():
-        text = field.description or ""
-        if field.default not in (None, "auto") and not field.is_required():
-            text += f" Default: {field.default}."
-        metavar = name.rsplit("_", 1)[-1].upper()
-        option = typer.Option(f"--{flag_of(name)}", help=text, show_default=False, metavar=metavar)
-        flag = Annotated[str | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag))
-
-    def serve(**values: object) -> None:
-        run(**values)  # type: ignore[arg-type]
-
-    serve.__doc__ = run.__doc__
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return serve
-
-
-serve = _command()
+serve = with_flags(run)

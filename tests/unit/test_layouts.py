@@ -7,7 +7,7 @@ import pytest
 from benchmarks.layouts import Row, reason, table
 from benchmarks.layouts_figures import Answer, agreement, between, executed, rounds_from
 from benchmarks.layouts_session import Layout
-from benchmarks.serve import Case
+from echelon.bench.cases import Case
 from parallel.schedule import Kind, Op
 from parallel.timeline import OpRecord
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from coordinator.plan.census import Census, take_census
 from coordinator.plan.explain import decode_shares, rivals, why
 from coordinator.plan.forecast import (
-    Case,
     Forecast,
     closed_round,
     decode_batch,
@@ -31,6 +30,7 @@ from coordinator.plan.hardware import GPUS, Machines, nearest_gpu, wire
 from coordinator.plan.memory import Limits, Load, load
 from coordinator.plan.roofline import roofline
 from coordinator.plan.search import Planner
+from echelon.bench.cases import Case
 from echelon.errors import ConfigError
 from models.config import ModelConfig, read_model_config, with_prediction
 from models.parameter import Parameter

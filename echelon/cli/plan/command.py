@@ -14,15 +14,15 @@ from typing import Annotated
 import typer
 
 from coordinator.plan.census import take_census
-from coordinator.plan.forecast import Case
 from coordinator.plan.hardware import GPUS, Gpu, Machines, nearest_gpu
 from coordinator.plan.memory import Limits
 from coordinator.plan.search import Planner
 from coordinator.plan.storage import keeps_float8
+from echelon.bench.cases import Case
 from echelon.cli import output
 from echelon.cli.plan.report import as_json as report_json
 from echelon.cli.plan.report import print_plan
-from echelon.cli.plan.units import byte_count, case_numbers, flop_rate
+from echelon.cli.plan.units import byte_count, flop_rate
 from echelon.errors import ConfigError
 from models.config import DTYPE_BYTES, ModelConfig, read_model_config, with_prediction
 from parallel.degrees import Degrees
@@ -139,13 +139,8 @@ def _context(config: ModelConfig, max_context: int | None) -> int:
 def _case(text: str, gpus: int, max_context: int) -> Case:
     """What was asked for, or 64 requests a GPU; one for latency."""
     if text:
-        case = Case(*case_numbers(text))
-        if case.tokens > max_context:
-            raise ConfigError(
-                f"--case {case}: {case.prompt_tokens} + {case.output_tokens} = {case.tokens} tokens are more than "
-                f"max-context {max_context}",
-                field="case",
-            )
+        case = Case.parse(text)
+        case.check_fits(max_context)
         return case
     output_tokens = max(1, min(256, max_context // 4))
     return Case(max(64 * gpus, 1), max(1, min(1024, max_context - output_tokens)), output_tokens)

@@ -1,4 +1,4 @@
-"""Numbers with units as people type them: 141GB, 80GiB, 4.8TB, 989T, and 64x1024x256 for a load.
+"""Numbers with units as people type them: 141GB, 80GiB, 4.8TB, 989T.
 
 In the user's terminal; knows no model. A number that could mean two things is refused, not guessed.
 """
@@ -28,27 +28,16 @@ def byte_count(text: str, flag: str) -> float:
     return float(match[1]) * scale
 
 
-def flop_rate(text: str) -> float:
+def flop_rate(text: str, flag: str = "--gpu-flops") -> float:
     """FLOP a second: 989T is 989e12."""
     match = _NUMBER.fullmatch(text.strip())
     unit = match[2].removesuffix("FLOPs").removesuffix("FLOPS").removesuffix("FLOP") if match else ""
     if match is None or unit not in ("G", "T", "P") or float(match[1]) <= 0:
         raise ConfigError(
-            f"--gpu-flops must be a number > 0 of dense 16-bit FLOP a second, as in 989T; got {text!r}",
-            field="gpu_flops",
+            f"{flag} must be a number > 0 of dense 16-bit FLOP a second, as in 989T; got {text!r}",
+            field=_field(flag),
         )
     return float(match[1]) * SCALES[unit]
-
-
-def case_numbers(text: str) -> tuple[int, int, int]:
-    """Requests, prompt tokens, output tokens of NxIxO."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
-    numbers = tuple(map(int, match.groups())) if match else ()
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise ConfigError(
-            f"--case must be REQUESTSxPROMPTxOUTPUT, each at least 1, as in 256x1024x256; got {text!r}", field="case"
-        )
-    return numbers[0], numbers[1], numbers[2]
 
 
 def _field(flag: str) -> str:

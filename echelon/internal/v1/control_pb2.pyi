@@ -253,7 +253,7 @@ class Blame(_message.Message):
     def __init__(self, first_step: _Optional[int] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class FormEpoch(_message.Message):
-    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "speculation_tokens", "redundant_experts", "cuda_graphs", "predicts", "keep_float8", "trace_dir", "checkpoint_dir", "model_digest", "settled", "layout")
+    __slots__ = ("store_address", "model_path", "dtype", "tensor", "kv_blocks", "block_tokens", "max_running", "max_step_tokens", "max_context", "kv_blocks_limit", "pipeline", "data", "expert", "pipeline_depth", "rebalance_steps", "speculation_tokens", "redundant_experts", "cuda_graphs", "predicts", "keep_float8", "trace_dir", "checkpoint_dir", "model_digest", "settled", "random_weights", "layout")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +278,7 @@ class FormEpoch(_message.Message):
     CHECKPOINT_DIR_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     store_address: str
     model_path: str
@@ -303,5 +304,6 @@ class FormEpoch(_message.Message):
     checkpoint_dir: str
     model_digest: str
     settled: Settled
+    random_weights: bool
     layout: str
-    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., speculation_tokens: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., cuda_graphs: bool = ..., predicts: bool = ..., keep_float8: bool = ..., trace_dir: _Optional[str] = ..., checkpoint_dir: _Optional[str] = ..., model_digest: _Optional[str] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...
+    def __init__(self, store_address: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_context: _Optional[int] = ..., kv_blocks_limit: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ..., pipeline_depth: _Optional[int] = ..., rebalance_steps: _Optional[int] = ..., speculation_tokens: _Optional[int] = ..., redundant_experts: _Optional[int] = ..., cuda_graphs: bool = ..., predicts: bool = ..., keep_float8: bool = ..., trace_dir: _Optional[str] = ..., checkpoint_dir: _Optional[str] = ..., model_digest: _Optional[str] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ..., random_weights: bool = ..., layout: _Optional[str] = ...) -> None: ...
