@@ -31,6 +31,7 @@ ASKS = [
     Ask(tuple(range(3, 3 + length)), 3, slot=slot, start=slot, chunk=9, logprobs=0)
     for slot, length in enumerate((1, 17))
 ]
+LATER = (1, 1, 1), (2, 3, 1), (2, 600, 2), (1, 40, 30), (20, 2, 19), (60, 2, 59), (1, 90, 70)  # of steps
 Variant = tuple[object, ...]
 
 
@@ -116,7 +117,7 @@ def test_nothing_is_left_to_be_compiled_in_a_step_with_a_deadline(
         rehearse(runner, rehearsed_steps(3, 1200, 72 if kept else 40, FENCE.epoch, bool(graphs)), context)
 
     def later() -> None:
-        for running, stored, tokens in ((1, 1, 1), (2, 3, 1), (2, 600, 2), (1, 40, 30), (60, 2, 59), (1, 90, 70)):
+        for running, stored, tokens in LATER:
             run(largest_step(running, stored + 1, tokens, FENCE.epoch))
 
     known = variants(on_cpu, before)
