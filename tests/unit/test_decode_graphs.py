@@ -145,7 +145,8 @@ def test_a_graph_draws_greedy_rows_without_their_logits(
     monkeypatch.setattr(VocabularyHead, "dealt", noted)
     kinds = {"greedy": (GREEDY, None), "drawn": (Sampling(0.8, 0.9, 0, 99, seed=1), None), "scored": (GREEDY, 1)}
 
-    def ids(kind: str, sizes: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+    def drawn(kind: str, sizes: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+        """Ids of each step of each rank, and how many of them came with their log-probability."""
         sampling, logprobs = kinds[kind]
         asks = [
             Ask((7, 9), 6),
@@ -154,15 +155,26 @@ def test_a_graph_draws_greedy_rows_without_their_logits(
 
         def as_rank(context: ParallelContext) -> list[tuple[int, ...]]:
             runner = new_runner(checkpoints["llama"], context, graphs=sizes)
-            return [runner.run(decode(encode(plan))).ids for plan in plans_of(asks)]
+            found = [runner.run(decode(encode(plan))) for plan in plans_of(asks)]
+            return [(*result.ids, sum(logprob is not None for logprob in result.logprobs)) for result in found]
 
         return as_ranks(degrees, as_rank, epoch=FENCE.epoch)
 
     for kind in kinds:
-        expected = ids(kind, ())
+        expected = drawn(kind, ())
         asked.clear()
-        assert ids(kind, SIZES) == expected
+        assert drawn(kind, SIZES) == expected
         assert bool(asked) == (kind != "greedy")
+
+
+def test_a_step_keeps_its_ids_while_later_ones_are_replayed(checkpoints: dict[str, Path]) -> None:
+    context = solo_context(CPU, torch.float64, FENCE.epoch)
+    plans = [decode(encode(plan)) for plan in plans_of([Ask((7, 9), 8), Ask((5,), 8, slot=1)])]
+    in_turn, ahead = (new_runner(checkpoints["llama"], context, graphs=SIZES) for _ in range(2))
+    expected = [in_turn.run(plan).ids for plan in plans]
+    queued = [ahead.forward(plan).pending for plan in plans]
+    assert [pending.result().ids for pending in queued if pending is not None] == expected
+    assert len(set(expected)) > 2, "ids change from step to step"
 
 
 @pytest.mark.parametrize(
