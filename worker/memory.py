@@ -130,16 +130,21 @@ def rehearse(runner: Runner, plans: Iterable[StepPlan], context: ParallelContext
 
 
 def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch: int) -> StepPlan:
-    """Every slot but one decodes at the end of its context, by the costliest rules; the last one prefills the rest."""
+    """As many slots as it takes prefill chunks as long as can be, all others decode at the end of their contexts, by the
+    costliest rules."""
     sampling = Sampling(
         temperature=1.0, top_p=0.9, top_k=0, max_tokens=1, seed=0, repetition_penalty=1.1, presence_penalty=0.1
     )
-    decoding = min(max_running - 1, max_step_tokens - 1)
-    admits = tuple(Admit(slot, 0, 1, sampling) for slot in range(decoding + 1))
     context = max(max_context - 1, 1)  # what the last id of all is drawn from
+    chunks = min(max_running, -(-max_step_tokens // context))
+    decoding = max(0, min(max_running, max_step_tokens) - chunks)
     rows = [Row(slot, context - 1, 1, None, True, 0) for slot in range(decoding)]
-    chunk = min(max_step_tokens - decoding, context)
-    rows.append(Row(decoding, context - chunk, chunk, (0,) * chunk, True, 0))
+    left = max_step_tokens - decoding
+    while left and len(rows) < max_running:
+        chunk = min(left, context)
+        rows.append(Row(len(rows), context - chunk, chunk, (0,) * chunk, True, 0))
+        left -= chunk
+    admits = tuple(Admit(row.slot, 0, 1, sampling) for row in rows)
     return StepPlan(Fence(0, 0, epoch), 1, admits, (), tuple(rows))
 
 

@@ -11,14 +11,14 @@ from coordinator.plan.hardware import Gpu
 from echelon.errors import ConfigError
 from models.config import read_model_config
 from models.cutting import check_degrees
-from models.quantization import KEPT_BLOCK, KEPT_DTYPES
+from models.quantization import KEPT_BLOCK, KEPT_DTYPE
 from parallel.degrees import Degrees
 
 
 def keeps_float8(model: Path, gpu: Gpu, dtype: str, given: Degrees) -> bool:
     """As a cluster would settle it, if the degrees that are not given cut no matrix within a block either. dtype: what
     was asked for, empty if nothing was."""
-    if not gpu.float8_blocks or dtype not in ("", *KEPT_DTYPES):
+    if not gpu.float8_blocks or dtype not in ("", KEPT_DTYPE):
         return False
     try:
         config = read_model_config(model, planning=True, keep_float8=True)

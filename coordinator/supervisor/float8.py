@@ -15,7 +15,7 @@ from echelon.errors import ConfigError
 from models.config import read_model_config
 from models.cutting import check_degrees
 from models.files import check_model_directory
-from models.quantization import KEPT_BLOCK, KEPT_DTYPES
+from models.quantization import KEPT_BLOCK, KEPT_DTYPE
 
 MEASURED = "9.0"  # Hopper: docs/adr/0016-matrices-may-stay-8-bit-floats.md
 _QUERY = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
@@ -28,7 +28,7 @@ def settled_float8(config: ServeConfig, directory: Path, device: Device, dtype: 
         return "dequantised"  # what is made has no scales
     if config.float8 != "auto":
         return config.float8
-    possible = device == "cuda" and dtype in KEPT_DTYPES and _all_can_stay(config, directory)
+    possible = device == "cuda" and dtype == KEPT_DTYPE and _all_can_stay(config, directory)
     return "kept" if possible and set(compute_capabilities()) == {MEASURED} else "dequantised"
 
 

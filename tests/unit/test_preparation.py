@@ -91,7 +91,7 @@ SQUARE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_di
         (128, {"tensor": 2}, ["9.0", "9.0"], "dequantised"),  # a rank would begin within a block
         (64, {}, ["9.0", "9.0"], "dequantised"),
         (None, {}, ["9.0", "9.0"], "dequantised"),
-        (128, {"dtype": "float32"}, ["9.0", "9.0"], "dequantised"),
+        (128, {"dtype": "float16"}, ["9.0", "9.0"], "dequantised"),
         (128, {}, ["9.0", "10.0"], "dequantised"),
         (128, {}, [], "dequantised"),
         (128, {"float8": "dequantised"}, ["9.0"], "dequantised"),
