@@ -76,12 +76,15 @@ def test_every_layout_has_the_model_of_one_checkpoint(
 def test_norms_are_ones_and_all_else_is_small(directory: Path) -> None:
     config = read_model_config(directory)
     norm = 0.0 if config.family.norms_from_one else 1.0
+    firsts: dict[tuple[float, ...], str] = {}
     for name, shard in filled(directory, solo_context(CPU, torch.float32)).items():
         if "norm" in name:
             assert shard.eq(norm).all(), name
         else:
             assert 0.5 < float(shard.std()) / STANDARD_DEVIATION < 1.5, name
             assert float(shard.abs().max()) < 4 * STANDARD_DEVIATION, name
+            first = tuple(shard.flatten()[:4].tolist())
+            assert firsts.setdefault(first, name) == name
 
 
 def test_numbers_are_nearly_normal_and_of_no_neighbour() -> None:
