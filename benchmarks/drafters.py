@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for examples.tiny
 
-from benchmarks.serve import machine
+from echelon.bench.about import versions
 from echelon.testing import LocalCluster
 from examples.tiny import measuring, texts
 from examples.tiny.show import DRAFTERS
@@ -42,7 +42,10 @@ def main() -> None:
     first: tuple[tuple[int, ...], ...] = ()
     flags: dict[str, Any] = {"speculation": "off", "cuda_graphs": GRAPHS[asked.device][0], **layout}
     with LocalCluster(texts.MODEL, device=asked.device, dtype=asked.dtype, **flags) as cluster:
-        print(json.dumps({"benchmark": "drafters", "layout": asked.layout, **machine(asked.device)}), flush=True)
+        print(
+            json.dumps({"benchmark": "drafters", "layout": asked.layout, "device": asked.device, **versions()}),
+            flush=True,
+        )
         for drafter in asked.drafters:
             for graphs in GRAPHS[asked.device]:
                 cluster.reconfigure(speculation=drafter, cuda_graphs=graphs)

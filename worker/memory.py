@@ -130,7 +130,7 @@ def rehearse(runner: Runner, plans: Iterable[StepPlan], context: ParallelContext
 
 
 def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch: int) -> StepPlan:
-    """As many slots as it takes prefill chunks as long as can be, all others decode at the end of their contexts, by the
+    """As many slots as it takes prefill the longest chunks; all others decode at the end of their contexts, by the
     costliest rules."""
     sampling = Sampling(
         temperature=1.0, top_p=0.9, top_k=0, max_tokens=1, seed=0, repetition_penalty=1.1, presence_penalty=0.1

@@ -110,15 +110,20 @@ def test_less_than_one_request_is_refused_with_the_arithmetic(tmp_path: Path) ->
         settle(tmp_path, 3, 100)
 
 
-@pytest.mark.parametrize(("running", "step_tokens"), [(1, 8), (4, 32), (64, 16)])
-def test_the_largest_step_fills_the_budget_and_every_slot_it_can(running: int, step_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("running", "step_tokens", "decoding", "chunks"),
+    [(1, 8, 0, [8]), (4, 32, 2, [23, 7]), (64, 16, 15, [1]), (4, 200, 0, [23] * 4), (8, 100, 3, [23] * 4 + [5])],
+)
+def test_the_largest_step_fills_the_budget_and_every_slot_it_can(
+    running: int, step_tokens: int, decoding: int, chunks: list[int]
+) -> None:
+    """Of contexts of 23 tokens, behind which an id can still be drawn."""
     plan = largest_step(running, 24, step_tokens, epoch=3)
-    decode, prefill = plan.rows[:-1], plan.rows[-1]
     assert plan.fence.epoch == 3
-    assert [row.given for row in decode] == [None] * min(running - 1, step_tokens - 1)
-    assert sum(row.tokens for row in plan.rows) == min(step_tokens, len(decode) + 23)
+    assert [row.given for row in plan.rows[:decoding]] == [None] * decoding
+    assert [row.tokens for row in plan.rows] == [1] * decoding + chunks
     assert {row.first + row.tokens for row in plan.rows} == {23}
-    assert [admit.slot for admit in plan.admits] == [*range(len(decode) + 1)] and prefill.slot == len(decode)
+    assert [admit.slot for admit in plan.admits] == [row.slot for row in plan.rows] == [*range(len(plan.rows))]
 
 
 def test_a_step_with_drafts_has_no_more_rows_than_a_full_batch_or_one_choice_with_its_drafts() -> None:
