@@ -6,6 +6,7 @@ so nothing waits and no step is changed. Knows no request.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,15 +26,20 @@ class Choices:
         self._plans = plans
         self._counting = False
         self._seen: list[Tensor] = []
+        self._caught_up = threading.Event()  # whoever has a step's ids may be ahead of the thread that launched it
+        self._caught_up.set()
 
     def __iter__(self) -> Iterator[bytes]:
         for payload in self._plans:
+            self._caught_up.clear()
             yield payload
             if self._counting:
                 self._keep()
+            self._caught_up.set()
 
     def begin(self) -> None:
         """Count from here on; no step runs."""
+        self._caught_up.wait()
         self._seen = []
         self._keep()
         self._counting = True
@@ -43,6 +49,7 @@ class Choices:
 
         Only those that this rank speaks for: empty lists where others do.
         """
+        self._caught_up.wait()
         self._counting = False
         if not self._seen:
             return []
