@@ -14,7 +14,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.families import Gating
 from models.layers import ACTIVATIONS, GatedMlp, Weights
-from models.moe import Experts, MixtureOfExperts
+from models.moe import BESIDE_ROWS, Experts, MixtureOfExperts
 from models.router import GroupedSoftmaxRouter, Router, SigmoidRouter, SoftmaxRouter
 from models.routing import Routing
 from models.tables import (
@@ -71,6 +71,7 @@ def _experts(
         dispatcher=experts_dispatcher(context, routing),
         shared=_shared(config, weights, layer) if routing.shared_neurons else None,
         side=context.beside,
+        beside_rows=None if context.place.degrees.exchanges_rows else BESIDE_ROWS,
     )
 
 

@@ -25,6 +25,8 @@ from parallel.side_stream import IN_TURN, SideStream
 # On average: beyond, arithmetic takes longer than reading weights; or for 8 bit floats than that and dequantising them.
 _FEW_COPIES_PER_SLOT, _FEW_COPIES_PER_FLOAT8_SLOT = 64, 256
 
+BESIDE_ROWS = 16  # more rows, where none travels, leave a device no room beside their experts, as measured
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -100,7 +102,7 @@ class MixtureOfExperts:
     """Each row's sum over its chosen experts, weighted by its shares of them, and of the MLP that all rows pass.
 
     shared: without collectives; where no row travels, this rank's part of it, and else all of it. It begins first, and
-    runs beside all that is for experts alone.
+    runs on the side stream beside all that is for experts alone, if there are no more rows than beside_rows.
     """
 
     router: Router
@@ -108,11 +110,13 @@ class MixtureOfExperts:
     dispatcher: Dispatcher
     shared: Callable[[Tensor, ExpertStep], Tensor] | None = None
     side: SideStream = IN_TURN
+    beside_rows: int | None = None
 
     def __call__(self, hidden: Tensor, step: ExpertStep) -> Tensor:
         """hidden [T, hidden], equal on all tensor ranks -> the same shape, equal again."""
         rows = self.dispatcher.share(hidden, step)
-        beside = self.side.begin(partial(self.shared, rows, step)) if self.shared is not None else None
+        side = self.side if self.beside_rows is None or len(rows) <= self.beside_rows else IN_TURN
+        beside = side.begin(partial(self.shared, rows, step)) if self.shared is not None else None
         expert_ids, shares = self.router(rows)
         dispatched = self.dispatcher.dispatch(rows, expert_ids, shares, step)
         sums = self.experts(dispatched.rows, dispatched.copies)

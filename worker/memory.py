@@ -8,6 +8,7 @@ run here compiles all kernels while nobody waits for a step. Knows no request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,7 +137,7 @@ def largest_step(max_running: int, max_context: int, max_step_tokens: int, epoch
         temperature=1.0, top_p=0.9, top_k=0, max_tokens=1, seed=0, repetition_penalty=1.1, presence_penalty=0.1
     )
     context = max(max_context - 1, 1)  # what the last id of all is drawn from
-    chunks = min(max_running, -(-max_step_tokens // context))
+    chunks = min(max_running, max(1, math.ceil((max_step_tokens - max_running) / max(context - 1, 1))))
     decoding = max(0, min(max_running, max_step_tokens) - chunks)
     rows = [Row(slot, context - 1, 1, None, True, 0) for slot in range(decoding)]
     left = max_step_tokens - decoding

@@ -45,7 +45,10 @@ SMALL = ModelConfig(
     default_sampling=DefaultSampling(),
 )
 RUNNING, CONTEXT, BLOCK_TOKENS = 4, 128, 16
-WHOLE_PROMPT, CHUNK = 2 * CONTEXT, 32  # tokens of a step: a prompt that starts and ends in it, and a part of one
+WHOLE_PROMPT, CHUNK = (
+    CONTEXT - 1 + RUNNING - 1,
+    32,
+)  # tokens of a step: a prompt that starts and ends in it, and a part of one
 
 
 def warm(device: str) -> None:
