@@ -123,6 +123,7 @@ def test_an_error_of_the_work_comes_with_the_remedy_and_is_of_no_request(models:
         runner.run(decode(encode(decodes(captures=3))))
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_while_others_capture_is_a_fault_like_others(models: dict[str, Path]) -> None:
     """Those that wait for it in what is captured tell that a peer is gone, whose requests nobody blames."""
     found: dict[int, Exception] = {}

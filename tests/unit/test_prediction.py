@@ -163,7 +163,7 @@ def test_several_ranks_predict_what_one_does(checkpoint: Path, drafts: Drafts, d
     "degrees",
     [
         Degrees(),
-        Degrees(tensor=2, expert=2),
+        pytest.param(Degrees(tensor=2, expert=2), marks=pytest.mark.long),
         pytest.param(Degrees(pipeline=2), marks=pytest.mark.long),
         pytest.param(Degrees(data=2, expert=2), marks=pytest.mark.long),
     ],
