@@ -21,8 +21,9 @@ from echelon.cli.bench import engine
 from echelon.cli.bench import grpc as bench_grpc
 from echelon.cli.bench.engine import engine_ranks
 from echelon.cli.bench.setting import Setting, settle
+from echelon.client import Client
 from echelon.errors import ConfigError, UnavailableError
-from tests.published import write_published
+from tests.published import PUBLISHED, write_config, write_published
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "benchmarks/peers/vllm-0.24.0-2xh200.jsonl"
@@ -216,12 +217,29 @@ def test_what_is_started_has_the_flags_that_rows_say(tmp_path: Path, monkeypatch
 
 
 def test_what_stays_8_bit_floats_is_what_rows_and_floors_are_of(tmp_path: Path) -> None:
-    setting = settle({"model": str(write_published(tmp_path, "deepseek-r1")), "data": "8", "expert": "8"})
+    model = write_config(tmp_path / "r1", {**PUBLISHED["deepseek-r1"], "num_hidden_layers": 6})
+    setting = settle({"model": str(model), "data": "8", "expert": "8"})
     kept, case = setting.stored("kept"), Case(8, 128, 16)
     assert kept.about(None, None)["float8"] == "kept" and kept.stored("dequantised").model == setting.model
     rates = Rates(read_bytes_s=4e12, flops=8e14, all_reduce_s=9e-6)
     wide, narrow = (floor(each.census, each.degrees, case, rates).step_bytes for each in (setting, kept))
-    assert 0.5 < narrow / wide < 0.6  # but for the head and what is no matrix
+    assert 0.5 < narrow / wide < 0.7  # but for the head and what is no matrix
+
+
+def test_a_target_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    model = write_published(tmp_path, "qwen3-8b")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        target = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["bench", "offline", "--model", str(model), "--case", "1x2x3", "--target", target]
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code != 0 and isinstance(found.exception, SystemExit) and target in found.output
+
+
+def test_a_target_without_ranks_has_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "ranks", lambda _: ())
+    with pytest.raises(UnavailableError, match="the cluster at a:1 has no ranks yet"):
+        bench_grpc._degrees("a:1")
 
 
 def test_compare_prints_the_table() -> None:

@@ -24,7 +24,7 @@ from echelon.errors import UnavailableError
 from echelon.testing import LocalCluster
 from parallel.degrees import Degrees
 
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S, TARGET_TIMEOUT_S = 600.0, 10.0
 SHARES = "expected of rows that choose by the shares that GetExpertLoad tells"
 
 
@@ -80,9 +80,11 @@ def _float8(setting: Setting) -> Float8Storage:
 
 
 def _degrees(address: str) -> Degrees:
-    """By the places of its ranks."""
-    with Client(address) as client:
+    """By the places of its ranks. Raises UnavailableError where nobody answers at once."""
+    with Client(address, timeout_s=TARGET_TIMEOUT_S, max_retries=0) as client:
         ranks = client.ranks()
+    if not ranks:
+        raise UnavailableError(f"the cluster at {address} has no ranks yet; `echelon status` says what it waits for")
     names = ("replica", "pipeline", "data", "tensor", "expert")
     replicas, pipeline, data, tensor, expert = (1 + max(getattr(rank, name) for rank in ranks) for name in names)
     return Degrees(replicas=replicas, pipeline=pipeline, data=data, tensor=tensor, expert=expert)
