@@ -16,12 +16,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "kernels": ("largest_step_s",),
     "graphs": ("graphs_s",),
 }
+MILESTONES = ("coordinator.started", "rank.attached", "replica.ready")
 
 
 def startup_phases(events: Iterable[ClusterEvent], now_s: float) -> dict[str, float]:
     """Seconds by phase, one after the other, from the coordinator's start to now, when all replicas have drawn a token.
 
-    Of ranks that formed side by side the slowest counts. Empty where ranks were not started, but adopted.
+    Of ranks that formed side by side the slowest counts. Empty where ranks were not started, but adopted, and where the
+    log has lost a milestone.
     """
     last: dict[str, ClusterEvent] = {}
     formed: list[Mapping[str, float]] = []
@@ -30,11 +32,9 @@ def startup_phases(events: Iterable[ClusterEvent], now_s: float) -> dict[str, fl
         if event.kind == "rank.formed":
             parts = {name: sum(_seconds(event.detail, part) for part in PARTS[name]) for name in PARTS}
             formed.append(parts)
-    if not formed or "replica.ready" not in last:
+    if not formed or any(kind not in last for kind in MILESTONES):
         return {}
-    began_s, attached_s, ready_s = (
-        last[kind].unix_s for kind in ("coordinator.started", "rank.attached", "replica.ready")
-    )
+    began_s, attached_s, ready_s = (last[kind].unix_s for kind in MILESTONES)
     slowest = max(formed, key=lambda parts: sum(parts.values()))
     rest_s = max(ready_s - attached_s - sum(slowest.values()), 0.0)
     return {"processes": attached_s - began_s, **slowest, "rest": rest_s, "first token": now_s - ready_s}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from coordinator.plan.census import Census
 from echelon.bench.cases import Case
+from models.parameter import FLOAT8_BYTES
 from parallel.degrees import Degrees
 
 
@@ -58,6 +59,8 @@ def floor(census: Census, degrees: Degrees, case: Case, rates: Rates, distinct_e
     for stage, layers in enumerate(census.cut(degrees.pipeline)):
         numbers = census.held(degrees, layers, stage)
         weights = (numbers.every_token + numbers.head + touched * numbers.expert) * census.weight_bytes
+        saved_bytes = census.weight_bytes - FLOAT8_BYTES
+        weights -= (numbers.float8 + touched * numbers.float8_experts) * saved_bytes  # what stays an 8 bit float
         kv_bytes = census.kv_bytes_per_token(degrees, layers)
         slots_bytes.append(weights + cohort_rows * context_tokens * kv_bytes)
         reduces = 2 * len(census.computed(layers)) if degrees.tensor > 1 else 0

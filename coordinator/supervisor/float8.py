@@ -23,8 +23,16 @@ _LIMIT_S = 10.0
 
 
 def settled_float8(config: ServeConfig, directory: Path, device: Device, dtype: Dtype) -> Float8Storage:
-    """What is asked for; or by device, dtype, layout and checkpoint, none of which is refused for it."""
+    """What is asked for; or by device, dtype, layout and checkpoint, none of which is refused for it.
+
+    Raises ConfigError where what is asked for is not to be had."""
     if config.load_format == "random":
+        if config.float8 == "kept":
+            raise ConfigError(
+                "float8=kept is for matrices that a checkpoint has in 8 bit floats, and load-format=random makes "
+                "none; leave one of both out",
+                field="float8",
+            )
         return "dequantised"  # what is made has no scales
     if config.float8 != "auto":
         return config.float8

@@ -126,7 +126,7 @@ def figures(
 ) -> dict[str, object]:
     """Percentiles of waiting, rates, and goodput: requests a second whose first id and whose mean pace are in time."""
     whole = [answer for answer in answers if not answer.error and answer.arrivals_s]
-    failed = [answer for answer in answers if answer not in whole]
+    failed = [answer for answer in answers if answer.error or not answer.arrivals_s]
     good = [answer for answer in whole if _in_time(answer, ttft_slo_s, itl_slo_s)]
     found: dict[str, object] = {
         "requests": len(answers),

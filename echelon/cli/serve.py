@@ -7,9 +7,10 @@ completion need the flags alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from echelon.cli.flags import with_flags
-from echelon.config import CoordinatorConfig, resolve_config
+from echelon.config import ENVIRONMENT_PREFIX, CoordinatorConfig, ServeConfig, resolve_config
 from echelon.errors import ConfigError
 
 SHOWN_S = 0.05  # parts of a start that took less are not worth a word
@@ -96,6 +97,17 @@ def run(
     if outcome.message:
         typer.echo(f"echelon: error: {outcome.message}", err=True)
     raise typer.Exit(outcome.code)
+
+
+@contextlib.contextmanager
+def without_variables() -> Iterator[None]:
+    """Hides ECHELON_* of flags from a `serve` that is started meanwhile: its file is all that counts."""
+    names = [ENVIRONMENT_PREFIX + name.upper() for name in ServeConfig.model_fields]
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _read(path: Path | None) -> str:

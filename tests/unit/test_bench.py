@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from coordinator.plan.floor import Rates, floor
 from echelon.bench.cases import Case, prompts
 from echelon.bench.compare import Row, pairs, read_rows, table
 from echelon.bench.experts import distinct, expected_distinct
 from echelon.cli.app import app
-from echelon.errors import ConfigError
-from tests.published import write_published
+from echelon.cli.bench import engine
+from echelon.cli.bench import grpc as bench_grpc
+from echelon.cli.bench.engine import engine_ranks
+from echelon.cli.bench.setting import Setting, settle
+from echelon.client import Client
+from echelon.errors import ConfigError, UnavailableError
+from tests.published import PUBLISHED, write_config, write_published
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "benchmarks/peers/vllm-0.24.0-2xh200.jsonl"
@@ -163,6 +171,75 @@ def test_bad_options_are_refused_before_anything_starts(tmp_path: Path, argument
 def test_a_model_without_a_config_is_refused(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["bench", "offline", "--model", str(tmp_path), "--case", "1x2x3"])
     assert found.exit_code == 2 and "has no config.json" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--replicas", "2"], "replicas=2: the engine of one"), (["--ray-address", "a:1"], "processes of this machine")],
+)
+def test_what_a_coordinator_does_is_not_the_engine_s(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    model = write_published(tmp_path, "qwen3-8b")
+    setting = settle({"model": str(model), arguments[0][2:].replace("-", "_"): arguments[1]})
+    with pytest.raises(ConfigError, match=complaint), engine_ranks(setting):
+        pass
+
+
+def test_the_engine_needs_no_port_of_a_cluster_that_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise UnavailableError("started")
+
+    monkeypatch.setattr(engine, "Rank", start)
+    model = write_published(tmp_path, "qwen3-8b")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        setting = settle({"model": str(model), "device": "cpu", "load_format": "random"})
+        setting = Setting(setting.config.model_copy(update={"address": address}), setting.model)
+        with pytest.raises(UnavailableError, match="started"), engine_ranks(setting):
+            pass
+
+
+def test_what_is_started_has_the_flags_that_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables go before the file that the cluster has them from."""
+    seen: list[dict[str, str]] = []
+
+    def start(**_: object) -> None:
+        seen.append(dict(os.environ))
+        raise RuntimeError("echelon: error: started")
+
+    monkeypatch.setattr(bench_grpc, "LocalCluster", start)
+    monkeypatch.setenv("ECHELON_MAX_RUNNING", "3")
+    monkeypatch.setenv("ECHELON_ELSE", "kept")
+    setting = settle({"model": str(write_published(tmp_path, "qwen3-8b")), "device": "cpu"})
+    with pytest.raises(UnavailableError, match="started"), bench_grpc.cluster(setting, None):
+        pass
+    assert "ECHELON_MAX_RUNNING" not in seen[0] and seen[0]["ECHELON_ELSE"] == "kept"
+    assert os.environ["ECHELON_MAX_RUNNING"] == "3"
+
+
+def test_what_stays_8_bit_floats_is_what_rows_and_floors_are_of(tmp_path: Path) -> None:
+    model = write_config(tmp_path / "r1", {**PUBLISHED["deepseek-r1"], "num_hidden_layers": 6})
+    setting = settle({"model": str(model), "data": "8", "expert": "8"})
+    kept, case = setting.stored("kept"), Case(8, 128, 16)
+    assert kept.about(None, None)["float8"] == "kept" and kept.stored("dequantised").model == setting.model
+    rates = Rates(read_bytes_s=4e12, flops=8e14, all_reduce_s=9e-6)
+    wide, narrow = (floor(each.census, each.degrees, case, rates).step_bytes for each in (setting, kept))
+    assert 0.5 < narrow / wide < 0.7  # but for the head and what is no matrix
+
+
+def test_a_target_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    model = write_published(tmp_path, "qwen3-8b")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        target = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["bench", "offline", "--model", str(model), "--case", "1x2x3", "--target", target]
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code != 0 and isinstance(found.exception, SystemExit) and target in found.output
+
+
+def test_a_target_without_ranks_has_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "ranks", lambda _: ())
+    with pytest.raises(UnavailableError, match="the cluster at a:1 has no ranks yet"):
+        bench_grpc._degrees("a:1")
 
 
 def test_compare_prints_the_table() -> None:

@@ -130,6 +130,14 @@ def test_plot_writes_a_picture(tmp_path: Path, suffix: str, begin: bytes) -> Non
     assert picture.read_bytes().startswith(begin)
 
 
+@pytest.mark.parametrize("missing", ["seconds", "layout", "through"])
+def test_a_row_that_is_not_whole_is_refused(tmp_path: Path, missing: str) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps({name: value for name, value in rows()[0].items() if name != missing}))
+    found = CliRunner().invoke(app, ["bench", "plot", str(results), "-o", str(tmp_path / "picture.svg")])
+    assert found.exit_code == 2 and f"a row is not whole: KeyError('{missing}')" in found.output
+
+
 def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["bench", "plot", str(tmp_path / "results.jsonl"), "-o", "x.gif"])
     assert found.exit_code == 2 and "expected one of .png, .svg" in found.output

@@ -78,6 +78,17 @@ def test_matrices_may_stay_8_bit_floats_where_a_checkpoint_has_them(model: Path,
         prepare(config(model, float8="kept"), tmp_path)
 
 
+def test_random_matrices_cannot_stay_8_bit_floats(model: Path, tmp_path: Path) -> None:
+    """By themselves they do not, whatever the checkpoint has."""
+    quantise_checkpoint(model, tmp_path / "float8", (16, 16))
+    asked = config(tmp_path / "float8", load_format="random", checkpoint_dir=tmp_path / "store")
+    settled, _ = prepare(asked, tmp_path)
+    assert (settled.float8, settled.checkpoint_dir, settled.model_digest) == ("dequantised", None, "")
+    with pytest.raises(ConfigError, match=r"float8=kept is for .* load-format=random makes none; leave one") as refused:
+        prepare(asked.model_copy(update={"float8": "kept"}), tmp_path)
+    assert refused.value.field == "float8"
+
+
 SQUARE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32} | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,

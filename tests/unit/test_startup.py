@@ -48,6 +48,12 @@ def test_who_adopts_ranks_has_started_none() -> None:
     assert startup_phases([START[0], event(101.0, "replica.adopted")], 102.0) == {}
 
 
+@pytest.mark.parametrize("kind", ["coordinator.started", "rank.attached", "replica.ready"])
+def test_a_start_so_long_that_the_log_has_lost_its_begin_is_ready_all_the_same(kind: str) -> None:
+    """The log is bounded, and ranks that stay are not attached again."""
+    assert startup_phases([event for event in START if event.kind != kind], 116.0) == {}
+
+
 def test_what_came_before_the_coordinator_is_the_rest_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     core = SupervisorCore(owns_ray=True, drain_timeout_s=30.0)
     core.step(1000.0, Begin())

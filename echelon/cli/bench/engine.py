@@ -26,12 +26,13 @@ from echelon.bench.cases import Case
 from echelon.bench.experts import distinct
 from echelon.bench.offline import Outcome
 from echelon.cli.bench.setting import Experts, Setting
-from echelon.config import CoordinatorConfig
+from echelon.config import CoordinatorConfig, ServeConfig
 from echelon.errors import ConfigError, UnavailableError
 
 MARK = "echelon-bench: "  # as worker/bench.py has it
 START_TIMEOUT_S, CASE_TIMEOUT_S, END_S = 600.0, 600.0, 10.0
 SHOWN_LINES = 15
+NOBODY_LISTENS = {"address": "127.0.0.1:0", "metrics_address": None}  # a cluster that serves may have its ports
 COUNTED = "counted by the engine in a run that was not timed"
 
 
@@ -138,13 +139,11 @@ class EngineRanks:
 @contextlib.contextmanager
 def engine_ranks(setting: Setting) -> Iterator[EngineRanks]:
     """Started and formed on entry, ended on exit. Raises EchelonError."""
+    _check_is_one_machine_s(setting.config)
     began_s = time.perf_counter()
     with temporary_folder() as folder, tempfile.TemporaryDirectory() as logs:
-        config, _ = prepare(setting.config, folder)
-        if config.replicas > 1:
-            raise ConfigError(
-                f"replicas={config.replicas}: the engine of one replica is measured; add --grpc", field="replicas"
-            )
+        config, _ = prepare(setting.config.model_copy(update=NOBODY_LISTENS), folder)
+        setting = setting.stored(config.float8)
         numbers = range(setting.degrees.replica_ranks)
         ranks = [Rank(number, config.device, Path(logs) / f"rank-{number}.log") for number in numbers]
         try:
@@ -157,6 +156,19 @@ def engine_ranks(setting: Setting) -> Iterator[EngineRanks]:
         finally:
             for rank in ranks:
                 rank.end()
+
+
+def _check_is_one_machine_s(config: ServeConfig) -> None:
+    """Raises ConfigError for what a coordinator would do."""
+    if config.replicas > 1:
+        raise ConfigError(
+            f"replicas={config.replicas}: the engine of one replica is measured; add --grpc", field="replicas"
+        )
+    if config.ray_address is not None:
+        raise ConfigError(
+            f"ray-address={config.ray_address}: the engine's ranks are processes of this machine; add --grpc",
+            field="ray_address",
+        )
 
 
 def form(ranks: Sequence[Rank], setting: Setting, config: CoordinatorConfig) -> None:

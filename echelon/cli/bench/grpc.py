@@ -12,16 +12,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from coordinator.plan.floor import decode_rows
+from coordinator.supervisor.float8 import settled_float8
 from echelon.bench.cases import Case
 from echelon.bench.experts import expected_distinct
 from echelon.bench.offline import Outcome, run_case
 from echelon.cli.bench.setting import Experts, Setting
+from echelon.cli.serve import without_variables
 from echelon.client import Client
+from echelon.config import Device, Float8Storage
 from echelon.errors import UnavailableError
 from echelon.testing import LocalCluster
 from parallel.degrees import Degrees
 
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S, TARGET_TIMEOUT_S = 600.0, 10.0
 SHARES = "expected of rows that choose by the shares that GetExpertLoad tells"
 
 
@@ -59,19 +62,29 @@ def cluster(setting: Setting, address: str | None) -> Iterator[Target]:
         yield Target(setting.laid_out(_degrees(address)), address, None)
         return
     flags = setting.config.model_dump(exclude={"address"})
+    setting = setting.stored(_float8(setting))
     began_s = time.perf_counter()
     try:
-        started = LocalCluster(**flags, start_timeout_s=START_TIMEOUT_S)
+        with without_variables():
+            started = LocalCluster(**flags, start_timeout_s=START_TIMEOUT_S)
     except (RuntimeError, TimeoutError) as error:
         raise UnavailableError(_reason(str(error))) from error
     with started:
         yield Target(setting, started.target, round(time.perf_counter() - began_s, 2))
 
 
+def _float8(setting: Setting) -> Float8Storage:
+    """As the cluster will settle it: where there are no GPUs, none is asked for what it is."""
+    device: Device = "cpu" if setting.config.device == "cpu" else "cuda"
+    return settled_float8(setting.config, setting.directory, device, setting.dtype)
+
+
 def _degrees(address: str) -> Degrees:
-    """By the places of its ranks."""
-    with Client(address) as client:
+    """By the places of its ranks. Raises UnavailableError where nobody answers at once."""
+    with Client(address, timeout_s=TARGET_TIMEOUT_S, max_retries=0) as client:
         ranks = client.ranks()
+    if not ranks:
+        raise UnavailableError(f"the cluster at {address} has no ranks yet; `echelon status` says what it waits for")
     names = ("replica", "pipeline", "data", "tensor", "expert")
     replicas, pipeline, data, tensor, expert = (1 + max(getattr(rank, name) for rank in ranks) for name in names)
     return Degrees(replicas=replicas, pipeline=pipeline, data=data, tensor=tensor, expert=expert)

@@ -42,7 +42,11 @@ def plot(
     """
     if picture.suffix not in SUFFIXES:
         raise ConfigError(f"--output {picture}: expected one of {', '.join(SUFFIXES)}", field="output")
-    made = draw(read_lines(results, "RESULTS"))
+    rows = read_lines(results, "RESULTS")
+    try:
+        made = draw(rows)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"RESULTS {results}: a row is not whole: {error!r}", field="results") from None
     content = to_png(made) if picture.suffix == ".png" else to_svg(made).encode()
     try:
         picture.write_bytes(content)

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from coordinator.placement import degrees_of
 from coordinator.plan.census import Census, take_census
 from coordinator.plan.floor import Rates, floor
 from echelon.bench import about
 from echelon.bench.cases import Case
-from echelon.config import ServeConfig, resolve_config
+from echelon.config import Dtype, Float8Storage, ServeConfig, resolve_config
 from echelon.errors import ConfigError, UnavailableError
 from models.config import DTYPE_BYTES, ModelConfig, read_model_config
 from models.cutting import check_degrees
@@ -83,9 +84,9 @@ class Setting:
         return degrees_of(self.config)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """Of weights and activations."""
-        return self.model.dtype if self.config.dtype == "auto" else self.config.dtype
+        return cast(Dtype, self.model.dtype) if self.config.dtype == "auto" else self.config.dtype
 
     @property
     def max_context(self) -> int:
@@ -97,6 +98,11 @@ class Setting:
         """Of the model."""
         size = DTYPE_BYTES[self.dtype]
         return take_census(self.model, size, size)
+
+    def stored(self, float8: Float8Storage) -> Setting:
+        """The same with matrices of 8 bit floats as a cluster has settled it: they are other bytes."""
+        config = self.config.model_copy(update={"float8": float8})
+        return Setting(config, read_model_config(self.directory, config.max_context, keep_float8=config.keeps_float8))
 
     def laid_out(self, degrees: Degrees) -> Setting:
         """The same model in another layout, as a cluster that runs has it."""
@@ -111,6 +117,7 @@ class Setting:
         }
         if target is None:
             found |= {"dtype": self.dtype, "weights": self.config.load_format, "max_context": self.max_context}
+            found["float8"] = self.config.float8
             found |= {name: getattr(self.config, name) for name in TOLD}
         if machine is not None and machine.hardware:
             found |= {"hardware": machine.hardware, "devices": machine.devices}
@@ -131,7 +138,7 @@ def settle(flags: Mapping[str, str | None]) -> Setting:
         raise ConfigError(
             f"--model {directory} has no config.json; give a directory in Hugging Face format", field="model"
         )
-    setting = Setting(config, read_model_config(directory, config.max_context))
+    setting = Setting(config, read_model_config(directory, config.max_context, keep_float8=config.keeps_float8))
     check_degrees(setting.model, setting.degrees)
     return setting
 
