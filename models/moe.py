@@ -18,8 +18,9 @@ from torch import Tensor
 from models.expert_products import can_group, grouped, one_by_one, tiled
 from models.router import Router
 from parallel import kernels
-from parallel.expert import Copies, Dispatcher, ExpertStep
-from parallel.float8 import Float8, Matrix, meant, stored
+from parallel.expert import PREFILL, Copies, Dispatcher, ExpertStep
+from parallel.float8 import SOME_ROWS, Float8, Matrix, meant, stored
+from parallel.linear import LEAST_ROWS
 from parallel.side_stream import IN_TURN, SideStream
 
 # On average: beyond, arithmetic takes longer than reading weights; or for 8 bit floats than that and dequantising them.
@@ -41,7 +42,7 @@ class Experts:
         """rows [r, hidden] -> [r, hidden], the sum of each row's outputs, weighted, of the slots that want it."""
         if self._are_few(rows, copies):
             return self._of_few_rows(rows, copies)
-        if self._are_fused(rows):
+        if self._are_fused(rows) and can_group(rows, self.down):
             from models.kernels.many_rows import experts_of_many_rows
 
             gate_up, down = meant(self.gate_up, rows.dtype), meant(self.down, rows.dtype)
@@ -123,11 +124,19 @@ class MixtureOfExperts:
         return self.dispatcher.restore(dispatched.combine(sums, beside), hidden.shape[0], step)
 
     def try_kernels(self, row: Tensor) -> None:
-        """Those of its experts and of what sorts rows for them. row: [1, hidden], goes nowhere."""
+        """All of them; where rows travel, ranks have a part of a step's, of a number that no step tried may have.
+
+        row: [1, hidden], goes nowhere.
+        """
+        for rows in (*LEAST_ROWS, SOME_ROWS):
+            if self.shared is not None:
+                self.shared(row.repeat(rows, 1), PREFILL)
         slots = self.experts.down.shape[0]
         ids, shares = self.router(row)
         self.experts.try_kernels(row, Copies.of_own(ids, shares, slots, None))
         if kernels.can_run(row.device):
+            from models.kernels.routing import FEW_ROWS
             from parallel.kernels.by_slot import try_parts
 
+            self.router(row.repeat(FEW_ROWS + 1, 1))
             try_parts(slots, row.device)

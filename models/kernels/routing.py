@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.routing import Groups
 
-_FEW_ROWS = 256  # up to so many, inputs are cut into pieces
+FEW_ROWS = 256  # up to so many, inputs are cut into pieces
 _FEW = (16, 16)  # rows of a tile, and pieces
 _MANY = (64, 1)
 _INPUTS = 64  # read at once
@@ -51,7 +51,7 @@ def route(rows: Tensor, weight: Tensor, correction: Tensor | None, choosing: Cho
     shares = torch.empty(count, chosen, dtype=torch.float32, device=rows.device)
     if not count:
         return ids, shares
-    tile, pieces = _FEW if count <= _FEW_ROWS else _MANY
+    tile, pieces = _FEW if count <= FEW_ROWS else _MANY
     partial = torch.empty(pieces, count, experts, dtype=torch.float32, device=rows.device)
     _score[triton.cdiv(count, tile), pieces](
         *(rows.contiguous(), weight, partial, count, hidden, experts),

@@ -60,7 +60,7 @@ KINDS = [
 def test_the_plain_routers_choice(
     kind: Kind, rows: int, hidden: int, experts: int, chosen: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "_FEW_ROWS", few)
+    monkeypatch.setattr(routing, "FEW_ROWS", few)
     x, weight = random(rows, hidden, seed=1).half(), (random(experts, hidden, seed=2) / hidden**0.5).half()
     choosing, correction = replace(kind.choosing, experts_per_token=chosen), 0.2 * random(experts, seed=3)
     expected_ids, expected = kind.router(weight, correction, choosing).plain(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from models.router import SoftmaxRouter
 from parallel.comm import Group
 from parallel.context import solo_context
 from parallel.expert import PREFILL, Dispatched, ExpertStep, SplitExperts
+from parallel.float8 import SOME_ROWS
+from parallel.linear import LEAST_ROWS
 from parallel.side_stream import IN_TURN, SideStream
 
 HIDDEN, EXPERTS = 4, 3
@@ -100,6 +103,27 @@ def test_shared_experts_run_beside_the_others_and_are_waited_for_when_they_are_a
         "main waits for side",
         "main: combined",
     ]
+
+
+@pytest.mark.parametrize(("most", "beside"), [(4, False), (5, True)])
+def test_more_rows_than_leave_room_beside_the_experts_are_computed_in_turn(
+    most: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = Streams(monkeypatch)
+    moe = replace(layer(SideStream(streams.side), streams.note), beside_rows=most)
+    moe(torch.zeros(5, HIDDEN, dtype=torch.float64), PREFILL)
+    assert ("side: shared" in streams.queued) is beside and ("main: shared" in streams.queued) is not beside
+
+
+def test_shared_experts_are_tried_with_as_many_rows_as_cut_a_product_otherwise() -> None:
+    tried: list[int] = []
+
+    def shared(rows: Tensor, step: ExpertStep) -> Tensor:
+        tried.append(len(rows))
+        return rows
+
+    replace(layer(IN_TURN, print), shared=shared).try_kernels(torch.zeros(1, HIDDEN, dtype=torch.float64))
+    assert tried == [*LEAST_ROWS, SOME_ROWS]
 
 
 def test_a_cpu_has_no_stream_beside() -> None:
